@@ -1,0 +1,74 @@
+"""The one contract between a prepared batch and an attention backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Everything that attention over a paged cache needs to know about one flat ("varlen") batch.
+
+    The tokens of S sequences lie one after the other, T in all; sequence i owns the rows
+    `query_start[i] : query_start[i + 1]` and they are its *last* tokens: the query in row r of sequence i
+    stands at position `context_lens[i] - (query_start[i + 1] - r)` and attends to all positions up to its
+    own. So a whole prompt, a chunk of it and a decode token are the same case.
+
+    Shapes and types:
+        slot_mapping:  int64 [T], `block_id * block_size + offset` where token t's K and V go
+        query_start:   int32 [S + 1]
+        context_lens:  int32 [S], tokens in the cache once this step's K and V are stored
+        block_tables:  int32 [S, max_blocks], padded with 0; entries past the context are never read
+
+    The last four fields repeat on the host what a backend would have to read back from the device.
+    The first `num_decodes` sequences have one query token each (decode steps); longer ones follow.
+    """
+
+    slot_mapping: torch.Tensor
+    query_start: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    query_lens_host: tuple[int, ...]
+    context_lens_host: tuple[int, ...]
+    num_decodes: int
+    kv_cache: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the rows of the flat batch."""
+        return self.slot_mapping.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return len(self.query_lens_host)
+
+
+@runtime_checkable
+class AttentionBackend(Protocol):
+    """Writes K and V into pages and attends over pages.
+
+    `kv_layer` is one layer's view of the block-major cache, `kv_cache[:, layer]`:
+    `[num_blocks, 2, kv_heads, block_size, head_dim]`, index 0 of the second dimension is K, 1 is V. It is a
+    strided view: a block of all layers is contiguous, a layer is not.
+    """
+
+    name: str
+
+    def store(
+        self, key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Write `key` and `value` ([T, kv_heads, head_dim]) to the slots of `slot_mapping` (int64 [T])."""
+        ...
+
+    def attend(
+        self, query: torch.Tensor, kv_layer: torch.Tensor, metadata: AttentionMetadata, scale: float
+    ) -> torch.Tensor:
+        """Causal attention of `query` ([T, heads, head_dim]) over its sequences' pages; same shape out.
+
+        Query head h reads KV head `h // (heads // kv_heads)`. `scale` multiplies the scores (1/sqrt(head_dim)).
+        """
+        ...
