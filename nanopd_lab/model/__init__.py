@@ -1,0 +1,1 @@
+"""Loading models and running Hugging Face's unmodified modelling code over a paged cache."""
