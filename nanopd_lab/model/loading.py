@@ -109,6 +109,8 @@ def resolve_folder(spec: str, *, progress: bool = True) -> Path:
     """The local folder in Hugging Face's layout for any `spec` but "random:...", fetched if need be."""
     if spec == EMBEDDED_NAME:
         return embedded_model(progress=progress)
+    if not spec.strip():
+        raise UnknownModelError(f"unknown model {spec!r}. {_known(spec)}")
     path = Path(spec).expanduser()
     if path.is_dir():
         return path.resolve()
