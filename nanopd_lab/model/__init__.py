@@ -1,0 +1,1 @@
+"""Loading a model, running it over pages, sampling from its logits."""
