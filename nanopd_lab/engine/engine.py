@@ -28,7 +28,7 @@ from nanopd_lab.kv import AllocatorStats
 from nanopd_lab.kv.cache import KVCache, KVShape
 from nanopd_lab.model.inference import optimise
 from nanopd_lab.model.loading import load_model
-from nanopd_lab.model.paged import use_paged_attention
+from nanopd_lab.model.paged import register
 from nanopd_lab.model.runner import ModelRunner
 
 Prompt = str | Seq[int] | Mapping[str, Any]
@@ -79,7 +79,9 @@ class Engine:
         dtype = config.resolve_dtype(self.device)
         # Everything cheap that can be wrong is found out before the weights are read.
         backend = config.parts.attention or create_backend(config.attention_backend, self.device)
-        loaded = load_model(config.model, dtype=dtype, device=self.device, seed=config.seed)
+        loaded = load_model(
+            config.model, dtype=dtype, device=self.device, seed=config.seed, attn_implementation=register()
+        )
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
         geometry = loaded.geometry
@@ -88,7 +90,7 @@ class Engine:
                 f"max_model_len is {config.max_model_len}, but {config.model} has only {geometry.max_model_len} "
                 "positions; lower it or leave it out"
             )
-        model = use_paged_attention(loaded.model)
+        model = loaded.model
         if config.optimise:
             optimise(model)
         shape = KVShape(

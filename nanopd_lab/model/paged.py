@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
 from nanopd_lab.attention.base import AttentionBackend, AttentionMetadata
 from nanopd_lab.kv.cache import KVCache
@@ -59,8 +59,7 @@ def paged_attention_forward(
     return out[None], None
 
 
-def use_paged_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Route the attention of all of the model's layers through `paged_attention_forward`."""
+def register() -> str:
+    """Make the function known to transformers; returns the name to load models with."""
     AttentionInterface.register(NAME, paged_attention_forward)
-    model.set_attn_implementation(NAME)
-    return model
+    return NAME

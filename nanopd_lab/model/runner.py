@@ -35,7 +35,7 @@ class ModelRunner:
     """Runs plans on one device.
 
     Args:
-        model: causal language model set up with `use_paged_attention`
+        model: causal language model loaded with the attention implementation of `model.paged`
         cache: the KV pool
         backend: how to store and attend
         eos_token_ids: banned while an output is shorter than min_tokens
