@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,8 +24,9 @@ class AttentionMetadata:
         context_lens:  int32 [S], tokens in the cache once this step's K and V are stored
         block_tables:  int32 [S, max_blocks], padded with 0; entries past the context are never read
 
-    The last four fields repeat on the host what a backend would have to read back from the device.
-    The first `num_decodes` sequences have one query token each (decode steps); longer ones follow.
+    `query_lens_host` and `context_lens_host` repeat on the host what a backend would have to read back from
+    the device. Sequences are ordered by query length, so decode steps (one token each) come first:
+    `num_decodes` of them.
     """
 
     slot_mapping: torch.Tensor
@@ -33,8 +35,6 @@ class AttentionMetadata:
     block_tables: torch.Tensor
     query_lens_host: tuple[int, ...]
     context_lens_host: tuple[int, ...]
-    num_decodes: int
-    kv_cache: torch.Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -45,6 +45,15 @@ class AttentionMetadata:
     def num_sequences(self) -> int:
         """S."""
         return len(self.query_lens_host)
+
+    @property
+    def num_decodes(self) -> int:
+        """Leading sequences with exactly one query token."""
+        return self.num_few(1)
+
+    def num_few(self, most: int) -> int:
+        """Leading sequences with at most `most` query tokens."""
+        return bisect_right(self.query_lens_host, most)
 
 
 @runtime_checkable

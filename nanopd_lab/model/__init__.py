@@ -1,1 +1,1 @@
-"""Loading models and running Hugging Face's unmodified modelling code over a paged cache."""
+"""Loading a model, running it over pages, sampling from its logits."""

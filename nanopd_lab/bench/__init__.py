@@ -1,0 +1,1 @@
+"""Measuring: workloads, peers, results with their provenance."""

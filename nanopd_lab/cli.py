@@ -1,0 +1,180 @@
+"""`nanopd-lab`: the engine from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanopd_lab import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status (2 for bad input, with the reason on stderr)."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, FileNotFoundError) as error:
+        print(f"nanopd-lab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nanopd-lab: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands; heavy imports wait until a command runs."""
+    parser = argparse.ArgumentParser(prog="nanopd-lab", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"nanopd-lab {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="answer several prompts at once and show what the engine did")
+    _engine_options(demo)
+    demo.add_argument("--max-tokens", type=int, default=48, help="longest answer")
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="continue a prompt, or answer it as a chat")
+    _engine_options(generate)
+    generate.add_argument("prompt", nargs="+", help="one or more prompts; - reads one from standard input")
+    generate.add_argument("--chat", action="store_true", help="use the model's chat template")
+    for flag, kind, default in (
+        ("--max-tokens", int, 64),
+        ("--temperature", float, 0.0),
+        ("--top-p", float, 1.0),
+        ("--top-k", int, 0),
+        ("--min-p", float, 0.0),
+        ("--n", int, 1),
+        ("--seed", int, None),
+        ("--logprobs", int, None),
+    ):
+        generate.add_argument(flag, type=kind, default=default, help=f"default {default}")
+    generate.add_argument("--stop", action="append", help="end the output before this text (repeatable)")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on behind the stop token")
+    generate.add_argument("--json", action="store_true", help="one JSON object a prompt, with metrics")
+    generate.set_defaults(run=_generate)
+
+    info = commands.add_parser("info", help="what this machine has and what the engine would use")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=_info)
+
+    offline = commands.add_parser("bench-offline", help="throughput beside Hugging Face, in one run")
+    offline.add_argument("--model", default="smollm2")
+    offline.add_argument("--dtype", default="bfloat16")
+    offline.add_argument("--device", default="auto")
+    offline.add_argument("--num-prompts", type=int, default=16)
+    offline.add_argument("--min-input-len", type=int, default=32)
+    offline.add_argument("--max-input-len", type=int, default=512)
+    offline.add_argument("--output-len", type=int, default=64)
+    offline.add_argument("--max-num-batched-tokens", type=int, default=512)
+    offline.add_argument("--peers", nargs="*", default=["hf-padded", "hf-continuous"])
+    offline.add_argument("--rounds", type=int, default=3)
+    offline.add_argument("--seed", type=int, default=0)
+    offline.add_argument("--result-filename", type=Path, help="write the full result there, as JSON")
+    offline.set_defaults(run=_bench_offline)
+    return parser
+
+
+def _engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2", help="default smollm2, the embedded model")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="tokens a step may hold")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="sequences that run at once")
+    parser.add_argument("--kv-cache-memory-bytes", type=int, help="size of the KV pool")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens a KV block")
+    parser.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt anew")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from nanopd_lab.demo import run_demo
+
+    run_demo(_llm(args), max_tokens=args.max_tokens)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from nanopd_lab import SamplingParams
+
+    params = SamplingParams(
+        n=args.n,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        stop=args.stop,
+        logprobs=args.logprobs,
+        ignore_eos=args.ignore_eos,
+    )
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    llm = _llm(args)
+    quiet = args.json or len(prompts) == 1
+    if args.chat:
+        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        outputs = llm.chat(conversations, params, use_tqdm=not quiet)
+    else:
+        outputs = llm.generate(prompts, params, use_tqdm=not quiet)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        if args.json:
+            from dataclasses import asdict
+
+            print(json.dumps({**asdict(output), "prompt": prompt}))
+            continue
+        for sample in output.outputs:
+            print(f"[{sample.finish_reason}] {prompt}{' →' if args.chat else ''}{sample.text}")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from nanopd_lab.machine import describe_machine
+
+    report = describe_machine()
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        width = max(map(len, report))
+        for name, value in report.items():
+            print(f"{name:{width}}  {value}")
+    return 0
+
+
+def _bench_offline(args: argparse.Namespace) -> int:
+    from nanopd_lab.bench.offline import Workload, format_offline, run_offline
+
+    result = run_offline(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        workload=Workload(args.num_prompts, args.min_input_len, args.max_input_len, args.output_len, args.seed),
+        peers=tuple(args.peers),
+        rounds=args.rounds,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    print(format_offline(result))
+    if args.result_filename:
+        args.result_filename.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _llm(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # LLM would have to be imported
+    from nanopd_lab import LLM
+
+    return LLM(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        block_size=args.block_size,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_seqs=args.max_num_seqs,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        enable_prefix_caching=not args.no_enable_prefix_caching,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""C++ for the CPU, compiled once by the host's compiler: paged attention, and small dense products."""

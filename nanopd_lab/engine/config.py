@@ -1,0 +1,121 @@
+"""What an engine can be told, checked before anything is loaded or allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nanopd_lab.engine.policies import ChunkPolicy, VictimPolicy, choose_victim, plan_chunks
+from nanopd_lab.kv.allocator import Allocator, BlockAllocator
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanopd_lab.attention.base import AttentionBackend
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """The exchangeable parts of an engine; each default is the package's own.
+
+    allocator:     called with (num_blocks, enable_prefix_caching), returns an `Allocator`
+    attention:     an `AttentionBackend`, or None to choose by name and device
+    chunk_policy:  how a step's tokens are divided among prompts
+    victim_policy: which sequence is preempted when blocks run out
+    """
+
+    allocator: Callable[[int, bool], Allocator] = BlockAllocator
+    attention: AttentionBackend | None = None
+    chunk_policy: ChunkPolicy = plan_chunks
+    victim_policy: VictimPolicy = choose_victim
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All settings of one engine. Names follow vLLM's engine arguments where it has them.
+
+    model:                   "smollm2", a folder, a GGUF file, a hub id, or "random:<shape>"
+    dtype:                   of weights and KV: "float32", "bfloat16", "float16" (GPU), "auto"
+    block_size:              tokens a KV block
+    max_num_batched_tokens:  tokens a step may hold; longer prompts are prefilled in chunks
+    max_num_seqs:            sequences that may run at once
+    max_model_len:           longest prompt + output; None: what model and pool allow
+    kv_cache_memory_bytes:   size of the KV pool; None: 1 GiB on a CPU, 85 % of what is free on a GPU
+    enable_prefix_caching:   re-use the KV of prompts that start alike
+    seed:                    of random weights and of requests that bring no seed
+    device:                  "auto", "cpu", "cuda", "cuda:1"
+    attention_backend:       "auto", "reference", "torch", "cpu"
+    optimise:                swap modules for faster ones with the same meaning (`model.inference`)
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    model: str
+    dtype: str = "float32"
+    block_size: int = 16
+    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    device: str = "auto"
+    attention_backend: str = "auto"
+    optimise: bool = True
+    parts: EngineParts = field(default_factory=EngineParts)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "block_size",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "max_model_len",
+            "kv_cache_memory_bytes",
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if not self.model:
+            raise ValueError('model is empty; name one, for example "smollm2"')
+
+    def resolve_device(self) -> torch.device:
+        """The device meant by `device`.
+
+        Raises:
+            ValueError: the device does not exist here.
+        """
+        import torch
+
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"device is {self.device!r}; use auto, cpu, cuda or cuda:<number>") from None
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; use auto, cpu, cuda or cuda:<number>")
+        count = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= count:
+            raise ValueError(
+                f"device is {self.device!r}, but this machine has {count} CUDA device(s); use device='cpu'"
+            )
+        return device
+
+    def resolve_dtype(self, device: torch.device) -> torch.dtype:
+        """The type meant by `dtype`: "auto" is bfloat16 on a GPU and float32 on a CPU."""
+        import torch
+
+        name = self.dtype
+        if name == "auto":
+            name = "bfloat16" if device.type == "cuda" else "float32"
+        if name == "float16" and device.type == "cpu":
+            raise ValueError(
+                "dtype is 'float16' on a CPU, where it is slow and inexact; use 'float32' or 'bfloat16'"
+            )
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

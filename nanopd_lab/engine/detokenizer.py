@@ -1,0 +1,89 @@
+"""Tokens to text as they come, and the search for stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+# Decoding starts this many prompt tokens early, because a token's text can depend on the one before it.
+CONTEXT = 5
+
+
+class Detokenizer:
+    """Text of one growing sample.
+
+    A token may hold part of a UTF-8 character, and its text may depend on its neighbours, so text is released
+    only once decoding a short window ends in a whole character: the difference between decoding the window
+    with and without the new tokens (the scheme of Hugging Face's text-generation-inference and of vLLM).
+
+    While the sample runs, the last characters are held back as long as they could be the beginning of a stop
+    string, so that what a stream has shown never has to be taken back.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompt_token_ids: Seq[int], stop: Seq[str] = (), include_stop: bool = False
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_token_ids[-CONTEXT:])
+        self._prefix = 0
+        self._read = len(self._ids)
+        self._stop = tuple(stop)
+        self._include_stop = include_stop
+        self._hold_back = 0 if include_stop else max((len(text) - 1 for text in self._stop), default=0)
+        self._text = ""
+        self._ended = False
+
+    def _decode(self, start: int, end: int | None = None) -> str:
+        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+
+    def push(self, token: int) -> str | None:
+        """Add a token; returns the stop string that it completed, or None."""
+        self._ids.append(token)
+        known = self._decode(self._prefix, self._read)
+        now = self._decode(self._prefix)
+        if len(now) <= len(known) or now.endswith("\ufffd"):
+            return None
+        fresh = now[len(known) :]
+        self._prefix, self._read = self._read, len(self._ids)
+        return self._extend(fresh)
+
+    def end(self) -> str | None:
+        """No more tokens: release an unfinished character and what was held back."""
+        fresh = self._decode(self._prefix)[len(self._decode(self._prefix, self._read)) :]
+        stopped = None if self._ended else self._extend(fresh)
+        self._ended = True
+        return stopped
+
+    def _extend(self, fresh: str) -> str | None:
+        old = len(self._text)
+        self._text += fresh
+        found = [
+            (at, text)
+            for text in self._stop
+            if (at := self._text.find(text, max(0, old - len(text) + 1))) >= 0
+        ]
+        if not found:
+            return None
+        at, text = min(found)
+        self._text = self._text[: at + len(text) if self._include_stop else at]
+        self._ended = True
+        return text
+
+    @property
+    def text(self) -> str:
+        """What may be shown."""
+        if self._ended or not self._hold_back:
+            return self._text
+        return self._text[: -self._hold_back]
+
+
+class NoDetokenizer:
+    """For models without a tokenizer, and for `detokenize=False`."""
+
+    text = ""
+
+    def push(self, token: int) -> None:
+        return None
+
+    def end(self) -> None:
+        return None

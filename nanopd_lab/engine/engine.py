@@ -1,0 +1,333 @@
+"""The engine loop: schedule, run, take in the tokens, turn them into text.
+
+    engine.add_request(...) ──► Scheduler ──StepPlan──► ModelRunner ──tokens──► Scheduler ──► RequestOutput
+
+`step()` is the whole loop; nothing happens between calls. The engine owns the model, the KV pool and the
+clock, the scheduler owns every decision.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nanopd_lab.attention import create_backend
+from nanopd_lab.core import BeamSearchParams, FinishReason, Request, SamplingParams, Sequence
+from nanopd_lab.engine.beam import BeamGroup
+from nanopd_lab.engine.config import EngineConfig
+from nanopd_lab.engine.detokenizer import Detokenizer, NoDetokenizer
+from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanopd_lab.engine.scheduler import Scheduler
+from nanopd_lab.errors import InvalidRequestError
+from nanopd_lab.kv import AllocatorStats
+from nanopd_lab.kv.cache import KVCache, KVShape
+from nanopd_lab.model.inference import optimise
+from nanopd_lab.model.loading import load_model
+from nanopd_lab.model.paged import register
+from nanopd_lab.model.runner import ModelRunner
+
+Prompt = str | Seq[int] | Mapping[str, Any]
+
+CPU_POOL_BYTES = 1 << 30
+GPU_POOL_FRACTION = 0.85
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for people: what is queued and running, where the blocks are, what has been done."""
+
+    waiting: int
+    running: int
+    steps: int
+    preemptions: int
+    computed_tokens: int
+    blocks: AllocatorStats
+
+
+@dataclass(eq=False)
+class _Tracked:
+    """A request on its way through the engine."""
+
+    request: Request
+    metrics: RequestMetrics
+    sequences: dict[int, Sequence] = field(default_factory=dict)  # by sample index
+    text: dict[int, Detokenizer | NoDetokenizer] = field(default_factory=dict)
+    beams: BeamGroup | None = None
+
+
+class Engine:
+    """One model, one KV pool, one batch at a time.
+
+    Args:
+        config: see `EngineConfig`
+        clock: seconds, for the metrics
+
+    Raises:
+        ValueError: unknown or unsupported model, impossible sizes; before anything large is allocated where
+            that can be known.
+    """
+
+    def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.clock = clock
+        self.device = config.resolve_device()
+        dtype = config.resolve_dtype(self.device)
+        # Everything cheap that can be wrong is found out before the weights are read.
+        backend = config.parts.attention or create_backend(config.attention_backend, self.device)
+        loaded = load_model(
+            config.model, dtype=dtype, device=self.device, seed=config.seed, attn_implementation=register()
+        )
+        self.loaded = loaded
+        self.tokenizer = loaded.tokenizer
+        geometry = loaded.geometry
+        if config.max_model_len is not None and config.max_model_len > geometry.max_model_len:
+            raise ValueError(
+                f"max_model_len is {config.max_model_len}, but {config.model} has only {geometry.max_model_len} "
+                "positions; lower it or leave it out"
+            )
+        model = loaded.model
+        if config.optimise:
+            optimise(model)
+        shape = KVShape(
+            geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, config.block_size, dtype
+        )
+        num_blocks = self._count_blocks(shape)
+        self.max_model_len = config.max_model_len or min(
+            geometry.max_model_len, num_blocks * config.block_size
+        )
+        self.cache = KVCache(shape, num_blocks, self.device)
+        self.runner = ModelRunner(model, self.cache, backend, loaded.eos_token_ids, config.seed)
+        self.scheduler = Scheduler(
+            config.parts.allocator(num_blocks, config.enable_prefix_caching),
+            block_size=config.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=self.max_model_len,
+            eos_token_ids=loaded.eos_token_ids,
+            chunk_policy=config.parts.chunk_policy,
+            victim_policy=config.parts.victim_policy,
+        )
+        self._tracked: dict[str, _Tracked] = {}
+        self._computed_tokens = 0
+
+    def _count_blocks(self, shape: KVShape) -> int:
+        """Blocks that fit the budget, and no more than every sequence at full length could use."""
+        budget = self.config.kv_cache_memory_bytes
+        if budget is None:
+            budget = CPU_POOL_BYTES
+            if self.device.type == "cuda":
+                budget = int(GPU_POOL_FRACTION * torch.cuda.mem_get_info(self.device)[0])
+        num_blocks = budget // shape.block_bytes
+        if num_blocks < 1:
+            raise ValueError(
+                f"kv_cache_memory_bytes is {budget}, but one block of {shape.block_size} tokens takes "
+                f"{shape.block_bytes} bytes; raise the budget or lower block_size"
+            )
+        return num_blocks
+
+    # ------------------------------------------------------------------ requests
+
+    def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text if there was one, token ids) of a prompt: text, token ids, or vLLM's dict with either.
+
+        Raises:
+            InvalidRequestError: neither text nor token ids, ids out of range, or text without a tokenizer.
+        """
+        if isinstance(prompt, Mapping):
+            prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequestError(
+                    f"{self.config.model} has no tokenizer; give the prompt as token ids"
+                )
+            return prompt, list(self.tokenizer(prompt)["input_ids"])
+        if isinstance(prompt, torch.Tensor):
+            prompt = prompt.tolist()
+        ids = list(prompt)
+        vocab = self.loaded.geometry.vocab_size
+        for position, token in enumerate(ids):
+            if (
+                not hasattr(token, "__index__")
+                or isinstance(token, bool)
+                or not 0 <= token.__index__() < vocab
+            ):
+                raise InvalidRequestError(
+                    f"prompt token {position} is {token!r}; token ids are integers from 0 to {vocab - 1}"
+                )
+        return None, [token.__index__() for token in ids]
+
+    def make_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None
+    ) -> Request:
+        """A checked request, not yet queued.
+
+        Raises:
+            InvalidRequestError: see `tokenize` and `Scheduler.validate`.
+        """
+        text, ids = self.tokenize(prompt)
+        beam = params if isinstance(params, BeamSearchParams) else None
+        if isinstance(params, BeamSearchParams):
+            params = SamplingParams(
+                temperature=0.0, max_tokens=params.max_tokens, ignore_eos=True, logprobs=2 * params.beam_width
+            )
+        params = params or SamplingParams()
+        if params.stop_strings and self.tokenizer is None:
+            raise InvalidRequestError(
+                f"{self.config.model} has no tokenizer; use stop_token_ids instead of stop"
+            )
+        request = Request(request_id, ids, params, prompt=text, beam=beam)
+        self.scheduler.validate(request)
+        return request
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | BeamSearchParams | None = None,
+        arrival_time: float | None = None,
+    ) -> None:
+        """Check a request and queue it."""
+        self.submit(self.make_request(request_id, prompt, params), arrival_time)
+
+    def submit(self, request: Request, arrival_time: float | None = None) -> None:
+        """Queue a request from `make_request`. `arrival_time` (engine clock) defaults to now."""
+        request.arrival = self.clock() if arrival_time is None else arrival_time
+        sequence = self.scheduler.add(request)
+        tracked = _Tracked(request, RequestMetrics(request.arrival))
+        tracked.sequences[0] = sequence
+        tracked.beams = self.scheduler.beam_group(request.request_id)
+        self._tracked[request.request_id] = tracked
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now; returns what it has so far, or None if it is unknown or finished."""
+        if request_id not in self._tracked:
+            return None
+        self.scheduler.abort(request_id)
+        return self._output(self._tracked[request_id], self.clock())
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while any request is waiting or running."""
+        return self.scheduler.has_unfinished
+
+    # ------------------------------------------------------------------ the loop
+
+    def step(self) -> list[RequestOutput]:
+        """One step; returns the requests that got a token or ended. Empty if there is nothing to do.
+
+        If the model raises, no request is lost: the step's sequences are queued again, and their blocks are
+        given back, before the exception goes on to the caller.
+        """
+        plan = self.scheduler.schedule()
+        if plan is None:
+            if self.has_unfinished:
+                raise RuntimeError("the chunk policy gives no tokens to any prompt; nothing can run")
+            return []
+        now = self.clock()
+        for chunk in plan.chunks:
+            metrics = self._tracked[chunk.sequence.request.request_id].metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = now
+        try:
+            sampled = self.runner.execute(plan)
+        except BaseException:
+            self.scheduler.roll_back(plan)
+            raise
+        touched = self.scheduler.complete(plan, sampled)
+        self._computed_tokens += plan.num_tokens
+        now = self.clock()
+        progressed: dict[str, _Tracked] = {}
+        for sequence in touched:
+            tracked = self._tracked[sequence.request.request_id]
+            tracked.sequences[sequence.index] = sequence
+            progressed[sequence.request.request_id] = tracked
+            if tracked.metrics.first_token_time is None:
+                tracked.metrics.first_token_time = now
+            if not sequence.request.beam:
+                self._read(tracked, sequence)
+        return [self._output(tracked, now) for tracked in progressed.values()]
+
+    def _read(self, tracked: _Tracked, sequence: Sequence) -> None:
+        """Turn a sample's newest token into text and end the sample at a stop string."""
+        params = sequence.request.params
+        reader = tracked.text.get(sequence.index)
+        if reader is None:
+            reader = NoDetokenizer()
+            if self.tokenizer is not None and params.detokenize:
+                reader = Detokenizer(
+                    self.tokenizer,
+                    sequence.request.prompt_token_ids,
+                    params.stop_strings,
+                    params.include_stop_str_in_output,
+                )
+            tracked.text[sequence.index] = reader
+        stopped = None
+        # A stop token is part of token_ids but not of the text.
+        if sequence.finish_reason not in (FinishReason.STOP, FinishReason.ERROR):
+            stopped = reader.push(sequence.tokens[-1])
+        if sequence.finished:
+            stopped = stopped or reader.end()
+        if stopped and sequence.output_len >= params.min_tokens:
+            if sequence.finished:
+                sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, stopped
+            else:
+                self.scheduler.finish(sequence, FinishReason.STOP, stopped)
+
+    def _output(self, tracked: _Tracked, now: float) -> RequestOutput:
+        request, metrics = tracked.request, tracked.metrics
+        sequences = [tracked.sequences[index] for index in sorted(tracked.sequences)]
+        metrics.num_computed_tokens = sum(s.tokens_computed for s in sequences)
+        metrics.num_cached_tokens = sum(s.tokens_cached for s in sequences)
+        metrics.num_preemptions = sum(s.preemptions for s in sequences)
+        finished = all(sequence.finished for sequence in sequences)
+        if finished:
+            metrics.finished_time = now
+            self._tracked.pop(request.request_id, None)
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[self._completion(tracked, sequence) for sequence in sequences],
+            finished=finished,
+            metrics=metrics,
+        )
+
+    def _completion(self, tracked: _Tracked, sequence: Sequence) -> CompletionOutput:
+        wants_logprobs = sequence.request.params.logprobs is not None
+        reader = tracked.text.get(sequence.index)
+        return CompletionOutput(
+            index=sequence.index,
+            text=reader.text if reader else "",
+            token_ids=sequence.output_token_ids,
+            cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
+            logprobs=list(sequence.logprobs) if wants_logprobs else None,
+            finish_reason=str(sequence.finish_reason) if sequence.finish_reason else None,
+            stop_reason=sequence.stop_reason,
+            error=sequence.error,
+        )
+
+    # ------------------------------------------------------------------ looking after itself
+
+    def stats(self) -> EngineStats:
+        """A snapshot of queues, blocks and totals."""
+        return EngineStats(
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            steps=self.scheduler.num_steps,
+            preemptions=self.scheduler.num_preemptions,
+            computed_tokens=self._computed_tokens,
+            blocks=self.scheduler.allocator.stats(),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a block or a request has been lost."""
+        self.scheduler.check_integrity()
+        live = {s.request.request_id for s in (*self.scheduler.waiting, *self.scheduler.running)}
+        assert live == set(self._tracked), (
+            f"tracked but not live, or the reverse: {live ^ set(self._tracked)}"
+        )

@@ -1,0 +1,248 @@
+"""`LLM`: the offline interface, in vLLM's shape."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nanopd_lab.core import BeamSearchParams, FinishReason, SamplingParams
+from nanopd_lab.engine.beam import BeamGroup
+from nanopd_lab.engine.config import EngineConfig, EngineParts
+from nanopd_lab.engine.engine import Engine, EngineStats, Prompt
+from nanopd_lab.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from nanopd_lab.errors import InvalidRequestError, NonFiniteLogitsError
+
+Messages = Seq[Mapping[str, Any]]
+
+
+class LLM:
+    """A model that answers prompts, many at a time.
+
+        llm = LLM("smollm2")
+        outputs = llm.generate(["The capital of France is"], SamplingParams(max_tokens=8, temperature=0))
+        print(outputs[0].outputs[0].text)
+
+    Args:
+        model: "smollm2" (embedded), a folder, a GGUF file, a hub id, or "random:<shape>"
+        parts: a learner's own parts (`lab.parts()`), or None for the package's
+        others: the fields of `EngineConfig`, of the same name
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "float32",
+        block_size: int = 16,
+        max_num_batched_tokens: int = 512,
+        max_num_seqs: int = 64,
+        max_model_len: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        enable_prefix_caching: bool = True,
+        seed: int = 0,
+        device: str = "auto",
+        attention_backend: str = "auto",
+        optimise: bool = True,
+        parts: EngineParts | None = None,
+    ) -> None:
+        self.engine = Engine(
+            EngineConfig(
+                model=str(model),
+                dtype=str(dtype).removeprefix("torch."),
+                block_size=block_size,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
+                enable_prefix_caching=enable_prefix_caching,
+                seed=seed,
+                device=device,
+                attention_backend=attention_backend,
+                optimise=optimise,
+                parts=parts or EngineParts(),
+            )
+        )
+        self._numbers = itertools.count()
+
+    @property
+    def model_path(self) -> Path | None:
+        """The local folder it was loaded from, in Hugging Face's layout; None for random weights."""
+        return self.engine.loaded.path
+
+    def get_tokenizer(self) -> Any:
+        """The model's Hugging Face tokenizer, or None."""
+        return self.engine.tokenizer
+
+    def stats(self) -> EngineStats:
+        """Queues, blocks and totals."""
+        return self.engine.stats()
+
+    # ------------------------------------------------------------------ generating
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue each prompt; outputs are in the order of the prompts.
+
+        Args:
+            prompts: one prompt or many; each a string, a list of token ids, or a dict with
+                `prompt` or `prompt_token_ids`
+            sampling_params: one for all, or one for each
+
+        Raises:
+            InvalidRequestError: a prompt cannot be served; it is named, and none has been started
+            NonFiniteLogitsError: the model produced NaN or infinity
+        """
+        batch = _as_batch(prompts)
+        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
+            sampling_params = [sampling_params or SamplingParams()] * len(batch)
+        if len(sampling_params) != len(batch):
+            raise InvalidRequestError(
+                f"{len(batch)} prompts but {len(sampling_params)} sampling_params; give one, or one for each prompt"
+            )
+        ids = self._submit(batch, sampling_params)
+        outputs = {output.request_id: output for output in self._run(ids, use_tqdm) if output.finished}
+        for number, request_id in enumerate(ids):
+            for sample in outputs[request_id].outputs:
+                if sample.finish_reason == FinishReason.ERROR.value:
+                    raise NonFiniteLogitsError(
+                        f"prompt {number}: {sample.error} after {len(sample.token_ids)} tokens; "
+                        "check the weights, or load them in a wider dtype"
+                    )
+        return [outputs[request_id] for request_id in ids]
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Yield the growing output after every token. Leaving the loop early aborts the request."""
+        ids = self._submit([prompt], [sampling_params or SamplingParams()])
+        return self._run(ids, use_tqdm=False)
+
+    def chat(
+        self,
+        messages: Messages | Seq[Messages],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, each a list of `{"role": …, "content": …}`."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            self.render_chat(conversation, add_generation_prompt, chat_template)  # type: ignore[arg-type]
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def render_chat(
+        self, messages: Messages, add_generation_prompt: bool = True, chat_template: str | None = None
+    ) -> dict[str, Any]:
+        """The prompt that the model's chat template makes of a conversation: its text and token ids."""
+        tokenizer = self.get_tokenizer()
+        if tokenizer is None or not (chat_template or tokenizer.chat_template):
+            raise InvalidRequestError(
+                f"{self.engine.config.model} has no chat template; pass chat_template or use generate"
+            )
+        if not messages:
+            raise InvalidRequestError("the conversation is empty; give at least one message")
+        for message in messages:
+            if not {"role", "content"} <= set(message):
+                raise InvalidRequestError(f"message {dict(message)!r} lacks 'role' or 'content'")
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
+        )
+        # The template writes the special tokens itself.
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return {"prompt": text, "prompt_token_ids": ids}
+
+    def beam_search(
+        self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams, use_tqdm: bool = True
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best continuations of each prompt that beam search finds, best first."""
+        batch = _as_batch(prompts)
+        ids = self._submit(batch, [params] * len(batch))
+        groups: dict[str, BeamGroup] = {}
+        for request_id in ids:
+            group = self.engine.scheduler.beam_group(request_id)
+            assert group is not None
+            groups[request_id] = group
+        outputs = {output.request_id: output for output in self._run(ids, use_tqdm) if output.finished}
+        return [self._beams(outputs[request_id], groups[request_id]) for request_id in ids]
+
+    def _beams(self, output: RequestOutput, group: BeamGroup) -> BeamSearchOutput:
+        prompt = output.prompt_token_ids
+        beams = [
+            BeamSearchSequence(list(beam.tokens), "", beam.cumulative_logprob, list(beam.logprobs))
+            for beam in group.finished
+        ]
+        for sample in output.outputs:
+            if sample.finish_reason == FinishReason.ERROR.value:
+                raise NonFiniteLogitsError(f"beam search: {sample.error}")
+            if sample.finish_reason == FinishReason.LENGTH.value:
+                total = sample.cumulative_logprob or 0.0
+                beams.append(
+                    BeamSearchSequence([*prompt, *sample.token_ids], "", total, sample.logprobs or [])
+                )
+        beams.sort(key=lambda beam: group.score(beam.tokens, beam.cum_logprob), reverse=True)
+        best = beams[: group.params.beam_width]
+        tokenizer = self.get_tokenizer()
+        for beam in best:
+            if tokenizer is not None:
+                beam.text = tokenizer.decode(beam.tokens, skip_special_tokens=True)
+        return BeamSearchOutput(best)
+
+    # ------------------------------------------------------------------ driving the engine
+
+    def _submit(self, prompts: Seq[Prompt], params: Seq[SamplingParams | BeamSearchParams]) -> list[str]:
+        requests = []
+        for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                requests.append(self.engine.make_request(f"llm-{next(self._numbers)}", prompt, each))
+            except InvalidRequestError as error:
+                raise InvalidRequestError(
+                    f"prompt {number}: {error}" if len(prompts) > 1 else str(error)
+                ) from None
+        for request in requests:
+            self.engine.submit(request)
+        return [request.request_id for request in requests]
+
+    def _run(self, ids: Seq[str], use_tqdm: bool) -> Iterator[RequestOutput]:
+        """Step the engine until all of `ids` have finished; whatever ends the loop early aborts them."""
+        pending = set(ids)
+        bar = tqdm(
+            total=len(ids), desc="Processed prompts", unit="prompt", disable=not use_tqdm, dynamic_ncols=True
+        )
+        try:
+            while pending:
+                for output in self.engine.step():
+                    if output.request_id not in pending:
+                        continue
+                    if output.finished:
+                        pending.discard(output.request_id)
+                        bar.update()
+                    yield output
+        finally:
+            bar.close()
+            for request_id in pending:
+                self.engine.abort(request_id)
+
+
+def _as_batch(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    """A list of prompts out of one prompt or many: a list of integers is one prompt."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    batch = list(prompts)
+    if batch and all(hasattr(item, "__index__") for item in batch):
+        return [batch]  # type: ignore[list-item]
+    return batch  # type: ignore[return-value]

@@ -1,0 +1,91 @@
+"""What comes back for a request; shapes follow vLLM's `RequestOutput`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanopd_lab.core import Logprob
+
+
+@dataclass
+class RequestMetrics:
+    """When things happened to a request (seconds on the engine's clock), and where its KV came from.
+
+    Token counts are over all samples: `num_computed_tokens` were computed here (again, after a preemption),
+    `num_cached_tokens` came from the prefix cache.
+    """
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, seconds."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def e2e(self) -> float | None:
+        """Time from arrival to the last token, seconds."""
+        return None if self.finished_time is None else self.finished_time - self.arrival_time
+
+    def tpot(self, output_tokens: int) -> float | None:
+        """Time per output token after the first, seconds; None for fewer than two tokens."""
+        if self.finished_time is None or self.first_token_time is None or output_tokens < 2:
+            return None
+        return (self.finished_time - self.first_token_time) / (output_tokens - 1)
+
+
+@dataclass
+class CompletionOutput:
+    """One sample. `text` stops before a stop string; `token_ids` holds every token that was drawn."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestOutput:
+    """A request so far: `outputs` has one entry a sample, `finished` says whether all have ended."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return self.metrics.num_cached_tokens
+
+
+@dataclass
+class BeamSearchSequence:
+    """One beam: prompt and output tokens, their text, and the output's log-probability."""
+
+    tokens: list[int]
+    text: str
+    cum_logprob: float
+    logprobs: list[dict[int, Logprob]]
+
+
+@dataclass
+class BeamSearchOutput:
+    """The beams of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

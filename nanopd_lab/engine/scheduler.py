@@ -1,0 +1,476 @@
+"""Continuous batching with chunked prefill and preemption, as a pure state machine.
+
+`schedule()` says what the next step computes, `complete()` takes what it sampled. No clock, no thread, no
+torch: the engine drives it in real time and the simulator in virtual time.
+
+The life of a sequence:
+
+    waiting ──admit──► running ──────────────► finished
+       ▲                  │  (stop token, length, abort, error)
+       └────preempt───────┘  blocks given back, KV recomputed later (mostly from the prefix cache)
+
+Rules, in the order in which a step is filled:
+
+1.  Every running decode gets one token. If the budget is smaller than their number, those served longest ago
+    go first. A decode that needs a block when none is free takes it from the youngest running sequence.
+2.  Waiting sequences are admitted first come, first served, and only if the pool holds their whole prompt
+    beside what the running prompts still need: a prompt that is started can be finished.
+3.  The chunk policy divides what is left of the budget among the prompts.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Sequence as Seq
+
+from nanopd_lab.core import (
+    BlockCopy,
+    Chunk,
+    FinishReason,
+    Request,
+    SampledToken,
+    Sequence,
+    StepPlan,
+)
+from nanopd_lab.engine.beam import BeamGroup
+from nanopd_lab.engine.policies import ChunkPolicy, VictimPolicy, choose_victim, plan_chunks
+from nanopd_lab.errors import InvalidRequestError
+from nanopd_lab.kv import Allocator, blocks_for, hash_block
+
+
+class Scheduler:
+    """Decides what each step computes.
+
+    Args:
+        allocator: the block pool; the scheduler is its only user
+        block_size: tokens a block
+        max_num_batched_tokens: tokens a step may hold
+        max_num_seqs: sequences that may run at once
+        max_model_len: longest prompt + output
+        eos_token_ids: tokens that end a sequence unless the request says `ignore_eos`
+        chunk_policy, victim_policy: see `nanopd_lab.engine.policies`
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        *,
+        block_size: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        chunk_policy: ChunkPolicy = plan_chunks,
+        victim_policy: VictimPolicy = choose_victim,
+    ) -> None:
+        self.allocator = allocator
+        self.block_size = block_size
+        self.budget = max_num_batched_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self.chunk_policy = chunk_policy
+        self.victim_policy = victim_policy
+        self.waiting: deque[Sequence] = deque()  # by priority
+        self.running: list[Sequence] = []  # by priority
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self._live: dict[str, list[Sequence]] = {}  # unfinished sequences of each request
+        self._beams: dict[str, BeamGroup] = {}
+        self._in_flight: dict[int, Chunk] = {}  # by id(sequence), between schedule() and complete()
+        self._next_serial = 0
+        self._serves = 0  # chunks completed; a sequence's last one orders decodes when the budget is short
+
+    # ------------------------------------------------------------------ requests in and out
+
+    def validate(self, request: Request) -> None:
+        """Refuse what could never finish.
+
+        Raises:
+            InvalidRequestError: empty prompt, too long for the model or the pool, too many samples.
+        """
+        prompt = len(request.prompt_token_ids)
+        total = prompt + request.params.max_tokens
+        width = request.beam.beam_width if request.beam else request.params.n
+        if prompt == 0:
+            raise InvalidRequestError("the prompt is empty; give at least one token")
+        if total > self.max_model_len:
+            raise InvalidRequestError(
+                f"prompt ({prompt} tokens) + max_tokens ({request.params.max_tokens}) = {total} tokens, over the "
+                f"limit max_model_len = {self.max_model_len}; shorten the prompt or lower max_tokens"
+            )
+        blocks = blocks_for(total, self.block_size)
+        if blocks > self.allocator.num_blocks:
+            raise InvalidRequestError(
+                f"prompt ({prompt} tokens) + max_tokens ({request.params.max_tokens}) needs {blocks} blocks of "
+                f"{self.block_size} tokens, the KV pool has {self.allocator.num_blocks}; shorten the prompt, lower "
+                "max_tokens or raise kv_cache_memory_bytes"
+            )
+        if width > self.max_num_seqs:
+            raise InvalidRequestError(
+                f"{width} samples or beams of one prompt, over the limit max_num_seqs = {self.max_num_seqs}"
+            )
+        if request.request_id in self._live:
+            raise InvalidRequestError(f"request id {request.request_id!r} is already in use")
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request; returns its first sequence (further samples are forked off it later)."""
+        self.validate(request)
+        request.serial = self._next_serial
+        self._next_serial += 1
+        sequence = Sequence(request)
+        self._live[request.request_id] = [sequence]
+        if request.beam:
+            self._beams[request.request_id] = BeamGroup(request.beam, self._ends_at(request))
+        self.waiting.append(sequence)
+        return sequence
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """End every unfinished sequence of a request; unknown or finished requests are ignored.
+
+        Blocks of a sequence that a step is computing right now are given back when that step completes.
+        """
+        ended = list(self._live.get(request_id, ()))
+        for sequence in ended:
+            self.finish(sequence, FinishReason.ABORT)
+        return ended
+
+    def finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+    ) -> None:
+        """End one sequence now (also for stop strings, which only the engine can see)."""
+        if sequence.finished:
+            return
+        sequence.finish_reason, sequence.stop_reason, sequence.error = reason, stop_reason, error
+        sequence.candidates = None
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        if id(sequence) not in self._in_flight:
+            self._give_back(sequence)
+        siblings = self._live[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._live[sequence.request.request_id]
+            self._beams.pop(sequence.request.request_id, None)
+
+    def beam_group(self, request_id: str) -> BeamGroup | None:
+        """The beams of an unfinished beam-search request; keep it, it outlives the request here."""
+        return self._beams.get(request_id)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while any request has something left to do."""
+        return bool(self._live)
+
+    # ------------------------------------------------------------------ one step
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if nothing can run. `complete` must follow before the next call."""
+        assert not self._in_flight, "complete() the previous step first"
+        self.num_steps += 1
+        chunks: dict[int, Chunk] = {}
+        copies: dict[int, list[BlockCopy]] = {}
+        preempted: list[Sequence] = []
+
+        decodes = [sequence for sequence in self.running if sequence.is_decoding]
+        decodes.sort(key=lambda sequence: (sequence.last_served, sequence.priority))
+        for sequence in decodes:
+            if len(chunks) == self.budget:
+                break
+            if sequence not in self.running:  # lost its blocks to an older one in this loop
+                continue
+            if self._make_room(sequence, chunks, copies, preempted):
+                self._place(sequence, 1, chunks, copies)
+        num_decodes = len(chunks)
+
+        if not preempted:
+            self._admit(self.budget - num_decodes)
+        # A sequence admitted just now may lack one token only (the rest was cached): it is a chunk like others.
+        known = {id(sequence) for sequence in decodes}
+        prefills = [s for s in self.running if s.remaining > 0 and id(s) not in known]
+        counts = self.chunk_policy(num_decodes, [s.remaining for s in prefills], self.budget)
+        self._check_counts(counts, num_decodes, prefills)
+        for sequence, count in zip(prefills, counts, strict=True):
+            if count == 0 or sequence not in self.running:
+                continue
+            # Admission reserved room for every prompt, but decodes may have eaten into it since.
+            if self._make_room(sequence, chunks, copies, preempted, count):
+                self._place(sequence, count, chunks, copies)
+
+        if not chunks:
+            if self.waiting and self.running:
+                # Beams that wait for a preempted sibling hold the blocks it needs.
+                for sequence in [s for s in self.running if s.candidates is not None]:
+                    self._preempt(sequence, preempted)
+                return self.schedule() if preempted else None
+            return None
+        self._in_flight = chunks
+        return StepPlan(
+            step=self.num_steps,
+            chunks=tuple(chunks.values()),
+            copies=tuple(copy for per_sequence in copies.values() for copy in per_sequence),
+            preempted=tuple(preempted),
+        )
+
+    def complete(self, plan: StepPlan, sampled: Seq[Seq[SampledToken]]) -> list[Sequence]:
+        """Take in a step's result: `sampled[i]` holds `plan.chunks[i].samples` tokens.
+
+        Returns the sequences that got a token or ended, new samples and beams included.
+        """
+        assert len(sampled) == len(plan.chunks)
+        self._in_flight = {}
+        touched: list[Sequence] = []
+        for chunk, tokens in zip(plan.chunks, sampled, strict=True):
+            sequence = chunk.sequence
+            if sequence.finished:  # aborted while the step ran
+                self._give_back(sequence)
+                continue
+            sequence.num_computed = chunk.end
+            sequence.tokens_computed += chunk.count
+            self._serves += 1
+            sequence.last_served = self._serves
+            self._register_full_blocks(sequence)
+            if not chunk.samples:
+                continue
+            assert len(tokens) == chunk.samples
+            if tokens[0].error is not None:
+                self.finish(sequence, FinishReason.ERROR, error=tokens[0].error)
+                touched.append(sequence)
+            elif sequence.request.beam:
+                sequence.candidates = tokens[0]
+                touched.extend(self._advance_beams(sequence.request))
+            else:
+                family = [sequence, *(self.fork(sequence, index) for index in range(1, chunk.samples))]
+                for member, token in zip(family, tokens, strict=True):
+                    self.append(member, token)
+                touched.extend(family)
+        return touched
+
+    def roll_back(self, plan: StepPlan) -> None:
+        """The step failed: queue its sequences again, to be computed anew. Nothing is lost or leaked."""
+        self._in_flight = {}
+        for chunk in plan.chunks:
+            if chunk.sequence.finished:
+                self._give_back(chunk.sequence)
+            else:
+                self._preempt(chunk.sequence, [])
+
+    def append(self, sequence: Sequence, sampled: SampledToken) -> None:
+        """Append a token and end the sequence if it is a stop token or the last one allowed."""
+        params = sequence.request.params
+        sequence.tokens.append(sampled.token)
+        sequence.cumulative_logprob += sampled.logprob
+        if sampled.top_logprobs is not None:
+            sequence.logprobs.append(sampled.top_logprobs)
+        length = sequence.output_len
+        if length >= params.min_tokens:
+            if sampled.token in (params.stop_token_ids or ()):
+                self.finish(sequence, FinishReason.STOP, sampled.token)
+                return
+            if not params.ignore_eos and sampled.token in self.eos_token_ids:
+                self.finish(sequence, FinishReason.STOP)
+                return
+        if length >= params.max_tokens:
+            self.finish(sequence, FinishReason.LENGTH)
+
+    def fork(self, parent: Sequence, index: int) -> Sequence:
+        """A second sample or beam that shares all of its parent's blocks."""
+        child = Sequence(
+            request=parent.request,
+            index=index,
+            tokens=list(parent.tokens),
+            num_computed=parent.num_computed,
+            blocks=self.allocator.fork(parent.blocks),
+            block_hashes=list(parent.block_hashes),
+            num_registered=parent.num_registered,
+            logprobs=list(parent.logprobs),
+            cumulative_logprob=parent.cumulative_logprob,
+            last_served=parent.last_served,
+        )
+        self._live[parent.request.request_id].append(child)
+        queue = self.running if parent in self.running else self.waiting
+        bisect.insort(queue, child, key=lambda sequence: sequence.priority)
+        return child
+
+    # ------------------------------------------------------------------ blocks
+
+    def _place(
+        self, sequence: Sequence, count: int, chunks: dict[int, Chunk], copies: dict[int, list[BlockCopy]]
+    ) -> None:
+        """Give the sequence the blocks that its next `count` tokens are written to, and plan them."""
+        first = sequence.num_computed // self.block_size
+        for position in range(first, len(sequence.blocks)):
+            block = sequence.blocks[position]
+            if self.allocator.is_shared(block):
+                sequence.blocks[position] = fresh = self.allocator.copy_on_write(block)
+                copies.setdefault(id(sequence), []).append(BlockCopy(block, fresh))
+        missing = blocks_for(sequence.num_computed + count, self.block_size) - len(sequence.blocks)
+        if missing > 0:
+            sequence.blocks.extend(self.allocator.allocate(missing))
+        samples = 0
+        if count == sequence.remaining:
+            first_token = sequence.output_len == 0 and not sequence.request.beam
+            samples = sequence.request.params.n if first_token else 1
+        chunks[id(sequence)] = Chunk(sequence, sequence.num_computed, count, samples)
+
+    def _blocks_missing(self, sequence: Sequence, count: int) -> int:
+        """Free blocks that computing `count` more tokens takes: new ones and copies of shared ones."""
+        held = sequence.blocks[sequence.num_computed // self.block_size :]
+        shared = sum(self.allocator.is_shared(block) for block in held)
+        new = blocks_for(sequence.num_computed + count, self.block_size) - len(sequence.blocks)
+        return shared + max(0, new)
+
+    def _make_room(
+        self,
+        sequence: Sequence,
+        chunks: dict[int, Chunk],
+        copies: dict[int, list[BlockCopy]],
+        preempted: list[Sequence],
+        count: int = 1,
+    ) -> bool:
+        """Preempt until `sequence` can have its blocks; False if it lost its own."""
+        while self._blocks_missing(sequence, count) > self.allocator.num_free:
+            victim = self.victim_policy(self.running)
+            chunks.pop(id(victim), None)
+            copies.pop(id(victim), None)
+            self._preempt(victim, preempted)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence, preempted: list[Sequence]) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.preemptions += 1
+        self.num_preemptions += 1
+        bisect.insort(self.waiting, sequence, key=lambda s: s.priority)
+        preempted.append(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.allocator.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = sequence.num_registered = 0
+
+    def _admit(self, room: int) -> None:
+        """Move waiting sequences to running while the budget, the sequence cap and the pool allow."""
+        # A step serves at most `budget` sequences; admitting more would only make them wait inside.
+        cap = min(self.max_num_seqs, self.budget)
+        reserved = sum(self._blocks_missing(s, s.remaining) for s in self.running if s.remaining > 0)
+        room -= sum(s.remaining for s in self.running if not s.is_decoding)
+        parked: list[Sequence] = []
+        while self.waiting and room > 0:
+            sequence = self.waiting[0]
+            if sequence.candidates is not None:  # a beam that waits for its siblings needs no blocks
+                parked.append(self.waiting.popleft())
+                continue
+            width = sequence.request.params.n if sequence.output_len == 0 else 1
+            if self.running and len(self.running) + width > cap:
+                break
+            hashes = self._prefix_hashes(sequence)
+            matched, evictable = self.allocator.count_match(hashes)
+            needed = blocks_for(len(sequence.tokens), self.block_size) - matched
+            if needed + reserved > self.allocator.num_free - evictable:
+                break
+            self.waiting.popleft()
+            sequence.blocks = self.allocator.match(hashes[:matched])
+            sequence.num_computed = matched * self.block_size
+            sequence.num_registered = matched
+            sequence.tokens_cached += sequence.num_computed
+            bisect.insort(self.running, sequence, key=lambda s: s.priority)
+            reserved += needed
+            room -= sequence.remaining
+        self.waiting.extendleft(reversed(parked))
+
+    # ------------------------------------------------------------------ prefix cache
+
+    def _prefix_hashes(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the full blocks that may come from the cache: never all tokens, one must be computed."""
+        usable = (len(sequence.tokens) - 1) // self.block_size
+        self._extend_hashes(sequence, usable)
+        return sequence.block_hashes[:usable]
+
+    def _extend_hashes(self, sequence: Sequence, count: int) -> None:
+        hashes, size = sequence.block_hashes, self.block_size
+        while len(hashes) < count:
+            start = len(hashes) * size
+            parent = hashes[-1] if hashes else b""
+            hashes.append(hash_block(parent, sequence.tokens[start : start + size]))
+
+    def _register_full_blocks(self, sequence: Sequence) -> None:
+        full = sequence.num_computed // self.block_size
+        self._extend_hashes(sequence, full)
+        for position in range(sequence.num_registered, full):
+            self.allocator.register(sequence.blocks[position], sequence.block_hashes[position])
+        sequence.num_registered = full
+
+    # ------------------------------------------------------------------ beams
+
+    def _advance_beams(self, request: Request) -> list[Sequence]:
+        """Once every live beam of the request has its candidates: keep the best, fork and drop the rest."""
+        live = list(self._live[request.request_id])
+        if any(sequence.candidates is None for sequence in live):
+            return []
+        group = self._beams[request.request_id]
+        touched = list(live)
+        children = group.select(live)
+        next_index = max(sequence.index for sequence in live) + 1
+        survivors: list[tuple[Sequence, SampledToken]] = []
+        claimed: set[int] = set()
+        for parent, token in children:
+            if id(parent) in claimed:
+                child = self.fork(parent, next_index)
+                next_index += 1
+                touched.append(child)
+            else:
+                child = parent
+                claimed.add(id(parent))
+            survivors.append((child, token))
+        for sequence in live:
+            sequence.candidates = None
+            if id(sequence) not in claimed:
+                self.finish(sequence, FinishReason.ABORT)
+        for child, token in survivors:
+            self.append(child, token)
+        return touched
+
+    def _ends_at(self, request: Request) -> frozenset[int]:
+        assert request.beam is not None
+        return frozenset() if request.beam.ignore_eos else self.eos_token_ids
+
+    # ------------------------------------------------------------------ looking after itself
+
+    def _check_counts(self, counts: Seq[int], num_decodes: int, prefills: Seq[Sequence]) -> None:
+        legal = len(counts) == len(prefills) and all(
+            0 <= count <= s.remaining for count, s in zip(counts, prefills, strict=False)
+        )
+        if not legal or num_decodes + sum(counts) > self.budget:
+            raise ValueError(
+                f"the chunk policy returned {list(counts)} for prompts with {[s.remaining for s in prefills]} tokens "
+                f"left, {num_decodes} decodes and a budget of {self.budget}; each count must lie between 0 and what "
+                "is left, and all together must fit the budget"
+            )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a block is owned by nobody in particular or written by two."""
+        self.allocator.check_integrity()
+        live = [sequence for family in self._live.values() for sequence in family]
+        queued = [*self.waiting, *self.running]
+        assert len(queued) == len(live), "a sequence is lost or queued twice"
+        assert {id(s) for s in queued} == {id(s) for s in live}, "a sequence is lost or queued twice"
+        owners: dict[int, int] = {}
+        for sequence in live:
+            assert len(set(sequence.blocks)) == len(sequence.blocks), f"{sequence} holds a block twice"
+            assert len(sequence.blocks) * self.block_size >= sequence.num_computed, f"{sequence} lacks blocks"
+            for block in sequence.blocks:
+                owners[block] = owners.get(block, 0) + 1
+        stats = self.allocator.stats()
+        assert stats.used == len(owners), f"{stats.used} blocks in use, sequences hold {len(owners)}"
+        for waiting in self.waiting:
+            assert not waiting.blocks, f"{waiting} waits but holds blocks"

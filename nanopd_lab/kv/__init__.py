@@ -1,0 +1,6 @@
+"""Paged KV memory: which block belongs to whom (no torch), and the tensor the blocks index."""
+
+from nanopd_lab.kv.allocator import Allocator, AllocatorStats, BlockAllocator
+from nanopd_lab.kv.blocks import blocks_for, hash_block, slots
+
+__all__ = ["Allocator", "AllocatorStats", "BlockAllocator", "blocks_for", "hash_block", "slots"]

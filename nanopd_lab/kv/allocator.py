@@ -1,0 +1,282 @@
+"""The block allocator: who owns which block of the KV pool.
+
+A pure state machine over integers. Each block is in exactly one of three states:
+
+    free       on the free list, content meaningless
+    used       reference count >= 1; writable only while the count is 1
+    evictable  reference count 0 but its content is registered in the prefix cache; re-used by a request
+               with the same prefix, or evicted (least recently released first) when free blocks run out
+
+Reference counting and copy-on-write follow vLLM's PagedAttention (Kwon et al., SOSP 2023, section 4.4);
+content-addressed full blocks with LRU eviction follow vLLM's automatic prefix caching.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nanopd_lab.errors import OutOfBlocks
+
+
+@dataclass(frozen=True)
+class AllocatorStats:
+    """Where the blocks are now, and what has happened so far (all counts of blocks)."""
+
+    num_blocks: int
+    free: int
+    evictable: int
+    used: int
+    allocated_total: int
+    prefix_hits_total: int
+    evictions_total: int
+    copies_total: int
+    peak_used: int
+
+
+class Allocator(Protocol):
+    """What the scheduler needs of an allocator; a learner's own goes in here."""
+
+    num_blocks: int
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can hand out now, evictable ones included."""
+        ...
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks, each with reference count 1; OutOfBlocks (and nothing taken) if too few."""
+        ...
+
+    def fork(self, blocks: Sequence[int]) -> list[int]:
+        """Share all of `blocks` with one more owner."""
+        ...
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give up one reference to each block."""
+        ...
+
+    def is_shared(self, block: int) -> bool:
+        """True if more than one owner holds the block, so that it must not be written."""
+        ...
+
+    def copy_on_write(self, block: int) -> int:
+        """Swap one reference to a shared block for a fresh block, whose content the caller must copy."""
+        ...
+
+    def count_match(self, hashes: Iterable[bytes]) -> tuple[int, int]:
+        """(leading hashes that are cached, how many of those blocks are evictable now)."""
+        ...
+
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """Take a reference to each leading cached block, up to the first miss."""
+        ...
+
+    def register(self, block: int, content: bytes) -> None:
+        """Offer a full block's content to the prefix cache; ignored if caching is off."""
+        ...
+
+    def stats(self) -> AllocatorStats:
+        """Counts for people."""
+        ...
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if any invariant is broken."""
+        ...
+
+
+class BlockAllocator:
+    """Reference-counted blocks with copy-on-write and a prefix cache.
+
+    Args:
+        num_blocks: size of the pool; ids are 0 … num_blocks - 1
+        enable_prefix_caching: keep released full blocks findable by content until they are needed
+    """
+
+    def __init__(self, num_blocks: int, enable_prefix_caching: bool = True) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks is {num_blocks}; a pool needs at least 1 block")
+        self.num_blocks = num_blocks
+        self.enable_prefix_caching = enable_prefix_caching
+        self._free: deque[int] = deque(range(num_blocks))
+        self._refs = [0] * num_blocks
+        # Bumped whenever a block is handed out for new content, so that a late reader can tell.
+        self._generation = [0] * num_blocks
+        self._content: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # oldest release first
+        self._allocated = self._hits = self._evictions = self._copies = self._peak_used = 0
+
+    # ------------------------------------------------------------------ taking and giving back
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can hand out now, evictable ones included."""
+        return len(self._free) + len(self._evictable)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks, each with reference count 1.
+
+        Raises:
+            OutOfBlocks: fewer than `count` are free; nothing has been taken.
+        """
+        if count > self.num_free:
+            raise OutOfBlocks(
+                f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free; "
+                "release some or raise kv_cache_memory_bytes"
+            )
+        taken = [self._free.popleft() if self._free else self._evict() for _ in range(count)]
+        for block in taken:
+            self._refs[block] = 1
+            self._generation[block] += 1
+        self._allocated += count
+        self._peak_used = max(self._peak_used, self.num_blocks - self.num_free)
+        return taken
+
+    def fork(self, blocks: Sequence[int]) -> list[int]:
+        """Share all of `blocks` with one more owner; returns that owner's table."""
+        for block in blocks:
+            self._require_used(block, "fork")
+        for block in blocks:
+            self._refs[block] += 1
+        return list(blocks)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give up one reference to each block. Unregistered blocks become free, cached ones evictable.
+
+        The last block goes first: a block of a prefix is useless without those before it, so the tail must
+        be evicted before the head.
+
+        Raises:
+            ValueError: a block is not in use (released twice); nothing has been released.
+        """
+        need: dict[int, int] = {}
+        for block in blocks:
+            need[block] = need.get(block, 0) + 1
+        for block, times in need.items():
+            self._require_used(block, "release", times)
+        for block in reversed(blocks):
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                if self._content[block] is None:
+                    self._free.append(block)
+                else:
+                    self._evictable[block] = None
+
+    # ------------------------------------------------------------------ sharing
+
+    def ref_count(self, block: int) -> int:
+        """Owners of the block."""
+        return self._refs[block]
+
+    def generation(self, block: int) -> int:
+        """How often the block has been handed out for new content."""
+        return self._generation[block]
+
+    def is_shared(self, block: int) -> bool:
+        """True if more than one owner holds the block, so that it must not be written."""
+        return self._refs[block] > 1
+
+    def copy_on_write(self, block: int) -> int:
+        """Swap one reference to a shared block for a fresh block, whose content the caller must copy.
+
+        Raises:
+            ValueError: the block is not shared (write to it instead)
+            OutOfBlocks: no block is free; nothing has changed.
+        """
+        if not self.is_shared(block):
+            raise ValueError(f"block {block} has {self._refs[block]} owner(s); only a shared block is copied")
+        (fresh,) = self.allocate(1)
+        self._refs[block] -= 1
+        self._copies += 1
+        return fresh
+
+    # ------------------------------------------------------------------ prefix cache
+
+    def count_match(self, hashes: Iterable[bytes]) -> tuple[int, int]:
+        """(leading hashes that are cached, how many of those blocks are evictable now); takes nothing."""
+        matched = evictable = 0
+        for content in hashes:
+            block = self._block_of.get(content)
+            if block is None:
+                break
+            matched += 1
+            evictable += self._refs[block] == 0
+        return matched, evictable
+
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """Take a reference to each leading cached block, up to the first miss."""
+        taken = []
+        for content in hashes:
+            block = self._block_of.get(content)
+            if block is None:
+                break
+            if self._refs[block] == 0:
+                del self._evictable[block]
+            self._refs[block] += 1
+            taken.append(block)
+        self._hits += len(taken)
+        self._peak_used = max(self._peak_used, self.num_blocks - self.num_free)
+        return taken
+
+    def register(self, block: int, content: bytes) -> None:
+        """Offer a full, written block to the prefix cache under its content hash.
+
+        The first block with a content stays the cached one; a second copy is freed on release as usual.
+        """
+        self._require_used(block, "register")
+        if self.enable_prefix_caching and self._content[block] is None and content not in self._block_of:
+            self._content[block] = content
+            self._block_of[content] = block
+
+    def _evict(self) -> int:
+        block, _ = self._evictable.popitem(last=False)
+        content = self._content[block]
+        assert content is not None
+        del self._block_of[content]
+        self._content[block] = None
+        self._evictions += 1
+        return block
+
+    # ------------------------------------------------------------------ looking after itself
+
+    def stats(self) -> AllocatorStats:
+        """Where the blocks are now, and what has happened so far."""
+        return AllocatorStats(
+            num_blocks=self.num_blocks,
+            free=len(self._free),
+            evictable=len(self._evictable),
+            used=self.num_blocks - self.num_free,
+            allocated_total=self._allocated,
+            prefix_hits_total=self._hits,
+            evictions_total=self._evictions,
+            copies_total=self._copies,
+            peak_used=self._peak_used,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a block is in two states or none, or the cache's two maps disagree."""
+        free, evictable = set(self._free), set(self._evictable)
+        assert len(free) == len(self._free), "a block is on the free list twice"
+        assert not free & evictable, f"blocks {free & evictable} are both free and evictable"
+        for block, refs in enumerate(self._refs):
+            states = (block in free) + (block in evictable) + (refs > 0)
+            assert states == 1, f"block {block} is in {states} states (refs {refs})"
+            assert (block in evictable) <= (self._content[block] is not None), (
+                f"block {block} evictable, uncached"
+            )
+            assert not (block in free and self._content[block] is not None), (
+                f"block {block} is free but cached"
+            )
+        cached = {content: block for block, content in enumerate(self._content) if content is not None}
+        assert cached == self._block_of, "the prefix cache's maps disagree"
+
+    def _require_used(self, block: int, verb: str, times: int = 1) -> None:
+        if not 0 <= block < self.num_blocks:
+            raise ValueError(f"cannot {verb} block {block}; ids run from 0 to {self.num_blocks - 1}")
+        if self._refs[block] < times:
+            raise ValueError(
+                f"cannot {verb} block {block} {'twice' if times > 1 else ''}: it has {self._refs[block]} owner(s)"
+            )

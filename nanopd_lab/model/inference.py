@@ -1,0 +1,157 @@
+"""Modules of a loaded model swapped for faster ones with the same meaning; the modelling code stays as it is.
+
+q, k, v (and gate, up)   read the same input: their weights are stacked and multiplied once
+nn.Linear on a CPU       few rows: our kernel, which streams the weights once at the memory's speed
+RMSNorm on a CPU         one call instead of eight
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanopd_lab.cpu import library
+
+# Sibling projections that read the same input, by attribute name.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Products with at most this many rows go to our kernel, larger ones to the library's.
+FEW_ROWS = 48
+
+
+@lru_cache(maxsize=1)
+def has_bf16_matrix_unit() -> bool:
+    """True if the processor multiplies bf16 matrices faster than float32 ones (Intel AMX, Arm BF16)."""
+    query = getattr(torch.cpu, "get_capabilities", None)  # since torch 2.10
+    if query is None:
+        return bool(torch.cpu._is_amx_tile_supported())
+    capabilities: dict[str, object] = query()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+class InferenceLinear(nn.Module):
+    """`y = x W^T + b` without gradients.
+
+    Args:
+        weight: `[out_features, in_features]`
+        bias: `[out_features]` or None
+        native: few rows through `dense_linear` (float32 and bfloat16 on the CPU)
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, native: bool) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+        fits = self.in_features % 32 == 0 and self.out_features % 16 == 0
+        self._native = library.load().dense_linear if native and fits else None
+        # Without a matrix unit a bf16 product runs at half the speed of a float32 one: widen, multiply, round.
+        self._widen = native and weight.dtype == torch.bfloat16 and not has_bf16_matrix_unit()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // self.in_features
+        if self._native is None or rows > FEW_ROWS or rows == 0:
+            if self._widen:
+                bias = None if self.bias is None else self.bias.float()
+                return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
+            return F.linear(x, self.weight, self.bias)
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        self._native(
+            x.data_ptr(),
+            self.weight.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            out.data_ptr(),
+            rows,
+            self.in_features,
+            self.out_features,
+            library.DTYPES[x.dtype],
+        )
+        return out
+
+
+class InferenceRMSNorm(nn.Module):
+    """Hugging Face's RMSNorm in one pass, its roundings included."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+        self.eps = eps
+        self._native = library.load().dense_rms_norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dim = x.shape[-1]
+        dtype = library.DTYPES[x.dtype]
+        self._native(
+            x.data_ptr(), self.weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, self.eps, dtype
+        )
+        return out
+
+
+class _FusedGroup:
+    """Multiplies for all siblings when the first is asked, and hands slices of that to the others."""
+
+    def __init__(self, linear: InferenceLinear, sizes: Sequence[int]) -> None:
+        self.linear, self.sizes = linear, list(sizes)
+        self.source: torch.Tensor | None = None
+        self.parts: dict[int, torch.Tensor] = {}
+
+    def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        if self.source is not x or index not in self.parts:
+            self.parts = dict(enumerate(self.linear(x).split(self.sizes, dim=-1)))
+            self.source = x
+        out = self.parts.pop(index)
+        if not self.parts:
+            self.source = None  # keep no activation alive
+        return out
+
+
+class FusedSlice(nn.Module):
+    """One projection of a fused group; stands where the `nn.Linear` stood."""
+
+    def __init__(self, group: _FusedGroup, index: int) -> None:
+        super().__init__()
+        self._group, self._index = group, index
+        if index == 0:
+            self.stacked = group.linear  # so that the model's parameters are all of its weights, once
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._group.part(x, self._index)
+
+
+def optimise(model: nn.Module, *, fuse: bool = True) -> None:
+    """Swap the modules of `model` in place, one at a time, so that no second copy of the weights exists.
+
+    Args:
+        fuse: stack sibling projections
+    """
+    parameter = next(model.parameters())
+    native = parameter.device.type == "cpu" and parameter.dtype in library.DTYPES and library.available()
+    for module in list(model.modules()):
+        if fuse:
+            for names in SIBLINGS:
+                _fuse(module, names, native)
+        if not native:
+            continue
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, InferenceLinear(child.weight, child.bias, native))
+            elif type(child).__name__.endswith("RMSNorm") and isinstance(child.weight, torch.Tensor):
+                setattr(module, name, InferenceRMSNorm(child.weight, float(child.variance_epsilon)))  # type: ignore[arg-type]
+
+
+def _fuse(module: nn.Module, names: Sequence[str], native: bool) -> None:
+    linears = [linear for name in names if isinstance(linear := getattr(module, name, None), nn.Linear)]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if len(linears) != len(names) or len(biases) not in (0, len(linears)):
+        return
+    weight = torch.cat([linear.weight for linear in linears])
+    stacked = InferenceLinear(weight, torch.cat([*biases]) if biases else None, native)
+    group = _FusedGroup(stacked, [linear.out_features for linear in linears])
+    for index, name in enumerate(names):
+        setattr(module, name, FusedSlice(group, index))

@@ -1,0 +1,63 @@
+"""Text as it grows: whole characters only, and nothing shown that a stop string takes back."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanopd_lab.engine.detokenizer import Detokenizer
+
+
+class Bytes:
+    """A byte-level tokenizer: a token is a byte."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@given(text=st.text(max_size=30), prompt=st.text(max_size=10))
+def test_stream_is_a_growing_prefix_and_complete(text: str, prompt: str) -> None:
+    reader = Detokenizer(Bytes(), list(prompt.encode()))
+    for byte in text.encode():
+        before = reader.text
+        reader.push(byte)
+        assert reader.text.startswith(before)
+        assert text.startswith(reader.text)
+    reader.end()
+    assert reader.text == text
+
+
+@given(text=st.text(alphabet="abc", max_size=40), stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_stop_strings(text: str, stop: list[str]) -> None:
+    reader = Detokenizer(Bytes(), [], stop)
+    shown, stopped = "", None
+    for byte in text.encode():
+        stopped = reader.push(byte)
+        assert reader.text.startswith(shown), "something shown was taken back"
+        shown = reader.text
+        if stopped:
+            break
+    stopped = stopped or reader.end()
+    # The first prefix that contains a stop string ends the text; it is cut where that string begins.
+    for end in range(len(text) + 1):
+        hits = [(at, s) for s in stop if (at := text[:end].find(s)) >= 0]
+        if hits:
+            assert (reader.text, stopped) == (text[: min(hits)[0]], min(hits)[1])
+            return
+    assert stopped is None
+    assert reader.text == text
+
+
+def test_the_stop_string_can_be_kept() -> None:
+    reader = Detokenizer(Bytes(), [], ["END"], include_stop=True)
+    assert [reader.push(byte) for byte in b"x END"] == [None, None, None, None, "END"]
+    assert reader.text == "x END"
+
+
+def test_an_unfinished_character_is_shown_at_the_end() -> None:
+    reader = Detokenizer(Bytes(), [])
+    for byte in "ab€".encode()[:-1]:
+        reader.push(byte)
+    assert reader.text == "ab"
+    reader.end()
+    assert reader.text == "ab\ufffd"
