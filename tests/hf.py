@@ -69,5 +69,7 @@ def assert_same_tokens(model: PreTrainedModel, prompt: list[int], got: list[int]
                 ids = torch.tensor([prompt + want[:place]], device=model.device)
                 logits = model(ids).logits[0, -1]
             gap = (logits[theirs] - logits[ours]).item()
-            assert abs(gap) < 1e-4, f"token {place} is {ours}, Hugging Face says {theirs} (logits differ by {gap})"
+            assert abs(gap) < 1e-4, (
+                f"token {place} is {ours}, Hugging Face says {theirs} (logits differ by {gap})"
+            )
             return
