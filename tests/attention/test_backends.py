@@ -37,7 +37,9 @@ def build(
 
     needed = [blocks_for(context, block_size) for _, context in batch]
     order = torch.randperm(sum(needed) + 3, generator=generator).tolist()
-    pool = torch.zeros(len(order), 3, 2, kv_heads, block_size, dim, dtype=dtype)  # three layers; we use the second
+    pool = torch.zeros(
+        len(order), 3, 2, kv_heads, block_size, dim, dtype=dtype
+    )  # three layers; we use the second
     pool[:, [0, 2]] = float("nan")
     tables, mapping = [], []
     for (length, context), count in zip(batch, needed, strict=True):

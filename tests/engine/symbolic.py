@@ -34,7 +34,9 @@ def rollout(prompt: list[int], params: SamplingParams, sample: int) -> list[int]
 
 def top_logprobs(tokens: list[int], width: int) -> dict[int, Logprob]:
     """Distinct, deterministic log-probabilities for beam search."""
-    scored = sorted(((-(hash((tuple(tokens), t)) % 10_007) / 10_007 - 0.1, t) for t in range(VOCAB)), reverse=True)
+    scored = sorted(
+        ((-(hash((tuple(tokens), t)) % 10_007) / 10_007 - 0.1, t) for t in range(VOCAB)), reverse=True
+    )
     return {token: Logprob(score, rank + 1) for rank, (score, token) in enumerate(scored[:width])}
 
 
@@ -54,7 +56,9 @@ class SymbolicRunner:
             ]
         written: set[int] = set()
         for chunk in plan.chunks:
-            for position, slot in enumerate(self._slots(chunk.sequence, chunk.start, chunk.count), chunk.start):
+            for position, slot in enumerate(
+                self._slots(chunk.sequence, chunk.start, chunk.count), chunk.start
+            ):
                 assert slot not in written, f"two sequences write slot {slot} in one step"
                 written.add(slot)
                 self.cache[slot] = digest(chunk.sequence.tokens, position + 1)

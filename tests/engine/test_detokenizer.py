@@ -27,7 +27,10 @@ def test_stream_is_a_growing_prefix_and_complete(text: str, prompt: str) -> None
     assert reader.text == text
 
 
-@given(text=st.text(alphabet="abc", max_size=40), stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+@given(
+    text=st.text(alphabet="abc", max_size=40),
+    stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
 def test_stop_strings(text: str, stop: list[str]) -> None:
     reader = Detokenizer(Bytes(), [], stop)
     shown, stopped = "", None

@@ -15,7 +15,9 @@ from nanopd_lab.kv import BlockAllocator, blocks_for
 from tests.engine.symbolic import EOS, SymbolicRunner, rollout, top_logprobs
 
 
-def make(num_blocks: int = 32, block_size: int = 4, budget: int = 16, seqs: int = 8, caching: bool = True) -> Scheduler:
+def make(
+    num_blocks: int = 32, block_size: int = 4, budget: int = 16, seqs: int = 8, caching: bool = True
+) -> Scheduler:
     return Scheduler(
         BlockAllocator(num_blocks, caching),
         block_size=block_size,

@@ -40,7 +40,9 @@ def reference(model: PreTrainedModel, prompt: tuple[int, ...], count: int) -> li
     return greedy(model, list(prompt), count)
 
 
-def run_staggered(llm: LLM, batch: list[list[int]], params: SamplingParams, gap: int) -> list[list[list[int]]]:
+def run_staggered(
+    llm: LLM, batch: list[list[int]], params: SamplingParams, gap: int
+) -> list[list[list[int]]]:
     """Add one request every `gap` steps; returns the tokens of each sample of each request."""
     waiting = dict(enumerate(batch))
     out: dict[int, list[list[int]]] = {}
@@ -80,7 +82,9 @@ def test_every_chunk_size(
 def test_every_backend(tiny: dict[str, tuple[Path, PreTrainedModel]], backend: str, optimise: bool) -> None:
     path, hf = tiny["qwen2"]
     batch = prompts([5, 33])
-    llm = LLM(str(path), attention_backend=backend, optimise=optimise, max_num_batched_tokens=20, device="cpu")
+    llm = LLM(
+        str(path), attention_backend=backend, optimise=optimise, max_num_batched_tokens=20, device="cpu"
+    )
     for prompt, (tokens,) in zip(batch, run_staggered(llm, batch, GREEDY, gap=1), strict=True):
         assert_same_tokens(hf, prompt, tokens, reference(hf, tuple(prompt), 12))
 
@@ -125,7 +129,9 @@ def test_samples_of_one_prompt_share_and_then_part(tiny: dict[str, tuple[Path, P
     path, hf = tiny["llama"]
     batch = prompts([21, 16, 3])
     llm = LLM(str(path), max_num_batched_tokens=16, block_size=16, device="cpu")
-    results = run_staggered(llm, batch, SamplingParams(n=4, temperature=0, max_tokens=12, ignore_eos=True), gap=1)
+    results = run_staggered(
+        llm, batch, SamplingParams(n=4, temperature=0, max_tokens=12, ignore_eos=True), gap=1
+    )
     for prompt, samples in zip(batch, results, strict=True):
         for tokens in samples:
             assert_same_tokens(hf, prompt, tokens, reference(hf, tuple(prompt), 12))
@@ -138,7 +144,9 @@ def test_samples_of_one_prompt_share_and_then_part(tiny: dict[str, tuple[Path, P
 def test_same_seed_same_tokens_whatever_the_batch(tiny: dict[str, tuple[Path, PreTrainedModel]]) -> None:
     path, _ = tiny["qwen3"]
     batch = prompts([9, 30, 4, 17, 25, 8])
-    params = SamplingParams(temperature=0.8, top_p=0.95, top_k=40, seed=11, max_tokens=16, n=2, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0.8, top_p=0.95, top_k=40, seed=11, max_tokens=16, n=2, ignore_eos=True
+    )
     alone = []
     for prompt in batch:
         llm = LLM(str(path), enable_prefix_caching=False, device="cpu")
@@ -157,7 +165,9 @@ def test_a_long_prompt_in_chunks_gives_the_logits_of_one_pass(
     (prompt,) = prompts([2300])
     seen: list[torch.Tensor] = []
     execute = ModelRunner.logits
-    monkeypatch.setattr(ModelRunner, "logits", lambda self, batch: seen.append(execute(self, batch)) or seen[-1])
+    monkeypatch.setattr(
+        ModelRunner, "logits", lambda self, batch: seen.append(execute(self, batch)) or seen[-1]
+    )
     llm = LLM(str(path), max_num_batched_tokens=chunk, device="cpu")
     llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
     with torch.no_grad():
@@ -169,11 +179,15 @@ def test_a_long_prompt_in_chunks_gives_the_logits_of_one_pass(
 
 
 @pytest.mark.parametrize("width", [2, 4])
-def test_beam_search_finds_hugging_faces_beams(tiny: dict[str, tuple[Path, PreTrainedModel]], width: int) -> None:
+def test_beam_search_finds_hugging_faces_beams(
+    tiny: dict[str, tuple[Path, PreTrainedModel]], width: int
+) -> None:
     path, hf = tiny["llama"]
     batch = prompts([6, 19])
     llm = LLM(str(path), max_num_batched_tokens=16, block_size=4, device="cpu")
-    found = llm.beam_search(batch, BeamSearchParams(width, 10, ignore_eos=True, length_penalty=0.0), use_tqdm=False)
+    found = llm.beam_search(
+        batch, BeamSearchParams(width, 10, ignore_eos=True, length_penalty=0.0), use_tqdm=False
+    )
     for prompt, output in zip(batch, found, strict=True):
         expected = hf.generate(
             torch.tensor([prompt]),
@@ -219,5 +233,7 @@ def test_a_step_that_raises_is_repeated(
         except MemoryError:
             llm.engine.check_integrity()
     for number, prompt in enumerate(batch):
-        assert_same_tokens(hf, prompt, out[str(number)].outputs[0].token_ids, reference(hf, tuple(prompt), 12))
+        assert_same_tokens(
+            hf, prompt, out[str(number)].outputs[0].token_ids, reference(hf, tuple(prompt), 12)
+        )
     assert llm.stats().blocks.used == 0

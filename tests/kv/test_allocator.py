@@ -11,7 +11,9 @@ from nanopd_lab.errors import OutOfBlocks
 from nanopd_lab.kv import BlockAllocator, blocks_for, hash_block, slots
 
 
-@pytest.mark.parametrize(("tokens", "size", "blocks"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "size", "blocks"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2)]
+)
 def test_blocks_for(tokens: int, size: int, blocks: int) -> None:
     assert blocks_for(tokens, size) == blocks
 
