@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nanopd_lab.model.support import CorruptCheckpointError, ModelUnavailableError
 
-_BUFFER_BYTES = 16 * 2**20
+_BUFFER_BYTES = 4 * 2**20
 _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -40,15 +40,16 @@ class StoredTensor:
     def copy_to(self, target: torch.Tensor, buffer: torch.Tensor) -> None:
         """Fill `target` (contiguous, any float type, any device) through `buffer` (uint8, on the CPU)."""
         flat = target.view(-1)
-        item = self.dtype.itemsize
-        step = buffer.numel() // item
-        raw = memoryview(buffer.numpy())  # type: ignore[arg-type]
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.offset)
+            if flat.device.type == "cpu" and flat.dtype == self.dtype:
+                self._read_exactly(stream, _bytes_of(flat))  # nothing to convert: no detour
+                return
+            step = buffer.numel() // self.dtype.itemsize
             for begin in range(0, flat.numel(), step):
-                count = min(step, flat.numel() - begin)
-                self._read_exactly(stream, raw[: count * item])
-                flat[begin : begin + count].copy_(buffer[: count * item].view(self.dtype))
+                part = buffer[: min(step, flat.numel() - begin) * self.dtype.itemsize]
+                self._read_exactly(stream, _bytes_of(part))
+                flat[begin : begin + step].copy_(part.view(self.dtype))
 
     def _read_exactly(self, stream: Any, view: memoryview) -> None:
         while view:  # one read returns at most 2 GiB, and less near a signal
@@ -58,6 +59,10 @@ class StoredTensor:
                     f"{self.file} ends in the middle of a tensor; fetch or copy the file again"
                 )
             view = view[got:]
+
+
+def _bytes_of(flat: torch.Tensor) -> memoryview:
+    return memoryview(flat.detach().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def index_checkpoint(folder: Path) -> dict[str, StoredTensor]:

@@ -14,7 +14,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from nanopd_lab.model.cache import cache_root, cached_folder, file_sha256
+from nanopd_lab.cache import cache_dir
+from nanopd_lab.model.cached_folder import cached_folder, file_sha256
 from nanopd_lab.model.gguf_file import convert_gguf
 from nanopd_lab.model.support import ModelUnavailableError
 
@@ -33,13 +34,13 @@ def embedded_model(*, progress: bool = True) -> Path:
 
     Raises `ModelUnavailableError` with the command to run when it can neither be found nor fetched.
     """
-    folder = cache_root() / "models" / f"SmolLM2-135M-Instruct-{GGUF_SHA256[:8]}-{_LAYOUT}"
+    folder = cache_dir("models") / f"SmolLM2-135M-Instruct-{GGUF_SHA256[:8]}-{_LAYOUT}"
     return cached_folder(folder, lambda scratch: _build(scratch, progress))
 
 
 def wheel_shelf() -> Path:
     """Where a wheel that was carried here by hand is looked for."""
-    return cache_root() / "wheels"
+    return cache_dir("wheels")
 
 
 def _build(scratch: Path, progress: bool) -> None:

@@ -1,8 +1,8 @@
 """GGUF files turned into folders in Hugging Face's layout: exact fp32 weights, configuration, tokenizer.
 
-transformers reads GGUF files too, but takes 22 s for a model of 135M where this takes a few, and gets
-metadata wrong that matter for serving (the end-of-sequence token, how digits are split, the rotary scaling).
-Its loader is the oracle in the tests.
+transformers reads GGUF files too, and its loader is the oracle in the tests; but it needs 20 s for a model of
+135M where this needs a few, drops rotary scaling without a word, and depending on the release takes the wrong
+token for the end of a sequence.
 
 The format is described in ggml's docs/gguf.md; the names of tensors in gguf-py's `tensor_mapping`.
 """

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanopd_lab.model.cache import cache_root, cached_folder
+from nanopd_lab.cache import cache_dir
+from nanopd_lab.model.cached_folder import cached_folder
 from nanopd_lab.model.checkpoint import empty_model, fill_from_checkpoint
 from nanopd_lab.model.embedded import EMBEDDED_NAME, embedded_model
 from nanopd_lab.model.gguf_file import convert_gguf
@@ -109,6 +110,8 @@ def resolve_folder(spec: str, *, progress: bool = True) -> Path:
     """The local folder in Hugging Face's layout for any `spec` but "random:...", fetched if need be."""
     if spec == EMBEDDED_NAME:
         return embedded_model(progress=progress)
+    if not spec.strip():
+        raise UnknownModelError(f"unknown model {spec!r}. {_known(spec)}")
     path = Path(spec).expanduser()
     if path.is_dir():
         return path.resolve()
@@ -197,7 +200,7 @@ def _gguf_folder(file: Path, progress: bool) -> Path:
     stat = file.stat()
     identity = f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0{1}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    folder = cache_root() / "models" / f"gguf-{re.sub(r'[^A-Za-z0-9.-]', '_', file.stem)[:60]}-{key}"
+    folder = cache_dir("models") / f"gguf-{re.sub(r'[^A-Za-z0-9.-]', '_', file.stem)[:60]}-{key}"
     return cached_folder(
         folder, lambda scratch: convert_gguf(file, scratch, name=file.name, progress=progress)
     )

@@ -11,15 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import filelock
-import platformdirs
 
 MANIFEST = "nanopd_lab_manifest.json"
-
-
-def cache_root() -> Path:
-    """`$NANOPD_LAB_CACHE`, or else the user's cache directory for this package."""
-    override = os.environ.get("NANOPD_LAB_CACHE")
-    return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("nanopd_lab"))
 
 
 def file_sha256(path: Path) -> str:
