@@ -149,7 +149,9 @@ def _bench_offline(args: argparse.Namespace) -> int:
         args.model,
         dtype=args.dtype,
         device=args.device,
-        workload=Workload(args.num_prompts, args.min_input_len, args.max_input_len, args.output_len, args.seed),
+        workload=Workload(
+            args.num_prompts, args.min_input_len, args.max_input_len, args.output_len, args.seed
+        ),
         peers=tuple(args.peers),
         rounds=args.rounds,
         max_num_batched_tokens=args.max_num_batched_tokens,

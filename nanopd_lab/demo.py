@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import textwrap
-import time
 
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.engine.llm import LLM
@@ -23,7 +22,9 @@ def run_demo(llm: LLM, max_tokens: int = 48) -> None:
     prompts = load_prompts()
     engine = llm.engine
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
-    print(f"{len(prompts)} conversations at once on {engine.config.model} ({engine.config.dtype}, {engine.device})\n")
+    print(
+        f"{len(prompts)} conversations at once on {engine.config.model} ({engine.config.dtype}, {engine.device})\n"
+    )
     start = engine.clock()
     before = engine.stats().computed_tokens
     for number, prompt in enumerate(prompts):
@@ -46,10 +47,17 @@ def run_demo(llm: LLM, max_tokens: int = 48) -> None:
     tpots = [t for output in finished if (t := output.metrics.tpot(len(output.outputs[0].token_ids)))]
     blocks = stats.blocks
     print(f"{output_tokens} tokens in {seconds:.2f} s: {output_tokens / seconds:.1f} tokens/s")
-    print(f"time to first token   mean {statistics.mean(ttfts) * 1e3:6.0f} ms, worst {max(ttfts) * 1e3:.0f} ms")
-    print(f"time per output token mean {statistics.mean(tpots) * 1e3:6.1f} ms, worst {max(tpots) * 1e3:.1f} ms")
+    print(
+        f"time to first token   mean {statistics.mean(ttfts) * 1e3:6.0f} ms, worst {max(ttfts) * 1e3:.0f} ms"
+    )
+    print(
+        f"time per output token mean {statistics.mean(tpots) * 1e3:6.1f} ms, worst {max(tpots) * 1e3:.1f} ms"
+    )
     print(f"prompts               {prompt_tokens} tokens, {cached} of them from the prefix cache")
-    print(f"steps                 {stats.steps}, {stats.computed_tokens - before} tokens computed, up to {peak_running} sequences a step")
+    computed = stats.computed_tokens - before
+    print(
+        f"steps                 {stats.steps}, {computed} tokens computed, up to {peak_running} sequences a step"
+    )
     print(
         f"KV blocks             {blocks.peak_used} of {blocks.num_blocks} used at the peak, {blocks.used} now, "
         f"{blocks.evictable} kept for re-use"

@@ -17,7 +17,7 @@ def describe_machine() -> dict[str, Any]:
     from nanopd_lab.bench.provenance import machine
     from nanopd_lab.cache import cache_dir
     from nanopd_lab.cpu import library
-    from nanopd_lab.model.inference import has_bf16_matrix_unit
+    from nanopd_lab.cpu.features import has_bf16_matrix_unit
 
     found = machine()
     memory = found["memory_bytes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -50,12 +51,13 @@ def save_tiny(architecture: str, folder: Path) -> Path:
 
 def greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
     """Hugging Face's greedy continuation, `count` tokens."""
+    settings = copy.deepcopy(model.generation_config)
+    # No stop token; `min_new_tokens` would do that by forbidding it, which is not the same.
+    settings.update(max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0)
     out = model.generate(
         torch.tensor([prompt], device=model.device),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
-        max_new_tokens=count,
-        min_new_tokens=count,
-        do_sample=False,
+        generation_config=settings,
     )
     return out[0, len(prompt) :].tolist()
 

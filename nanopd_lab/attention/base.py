@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -25,8 +25,8 @@ class AttentionMetadata:
         block_tables:  int32 [S, max_blocks], padded with 0; entries past the context are never read
 
     `query_lens_host` and `context_lens_host` repeat on the host what a backend would have to read back from
-    the device. Sequences are ordered by query length, so decode steps (one token each) come first:
-    `num_decodes` of them.
+    the device; `scratch` keeps what a backend works out once for all layers of the step. Sequences are
+    ordered by query length, so decode steps (one token each) come first: `num_decodes` of them.
     """
 
     slot_mapping: torch.Tensor
@@ -35,6 +35,7 @@ class AttentionMetadata:
     block_tables: torch.Tensor
     query_lens_host: tuple[int, ...]
     context_lens_host: tuple[int, ...]
+    scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:

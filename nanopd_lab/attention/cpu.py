@@ -81,8 +81,7 @@ class CpuBackend:
         row = sum(metadata.query_lens_host[:few])
         for index in range(few, metadata.num_sequences):
             rows = slice(row, row + metadata.query_lens_host[index])
-            table, context = metadata.block_tables[index], metadata.context_lens_host[index]
-            out[rows] = attend_one(query[rows], kv_layer, table, context, scale)
+            out[rows] = attend_one(query[rows], kv_layer, metadata, index, scale)
             row = rows.stop
         return out
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from nanopd_lab.attention.base import AttentionMetadata
 from nanopd_lab.attention.reference import gather_sequence
+from nanopd_lab.cpu.features import has_bf16_matrix_unit
 
 
 def store_rows(
@@ -24,32 +25,43 @@ def store_rows(
     kv_layer[blocks, 1, :, offsets] = value
 
 
+def causal_mask(length: int, context: int, group: int, device: torch.device) -> torch.Tensor:
+    """float32 `[group * length, context]`: 0 where a query may look, -infinity behind it."""
+    last_seen = torch.arange(context - length, context, device=device)
+    hidden = torch.arange(context, device=device) > last_seen[:, None]
+    mask = torch.zeros(length, context, device=device).masked_fill_(hidden, float("-inf"))
+    return mask.repeat(group, 1)
+
+
 def attend_one(
-    query: torch.Tensor, kv_layer: torch.Tensor, block_table: torch.Tensor, context: int, scale: float
+    query: torch.Tensor, kv_layer: torch.Tensor, metadata: AttentionMetadata, index: int, scale: float
 ) -> torch.Tensor:
-    """Causal attention of one sequence's last `length` tokens over its pages.
+    """Causal attention of sequence `index`'s last `length` tokens over its pages.
 
     Args:
-        query: `[length, heads, head_dim]`
-        block_table: int32, the sequence's blocks
-        context: tokens in the cache, the query's own included
+        query: `[length, heads, head_dim]`, that sequence's rows
 
     Returns:
         `[length, heads, head_dim]`
     """
     length, heads, dim = query.shape
-    keys, values = gather_sequence(kv_layer, block_table, context)
+    context = metadata.context_lens_host[index]
+    keys, values = gather_sequence(kv_layer, metadata.block_tables[index], context)
     kv_heads = keys.shape[0]
-    folded = (
-        query.view(length, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
-    )
+    group = heads // kv_heads
+    folded = query.view(length, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not has_bf16_matrix_unit():
+        folded, keys, values = folded.float(), keys.float(), values.float()
     mask = None
     if length > 1:
-        last_seen = torch.arange(context - length, context, device=query.device)
-        seen = torch.arange(context, device=query.device) <= last_seen[:, None]
-        mask = seen.repeat(heads // kv_heads, 1)  # [group * length, context]
+        mask = metadata.scratch.get(index)
+        if mask is None:  # the same for every layer
+            mask = causal_mask(length, context, group, query.device).to(folded.dtype)
+            metadata.scratch[index] = mask
     out = F.scaled_dot_product_attention(folded, keys[None], values[None], attn_mask=mask, scale=scale)
-    return out.view(kv_heads, -1, length, dim).permute(2, 0, 1, 3).reshape(length, heads, dim)
+    return (
+        out.view(kv_heads, group, length, dim).permute(2, 0, 1, 3).reshape(length, heads, dim).to(query.dtype)
+    )
 
 
 class TorchBackend:
@@ -67,10 +79,8 @@ class TorchBackend:
     ) -> torch.Tensor:
         out = torch.empty_like(query)
         row = 0
-        for index, (length, context) in enumerate(
-            zip(metadata.query_lens_host, metadata.context_lens_host, strict=True)
-        ):
+        for index, length in enumerate(metadata.query_lens_host):
             rows = slice(row, row + length)
-            out[rows] = attend_one(query[rows], kv_layer, metadata.block_tables[index], context, scale)
+            out[rows] = attend_one(query[rows], kv_layer, metadata, index, scale)
             row += length
         return out

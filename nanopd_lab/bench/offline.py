@@ -69,7 +69,7 @@ def _ours(llm: LLM) -> Run:
     def run(prompts: list[list[int]], output_len: int) -> Timing:
         params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False)
         start = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)  # type: ignore[arg-type]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
         total = time.perf_counter() - start
         ttfts = [output.metrics.ttft or 0.0 for output in outputs]
         return Timing(total, statistics.mean(ttfts), sum(len(o.outputs[0].token_ids) for o in outputs))
@@ -218,7 +218,9 @@ def run_offline(
     systems: dict[str, Run] = {"ours": _ours(llm)}
     if peers:
         if llm.model_path is None:
-            raise ValueError(f"{model} has no folder to load peers from; leave out --peers or name a saved model")
+            raise ValueError(
+                f"{model} has no folder to load peers from; leave out --peers or name a saved model"
+            )
         hf = AutoModelForCausalLM.from_pretrained(llm.model_path, dtype=llm.engine.cache.shape.dtype)
         hf = hf.to(llm.engine.device).eval()
         make = {"hf-padded": _hf_padded, "hf-continuous": _hf_continuous, "hf-sequential": _hf_sequential}

@@ -24,7 +24,7 @@ _VOID, _INT64 = ctypes.c_void_p, ctypes.c_int64
 class AttentionProblem(ctypes.Structure):
     """`Problem` of paged_cpu.cpp."""
 
-    _fields_ = [  # noqa: RUF012 - how ctypes declares fields
+    _fields_ = [
         *((name, _VOID) for name in ("query", "kv", "out", "block_tables", "query_start", "context_lens")),
         *((name, _INT64) for name in ("block_stride", "kv_stride", "sequences", "max_blocks")),
         *((name, _INT64) for name in ("heads", "kv_heads", "dim", "block_size")),

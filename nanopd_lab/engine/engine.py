@@ -138,8 +138,10 @@ class Engine:
         Raises:
             InvalidRequestError: neither text nor token ids, ids out of range, or text without a tokenizer.
         """
+        text = None
         if isinstance(prompt, Mapping):
-            prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+            text = prompt.get("prompt")
+            prompt = prompt.get("prompt_token_ids") or text or ""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequestError(
@@ -159,7 +161,7 @@ class Engine:
                 raise InvalidRequestError(
                     f"prompt token {position} is {token!r}; token ids are integers from 0 to {vocab - 1}"
                 )
-        return None, [token.__index__() for token in ids]
+        return text, [token.__index__() for token in ids]
 
     def make_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None
@@ -300,16 +302,25 @@ class Engine:
     def _completion(self, tracked: _Tracked, sequence: Sequence) -> CompletionOutput:
         wants_logprobs = sequence.request.params.logprobs is not None
         reader = tracked.text.get(sequence.index)
+        logprobs = None
+        if wants_logprobs:
+            logprobs = [
+                {token: entry._replace(decoded_token=self._decode(token)) for token, entry in top.items()}
+                for top in sequence.logprobs
+            ]
         return CompletionOutput(
             index=sequence.index,
             text=reader.text if reader else "",
             token_ids=sequence.output_token_ids,
             cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
-            logprobs=list(sequence.logprobs) if wants_logprobs else None,
+            logprobs=logprobs,
             finish_reason=str(sequence.finish_reason) if sequence.finish_reason else None,
             stop_reason=sequence.stop_reason,
             error=sequence.error,
         )
+
+    def _decode(self, token: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.decode([token])
 
     # ------------------------------------------------------------------ looking after itself
 

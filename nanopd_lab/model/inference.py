@@ -8,28 +8,18 @@ RMSNorm on a CPU         one call instead of eight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nanopd_lab.cpu import library
+from nanopd_lab.cpu.features import has_bf16_matrix_unit
 
 # Sibling projections that read the same input, by attribute name.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Products with at most this many rows go to our kernel, larger ones to the library's.
 FEW_ROWS = 48
-
-
-@lru_cache(maxsize=1)
-def has_bf16_matrix_unit() -> bool:
-    """True if the processor multiplies bf16 matrices faster than float32 ones (Intel AMX, Arm BF16)."""
-    query = getattr(torch.cpu, "get_capabilities", None)  # since torch 2.10
-    if query is None:
-        return bool(torch.cpu._is_amx_tile_supported())
-    capabilities: dict[str, object] = query()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
 class InferenceLinear(nn.Module):

@@ -1,0 +1,82 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanopd_lab.cli import main
+
+
+def test_demo_answers_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--device", "cpu", "--max-tokens", "6"]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "tokens/s",
+        "time to first token",
+        "time per output token",
+        "KV blocks",
+        "> What is the capital",
+    ):
+        assert word in out
+
+
+def test_generate_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--device", "cpu", "--max-tokens", "2", "The capital of France is"]) == 0
+    assert capsys.readouterr().out == "[length] The capital of France is Paris.\n"
+    arguments = [
+        "generate",
+        "--device",
+        "cpu",
+        "--max-tokens",
+        "2",
+        "--json",
+        "--chat",
+        "--logprobs",
+        "1",
+        "Hi",
+    ]
+    assert main(arguments) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["finished"] is True
+    assert len(row["outputs"][0]["token_ids"]) == 2
+
+
+def test_info_names_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"torch", "processor", "GPUs", "C++ kernels", "cache folder"} <= set(report)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--model", "smollm3", "x"], "smollm2"),
+        (["generate", "--model", "random:tiny", "--device", "cpu", "x"], "has no tokenizer"),
+        (["generate", "--temperature", "-1", "x"], "temperature is -1.0"),
+        (["bench-offline", "--peers", "vllm"], "unknown peers vllm"),
+        (["bench-offline", "--min-input-len", "9", "--max-input-len", "3"], "input lengths 9 to 3"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_bench_offline_compares_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "result.json"
+    sizes = ["--num-prompts", "3", "--min-input-len", "4", "--max-input-len", "9", "--output-len", "4"]
+    peers = ["--peers", "hf-padded", "hf-continuous", "hf-sequential", "--rounds", "1"]
+    arguments = ["bench-offline", "--device", "cpu", "--dtype", "float32", *sizes, *peers]
+    assert main([*arguments, "--result-filename", str(target)]) == 0
+    result = json.loads(target.read_text())
+    assert set(result["summary"]) == {"ours", "hf-padded", "hf-continuous", "hf-sequential"}
+    assert all(row["output_tokens_per_s"] > 0 for row in result["summary"].values())
+    assert {"date", "machine", "versions", "commit", "command"} <= set(result["provenance"])
+    assert "ours is" in capsys.readouterr().out
