@@ -109,7 +109,8 @@ def test_store_takes_strided_rows(name: str) -> None:
 @pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
     backend = create_backend("cpu", torch.device("cpu"))
-    query, pool, _, metadata = build(BATCHES["ragged decodes"], 9, 3, 64, 16, torch.float32, "cpu")
+    query, pool, fresh, metadata = build(BATCHES["ragged decodes"], 9, 3, 64, 16, torch.float32, "cpu")
+    backend.store(fresh[0], fresh[1], pool[:, 1], metadata.slot_mapping)
     together = backend.attend(query, pool[:, 1], metadata, 0.125)
     for index in range(metadata.num_sequences):
         alone = AttentionMetadata(
