@@ -151,7 +151,9 @@ void attend(const Problem& p) {
   const Kernel<T> kernel = dim == 64    ? choose_group<T, 64>(group)
                            : dim == 128 ? choose_group<T, 128>(group)
                                         : choose_group<T, 0>(group);
-#pragma omp parallel for schedule(dynamic, 4)
+  // A few pages are read faster than a second thread wakes up.
+  const bool parallel = int64_t(work.size()) * step > 4 * kPartition;
+#pragma omp parallel for schedule(dynamic, 4) if (parallel)
   for (size_t i = 0; i < work.size(); ++i)
     kernel(p, work[i], &partial[i * row], &top[i * group], &sum[i * group]);
 

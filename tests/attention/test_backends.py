@@ -29,7 +29,7 @@ def build(
     dtype: torch.dtype,
     device: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]:
-    """Query, the past in a poisoned pool (NaN wherever nobody should look), and this step's K and V."""
+    """Query, the past in the second of three layers (NaN wherever nobody should look), this step's K and V."""
     generator = torch.Generator().manual_seed(len(batch) * 1000 + heads)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -37,10 +37,7 @@ def build(
 
     needed = [blocks_for(context, block_size) for _, context in batch]
     order = torch.randperm(sum(needed) + 3, generator=generator).tolist()
-    pool = torch.zeros(
-        len(order), 3, 2, kv_heads, block_size, dim, dtype=dtype
-    )  # three layers; we use the second
-    pool[:, [0, 2]] = float("nan")
+    pool = torch.full((len(order), 3, 2, kv_heads, block_size, dim), float("nan"), dtype=dtype)
     tables, mapping = [], []
     for (length, context), count in zip(batch, needed, strict=True):
         table, order = order[:count], order[count:]
