@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nanopd_lab.model.checkpoint import write_safetensors
+from nanopd_lab.model.loading import load_model
 from nanopd_lab.model.support import (
     CorruptCheckpointError,
     ModelUnavailableError,
@@ -457,3 +458,20 @@ def test_peak_memory_is_at_most_1_6_times_the_weights(a_quarter_gigabyte: Path, 
     ratio = float(done.stdout)
     print(f"peak {ratio:.3f} x the weights, fp32 file loaded as {dtype}")
     assert 0.9 < ratio < 1.6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-qwen2"])
+def test_a_folder_arrives_on_a_gpu_unchanged(save_shape: SaveShape, shape: str, dtype: torch.dtype) -> None:
+    folder = save_shape(shape)
+    here = load(str(folder)).model
+    device = torch.device("cuda")
+    there = load_model(str(folder), dtype=dtype, device=device, attn_implementation="sdpa")
+    assert (there.device.type, there.dtype) == ("cuda", dtype)
+    for name, weight in here.named_parameters():
+        assert torch.equal(weight.to(dtype), there.model.get_parameter(name).cpu()), name
+    for name, buffer in there.model.named_buffers():
+        assert torch.allclose(here.get_buffer(name), buffer.cpu(), rtol=1e-6, atol=0), name
+    with torch.no_grad():
+        assert there.model(IDS.cuda()).logits.isfinite().all()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
+from nanopd_lab.model.loading import load_model
 from nanopd_lab.model.shapes import SHAPES, shape_config
 from nanopd_lab.model.support import UnknownModelError, check_supported
 from tests.model.conftest import load
@@ -70,3 +73,24 @@ def test_every_shape_is_supported(shape: str) -> None:
 def test_unknown_shape_is_refused_with_the_names() -> None:
     with pytest.raises(UnknownModelError, match=r"'random:qwen9'.*qwen3-8b"):
         load("random:qwen9")
+
+
+@pytest.mark.gpu
+def test_eight_billion_parameters_on_a_gpu_in_seconds_and_once() -> None:
+    device, prompt = torch.device("cuda"), torch.arange(64)[None].cuda()
+    seen = []
+    for _ in range(2):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        loaded = load_model(
+            "random:qwen3-8b", dtype=torch.bfloat16, device=device, seed=3, attn_implementation="sdpa"
+        )
+        torch.cuda.synchronize()
+        assert time.perf_counter() - began < 30.0
+        assert torch.cuda.max_memory_allocated() - before < 1.05 * loaded.geometry.weight_bytes
+        with torch.no_grad():
+            seen.append(loaded.model(prompt).logits)
+        del loaded
+    assert seen[0].isfinite().all()
+    assert torch.equal(seen[0], seen[1])
