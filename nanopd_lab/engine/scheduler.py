@@ -34,9 +34,10 @@ from nanopd_lab.core import (
     StepPlan,
 )
 from nanopd_lab.engine.beam import BeamGroup
+from nanopd_lab.engine.block_manager import BlockManager
 from nanopd_lab.engine.policies import ChunkPolicy, VictimPolicy, choose_victim, plan_chunks
 from nanopd_lab.errors import InvalidRequestError
-from nanopd_lab.kv import Allocator, blocks_for, hash_block
+from nanopd_lab.kv import Allocator, blocks_for
 
 
 class Scheduler:
@@ -65,6 +66,7 @@ class Scheduler:
         victim_policy: VictimPolicy = choose_victim,
     ) -> None:
         self.allocator = allocator
+        self.blocks = BlockManager(allocator, block_size)
         self.block_size = block_size
         self.budget = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
@@ -153,7 +155,7 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         if id(sequence) not in self._in_flight:
-            self._give_back(sequence)
+            self.blocks.release(sequence)
         siblings = self._live[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -230,19 +232,22 @@ class Scheduler:
         for chunk, tokens in zip(plan.chunks, sampled, strict=True):
             sequence = chunk.sequence
             if sequence.finished:  # aborted while the step ran
-                self._give_back(sequence)
+                self.blocks.release(sequence)
                 continue
             sequence.num_computed = chunk.end
             sequence.tokens_computed += chunk.count
             self._serves += 1
             sequence.last_served = self._serves
-            self._register_full_blocks(sequence)
+            self.blocks.register(sequence)
             if not chunk.samples:
                 continue
             assert len(tokens) == chunk.samples
             if tokens[0].error is not None:
-                self.finish(sequence, FinishReason.ERROR, error=tokens[0].error)
-                touched.append(sequence)
+                # One beam less would leave the others waiting for its candidates.
+                ended = list(self._live[sequence.request.request_id]) if sequence.request.beam else [sequence]
+                for each in ended:
+                    self.finish(each, FinishReason.ERROR, error=tokens[0].error)
+                touched.extend(ended)
             elif sequence.request.beam:
                 sequence.candidates = tokens[0]
                 touched.extend(self._advance_beams(sequence.request))
@@ -258,7 +263,7 @@ class Scheduler:
         self._in_flight = {}
         for chunk in plan.chunks:
             if chunk.sequence.finished:
-                self._give_back(chunk.sequence)
+                self.blocks.release(chunk.sequence)
             else:
                 self._preempt(chunk.sequence, [])
 
@@ -287,7 +292,7 @@ class Scheduler:
             index=index,
             tokens=list(parent.tokens),
             num_computed=parent.num_computed,
-            blocks=self.allocator.fork(parent.blocks),
+            blocks=self.blocks.fork(parent),
             block_hashes=list(parent.block_hashes),
             num_registered=parent.num_registered,
             logprobs=list(parent.logprobs),
@@ -299,33 +304,22 @@ class Scheduler:
         bisect.insort(queue, child, key=lambda sequence: sequence.priority)
         return child
 
-    # ------------------------------------------------------------------ blocks
+    # ------------------------------------------------------------------ filling a step
 
     def _place(
-        self, sequence: Sequence, count: int, chunks: dict[int, Chunk], copies: dict[int, list[BlockCopy]]
+        self,
+        sequence: Sequence,
+        count: int,
+        chunks: dict[int, Chunk],
+        copies: dict[int, list[BlockCopy]],
     ) -> None:
-        """Give the sequence the blocks that its next `count` tokens are written to, and plan them."""
-        first = sequence.num_computed // self.block_size
-        for position in range(first, len(sequence.blocks)):
-            block = sequence.blocks[position]
-            if self.allocator.is_shared(block):
-                sequence.blocks[position] = fresh = self.allocator.copy_on_write(block)
-                copies.setdefault(id(sequence), []).append(BlockCopy(block, fresh))
-        missing = blocks_for(sequence.num_computed + count, self.block_size) - len(sequence.blocks)
-        if missing > 0:
-            sequence.blocks.extend(self.allocator.allocate(missing))
+        """Plan the sequence's next `count` tokens, with blocks to write them to."""
+        copies[id(sequence)] = self.blocks.extend(sequence, count)
         samples = 0
         if count == sequence.remaining:
             first_token = sequence.output_len == 0 and not sequence.request.beam
             samples = sequence.request.params.n if first_token else 1
         chunks[id(sequence)] = Chunk(sequence, sequence.num_computed, count, samples)
-
-    def _blocks_missing(self, sequence: Sequence, count: int) -> int:
-        """Free blocks that computing `count` more tokens takes: new ones and copies of shared ones."""
-        held = sequence.blocks[sequence.num_computed // self.block_size :]
-        shared = sum(self.allocator.is_shared(block) for block in held)
-        new = blocks_for(sequence.num_computed + count, self.block_size) - len(sequence.blocks)
-        return shared + max(0, new)
 
     def _make_room(
         self,
@@ -336,7 +330,7 @@ class Scheduler:
         count: int = 1,
     ) -> bool:
         """Preempt until `sequence` can have its blocks; False if it lost its own."""
-        while self._blocks_missing(sequence, count) > self.allocator.num_free:
+        while self.blocks.missing(sequence, count) > self.allocator.num_free:
             victim = self.victim_policy(self.running)
             chunks.pop(id(victim), None)
             copies.pop(id(victim), None)
@@ -347,22 +341,17 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, preempted: list[Sequence]) -> None:
         self.running.remove(sequence)
-        self._give_back(sequence)
+        self.blocks.release(sequence)
         sequence.preemptions += 1
         self.num_preemptions += 1
         bisect.insort(self.waiting, sequence, key=lambda s: s.priority)
         preempted.append(sequence)
 
-    def _give_back(self, sequence: Sequence) -> None:
-        self.allocator.release(sequence.blocks)
-        sequence.blocks = []
-        sequence.num_computed = sequence.num_registered = 0
-
     def _admit(self, room: int) -> None:
         """Move waiting sequences to running while the budget, the sequence cap and the pool allow."""
         # A step serves at most `budget` sequences; admitting more would only make them wait inside.
         cap = min(self.max_num_seqs, self.budget)
-        reserved = sum(self._blocks_missing(s, s.remaining) for s in self.running if s.remaining > 0)
+        reserved = sum(self.blocks.missing(s, s.remaining) for s in self.running if s.remaining > 0)
         room -= sum(s.remaining for s in self.running if not s.is_decoding)
         parked: list[Sequence] = []
         while self.waiting and room > 0:
@@ -373,42 +362,16 @@ class Scheduler:
             width = sequence.request.params.n if sequence.output_len == 0 else 1
             if self.running and len(self.running) + width > cap:
                 break
-            hashes = self._prefix_hashes(sequence)
-            matched, evictable = self.allocator.count_match(hashes)
+            matched, evictable = self.blocks.cached(sequence)
             needed = blocks_for(len(sequence.tokens), self.block_size) - matched
             if needed + reserved > self.allocator.num_free - evictable:
                 break
             self.waiting.popleft()
-            sequence.blocks = self.allocator.match(hashes[:matched])
-            sequence.num_computed = matched * self.block_size
-            sequence.num_registered = matched
-            sequence.tokens_cached += sequence.num_computed
+            self.blocks.attach_cached(sequence)
             bisect.insort(self.running, sequence, key=lambda s: s.priority)
             reserved += needed
             room -= sequence.remaining
         self.waiting.extendleft(reversed(parked))
-
-    # ------------------------------------------------------------------ prefix cache
-
-    def _prefix_hashes(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the full blocks that may come from the cache: never all tokens, one must be computed."""
-        usable = (len(sequence.tokens) - 1) // self.block_size
-        self._extend_hashes(sequence, usable)
-        return sequence.block_hashes[:usable]
-
-    def _extend_hashes(self, sequence: Sequence, count: int) -> None:
-        hashes, size = sequence.block_hashes, self.block_size
-        while len(hashes) < count:
-            start = len(hashes) * size
-            parent = hashes[-1] if hashes else b""
-            hashes.append(hash_block(parent, sequence.tokens[start : start + size]))
-
-    def _register_full_blocks(self, sequence: Sequence) -> None:
-        full = sequence.num_computed // self.block_size
-        self._extend_hashes(sequence, full)
-        for position in range(sequence.num_registered, full):
-            self.allocator.register(sequence.blocks[position], sequence.block_hashes[position])
-        sequence.num_registered = full
 
     # ------------------------------------------------------------------ beams
 
@@ -459,18 +422,10 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a block is owned by nobody in particular or written by two."""
-        self.allocator.check_integrity()
         live = [sequence for family in self._live.values() for sequence in family]
         queued = [*self.waiting, *self.running]
         assert len(queued) == len(live), "a sequence is lost or queued twice"
         assert {id(s) for s in queued} == {id(s) for s in live}, "a sequence is lost or queued twice"
-        owners: dict[int, int] = {}
-        for sequence in live:
-            assert len(set(sequence.blocks)) == len(sequence.blocks), f"{sequence} holds a block twice"
-            assert len(sequence.blocks) * self.block_size >= sequence.num_computed, f"{sequence} lacks blocks"
-            for block in sequence.blocks:
-                owners[block] = owners.get(block, 0) + 1
-        stats = self.allocator.stats()
-        assert stats.used == len(owners), f"{stats.used} blocks in use, sequences hold {len(owners)}"
         for waiting in self.waiting:
             assert not waiting.blocks, f"{waiting} waits but holds blocks"
+        self.blocks.check_integrity(live)

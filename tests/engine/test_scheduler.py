@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopd_lab.core import BeamSearchParams, FinishReason, Request, SamplingParams, Sequence
+from nanopd_lab.core import BeamSearchParams, FinishReason, Request, SampledToken, SamplingParams, Sequence
 from nanopd_lab.engine.scheduler import Scheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import BlockAllocator, blocks_for
@@ -165,6 +165,24 @@ def test_beam_search_under_pressure(
         expected = beams_by_hand(prompt, params)
         assert [tokens for _, tokens in got] == [tokens for _, tokens in expected]
         assert all(math.isclose(a, b) for (a, _), (b, _) in zip(got, expected, strict=True))
+
+
+def test_an_error_in_one_beam_ends_the_request() -> None:
+    scheduler, runner = make(budget=1), SymbolicRunner(32, 4)  # budget 1: beams get their candidates in turn
+    sampling = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True, logprobs=6)
+    scheduler.add(Request("b", [1, 2, 3], sampling, beam=BeamSearchParams(3, 9)))
+    done: dict[str, dict[int, Sequence]] = {}
+    while len(scheduler.running) < 3:
+        drive(scheduler, runner, done)
+    drive(scheduler, runner, done)
+    plan = scheduler.schedule()
+    assert plan is not None
+    ended = scheduler.complete(plan, [[SampledToken(-1, error="planted")] for _ in plan.chunks])
+    assert {sequence.finish_reason for sequence in ended} == {FinishReason.ERROR}
+    assert len(ended) == 3
+    assert not scheduler.has_unfinished
+    assert scheduler.allocator.num_free == 32
+    scheduler.check_integrity()
 
 
 def test_decodes_and_chunks_share_a_step() -> None:

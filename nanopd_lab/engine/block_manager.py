@@ -1,0 +1,106 @@
+"""The block tables of sequences: what each holds, shares, lacks, and finds in the prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nanopd_lab.core import BlockCopy, Sequence
+from nanopd_lab.kv import Allocator, blocks_for, hash_block
+
+
+class BlockManager:
+    """Moves blocks between the allocator and the sequences. Mutates a sequence's `blocks`, `num_computed`,
+    `block_hashes`, `num_registered` and `tokens_cached`, and nothing else.
+
+    Args:
+        allocator: the pool; this is its only user
+        block_size: tokens a block
+    """
+
+    def __init__(self, allocator: Allocator, block_size: int) -> None:
+        self.allocator = allocator
+        self.block_size = block_size
+
+    def missing(self, sequence: Sequence, count: int) -> int:
+        """Free blocks that computing `count` more tokens takes: new ones, and copies of shared ones."""
+        written = sequence.blocks[sequence.num_computed // self.block_size :]
+        shared = sum(self.allocator.is_shared(block) for block in written)
+        new = blocks_for(sequence.num_computed + count, self.block_size) - len(sequence.blocks)
+        return shared + max(0, new)
+
+    def extend(self, sequence: Sequence, count: int) -> list[BlockCopy]:
+        """Give the sequence blocks of its own to write its next `count` tokens to.
+
+        Returns:
+            the copies to make before the step: a block that others share must not be written
+
+        Raises:
+            OutOfBlocks: fewer than `missing(sequence, count)` are free.
+        """
+        copies = []
+        for position in range(sequence.num_computed // self.block_size, len(sequence.blocks)):
+            block = sequence.blocks[position]
+            if self.allocator.is_shared(block):
+                sequence.blocks[position] = fresh = self.allocator.copy_on_write(block)
+                copies.append(BlockCopy(block, fresh))
+        new = blocks_for(sequence.num_computed + count, self.block_size) - len(sequence.blocks)
+        if new > 0:
+            sequence.blocks.extend(self.allocator.allocate(new))
+        return copies
+
+    def fork(self, parent: Sequence) -> list[int]:
+        """A table for one more owner of all of the parent's blocks."""
+        return self.allocator.fork(parent.blocks)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give all blocks back; the sequence's KV is then to be computed anew."""
+        self.allocator.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = sequence.num_registered = 0
+
+    # ------------------------------------------------------------------ prefix cache
+
+    def cached(self, sequence: Sequence) -> tuple[int, int]:
+        """(leading blocks of the sequence that are in the cache, how many of them count as free now)."""
+        return self.allocator.count_match(self._prefix(sequence))
+
+    def attach_cached(self, sequence: Sequence) -> None:
+        """Start the sequence's table with what the cache has of it."""
+        sequence.blocks = self.allocator.match(self._prefix(sequence))
+        sequence.num_registered = len(sequence.blocks)
+        sequence.num_computed = len(sequence.blocks) * self.block_size
+        sequence.tokens_cached += sequence.num_computed
+
+    def register(self, sequence: Sequence) -> None:
+        """Offer the blocks that have become full to the cache. Only after the step that filled them."""
+        full = sequence.num_computed // self.block_size
+        self._extend_hashes(sequence, full)
+        for position in range(sequence.num_registered, full):
+            self.allocator.register(sequence.blocks[position], sequence.block_hashes[position])
+        sequence.num_registered = full
+
+    def _prefix(self, sequence: Sequence) -> list[bytes]:
+        # Never all tokens: one must be computed, for its logits.
+        usable = (len(sequence.tokens) - 1) // self.block_size
+        self._extend_hashes(sequence, usable)
+        return sequence.block_hashes[:usable]
+
+    def _extend_hashes(self, sequence: Sequence, count: int) -> None:
+        hashes, size = sequence.block_hashes, self.block_size
+        while len(hashes) < count:
+            start = len(hashes) * size
+            hashes.append(hash_block(hashes[-1] if hashes else b"", sequence.tokens[start : start + size]))
+
+    # ------------------------------------------------------------------ looking after itself
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Raise AssertionError unless the pool's used blocks are exactly those that `sequences` hold."""
+        self.allocator.check_integrity()
+        owners: dict[int, int] = {}
+        for sequence in sequences:
+            assert len(set(sequence.blocks)) == len(sequence.blocks), f"{sequence} holds a block twice"
+            assert len(sequence.blocks) * self.block_size >= sequence.num_computed, f"{sequence} lacks blocks"
+            for block in sequence.blocks:
+                owners[block] = owners.get(block, 0) + 1
+        used = self.allocator.stats().used
+        assert used == len(owners), f"{used} blocks in use, sequences hold {len(owners)}"
