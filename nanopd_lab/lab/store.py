@@ -1,0 +1,167 @@
+"""Keeping a learner's parts: each as a Python file that stands alone.
+
+A function's source alone is not enough, because it may use names of its notebook: imported modules and
+objects, helper functions, plain constants. These are found and written above it. Files, not pickles: they can
+be read, compared and mended, and survive another Python version.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import importlib
+import json
+import linecache
+import textwrap
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+LEDGER = "ledger.json"
+HEADER = "# Kept by lab.save(); lab.load() brings it back after checking it again.\n"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the ledger."""
+
+    notebook: str
+    metric: str
+    before: str
+    after: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return astuple(self)
+
+
+def save(folder: Path, parts: Mapping[str, Any], ledger: Mapping[str, Row]) -> None:
+    """Write each part to `<name>.py` and add the ledger's rows to those kept before.
+
+    Raises:
+        ValueError: see `standalone`; nothing has been written.
+    """
+    texts = {name: standalone(impl, name) for name, impl in parts.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    rows = {**load_ledger(folder), **ledger}
+    kept = json.dumps({key: asdict(row) for key, row in rows.items()}, indent=1, ensure_ascii=False)
+    (folder / LEDGER).write_text(kept + "\n", encoding="utf-8")
+
+
+def load_ledger(folder: Path) -> dict[str, Row]:
+    """The ledger's rows by notebook; empty if nothing was kept."""
+    file = folder / LEDGER
+    if not file.is_file():
+        return {}
+    return {key: Row(**row) for key, row in json.loads(file.read_text(encoding="utf-8")).items()}
+
+
+def load_parts(folder: Path) -> dict[str, Any]:
+    """What each kept file defines, by exercise name. Runs the files: they are the learner's own code."""
+    found = {}
+    for file in sorted(folder.glob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        # Under this name the source can be found again, by tracebacks and by the next save.
+        label = f"<kept {file.stem}>"
+        linecache.cache[label] = (len(text), None, text.splitlines(keepends=True), label)
+        namespace: dict[str, Any] = {"__name__": "__lab__"}
+        exec(compile(text, label, "exec"), namespace)
+        found[file.stem] = namespace["PART"]
+    return found
+
+
+def standalone(impl: Any, name: str) -> str:
+    """Source text that defines `impl` and everything of its notebook that it uses, and calls it PART.
+
+    Raises:
+        ValueError: it uses something that cannot be written down, such as a list or a model of the notebook.
+    """
+    if isinstance(impl, str):
+        return f"{HEADER}PART = {impl!r}\n"
+    imports: set[str] = set()
+    definitions: dict[str, str] = {}
+    _collect(impl, name, imports, definitions)
+    body = "\n\n".join(definitions.values())
+    head = "".join(sorted(f"{line}\n" for line in imports if "__future__" not in line))
+    return f"{HEADER}from __future__ import annotations\n\n{head}\n{body}\n\nPART = {impl.__name__}\n"
+
+
+def _collect(thing: Any, exercise: str, imports: set[str], definitions: dict[str, str]) -> None:
+    """Write down `thing` after what it uses; each definition once."""
+    if thing.__name__ in definitions:
+        return
+    definitions[thing.__name__] = ""  # a function that calls itself ends here
+    node, text = _definition(thing)
+    namespace = _globals(thing)
+    used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    for name in sorted(used & set(namespace)):
+        value = namespace[name]
+        module = getattr(value, "__module__", None)
+        if value is thing or name in ("__name__", "__file__"):
+            continue
+        if isinstance(value, types.ModuleType):
+            imports.add(f"import {value.__name__} as {name}")
+        elif _importable(value, module):
+            imports.add(f"from {module} import {value.__name__} as {name}")
+        elif isinstance(value, (types.FunctionType, type)) and value.__name__ == name:
+            _collect(value, exercise, imports, definitions)
+        elif isinstance(value, (bool, int, float, str, bytes, type(None))):
+            definitions.setdefault(name, f"{name} = {value!r}")
+        elif hasattr(builtins, name):
+            continue
+        else:
+            raise ValueError(
+                f"{exercise} uses `{name}`, a {type(value).__name__} of the notebook that cannot be kept in a file; "
+                "give it as an argument, or define it inside"
+            )
+    del definitions[thing.__name__]  # after what it uses
+    definitions[thing.__name__] = text
+
+
+def _importable(value: Any, module: str | None) -> bool:
+    """True if `from module import name` gives this very object anywhere, not only in this notebook."""
+    if not module or module in ("__main__", "__lab__", "builtins") or not hasattr(value, "__name__"):
+        return False
+    try:
+        return getattr(importlib.import_module(module), value.__name__, None) is value
+    except ImportError:
+        return False
+
+
+def _code(thing: Any) -> types.CodeType:
+    if isinstance(thing, types.FunctionType):
+        return thing.__code__
+    methods = [member for member in vars(thing).values() if isinstance(member, types.FunctionType)]
+    if not methods:
+        raise ValueError(f"{thing.__name__} has no method to find its source by")
+    return methods[0].__code__
+
+
+def _globals(thing: Any) -> dict[str, Any]:
+    if isinstance(thing, types.FunctionType):
+        inner = thing.__closure__ or ()
+        cells = dict(zip(thing.__code__.co_freevars, (cell.cell_contents for cell in inner), strict=True))
+        return {**thing.__globals__, **cells}
+    return next(m.__globals__ for m in vars(thing).values() if isinstance(m, types.FunctionType))
+
+
+def _definition(thing: Any) -> tuple[ast.stmt, str]:
+    """The `def` or `class` of `thing` without decorators, as a syntax tree and as text.
+
+    `inspect.getsource` cannot find classes of a notebook before Python 3.13.
+    """
+    code = _code(thing)
+    source = "".join(linecache.getlines(code.co_filename))
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    for node in ast.walk(ast.parse(source)) if source else ():
+        if isinstance(node, kinds) and node.name == thing.__name__:
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            if first <= code.co_firstlineno <= (node.end_lineno or first):
+                node.decorator_list = []
+                lines = source.splitlines(keepends=True)[node.lineno - 1 : node.end_lineno]
+                return node, textwrap.dedent("".join(lines)).rstrip() + "\n"
+    raise ValueError(f"the source of {thing.__name__} cannot be found; define it in a cell or a file")

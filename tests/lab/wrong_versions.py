@@ -1,0 +1,243 @@
+"""Plausible mistakes. Each must FAIL at its check, with a message from which one sees what is wrong.
+
+WRONG maps an exercise to pairs (implementation, words that its report must contain). RIGHT holds
+independently written versions that must pass: a check may not insist on one way of writing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def rounds_down(tokens, block_size):
+    return tokens // block_size
+
+
+def always_one_more(tokens, block_size):
+    return tokens // block_size + 1
+
+
+def at_least_one(tokens, block_size):
+    return max(1, math.ceil(tokens / block_size))
+
+
+def a_float(tokens, block_size):
+    return math.floor(tokens / block_size) + (1.0 if tokens % block_size else 0.0)
+
+
+def always_sixteen(tokens, block_size):
+    return (tokens + 15) // 16
+
+
+def rounds_to_nearest(tokens, block_size):
+    return round(tokens / block_size)
+
+
+def adds_too_much(tokens, block_size):
+    return (tokens + block_size) // block_size
+
+
+def forgets_return(tokens, block_size):
+    -(-tokens // block_size)
+
+
+def swapped(tokens, block_size):
+    return -(-block_size // tokens)
+
+
+def never_ends(tokens, block_size):
+    count = 0
+    while tokens != 0:
+        tokens -= block_size
+        count += 1
+    return count
+
+
+def ignores_decodes(num_decodes, prefills, budget):
+    chunks = []
+    for remaining in prefills:
+        chunks.append(min(remaining, budget))
+        budget -= chunks[-1]
+    return chunks
+
+
+def takes_no_account(num_decodes, prefills, budget):
+    return [min(remaining, budget - num_decodes) for remaining in prefills]
+
+
+def whole_prompts_only(num_decodes, prefills, budget):
+    room, chunks = budget - num_decodes, []
+    for remaining in prefills:
+        chunks.append(remaining if remaining <= room else 0)
+        room -= chunks[-1]
+    return chunks
+
+
+def shares_equally(num_decodes, prefills, budget):
+    share = (budget - num_decodes) // max(1, len(prefills))
+    return [min(remaining, share) for remaining in prefills]
+
+
+def shortest_first(num_decodes, prefills, budget):
+    room, chunks = budget - num_decodes, [0] * len(prefills)
+    for index in sorted(range(len(prefills)), key=lambda index: prefills[index]):
+        chunks[index] = min(prefills[index], room)
+        room -= chunks[index]
+    return chunks
+
+
+def youngest_first(num_decodes, prefills, budget):
+    room, chunks = budget - num_decodes, []
+    for remaining in reversed(prefills):
+        chunks.insert(0, min(remaining, room))
+        room -= chunks[0]
+    return chunks
+
+
+def overshoots(num_decodes, prefills, budget):
+    room, chunks = budget - num_decodes, []
+    for remaining in prefills:
+        chunks.append(remaining if room > 0 else 0)
+        room -= remaining
+    return chunks
+
+
+def goes_negative(num_decodes, prefills, budget):
+    room, chunks = budget - num_decodes, []
+    for remaining in prefills:
+        chunks.append(min(remaining, room))
+        room -= remaining
+    return chunks
+
+
+def stops_early(num_decodes, prefills, budget):
+    room, chunks = budget - num_decodes, []
+    for remaining in prefills:
+        if room <= 0:
+            break
+        chunks.append(min(remaining, room))
+        room -= chunks[-1]
+    return chunks
+
+
+def keeps_one_back(num_decodes, prefills, budget):
+    room, chunks = budget - num_decodes - 1, []
+    for remaining in prefills:
+        chunks.append(max(0, min(remaining, room)))
+        room -= chunks[-1]
+    return chunks
+
+
+def fills_only_the_first(num_decodes, prefills, budget):
+    return [
+        min(remaining, budget - num_decodes) if not index else 0 for index, remaining in enumerate(prefills)
+    ]
+
+
+def eats_its_input(num_decodes, prefills, budget):
+    room, chunks = budget - num_decodes, []
+    while prefills:
+        chunks.append(min(prefills.pop(0), room))
+        room -= chunks[-1]
+    return chunks
+
+
+def whole_blocks(num_decodes, prefills, budget):
+    room, chunks = budget - num_decodes, []
+    for remaining in prefills:
+        count = min(remaining, room)
+        chunks.append(count if count in (remaining, 0) or count < 16 else count // 16 * 16)
+        room -= chunks[-1]
+    return chunks
+
+
+def at_most_1024(num_decodes, prefills, budget):
+    room, chunks = budget - num_decodes, []
+    for remaining in prefills:
+        chunks.append(min(remaining, room, 1024))
+        room -= chunks[-1]
+    return chunks
+
+
+def a_tuple(num_decodes, prefills, budget):
+    room, chunks = budget - num_decodes, []
+    for remaining in prefills:
+        chunks.append(min(remaining, room))
+        room -= chunks[-1]
+    return tuple(chunks)
+
+
+def breaks_on_none(num_decodes, prefills, budget):
+    first = min(prefills[0], budget - num_decodes)
+    return [first, *(breaks_on_none(num_decodes + first, prefills[1:], budget) if prefills[1:] else [])]
+
+
+Version = Callable[..., Any]
+
+WRONG: dict[str, list[tuple[Version, str]]] = {
+    "kv.blocks_for": [
+        (rounds_down, "what is left over (1) takes a block too"),
+        (always_one_more, "16 = 1 x 16: an exact fit"),
+        (at_least_one, "no tokens need no block"),
+        (a_float, "a number of blocks is an int"),
+        (always_sixteen, "block_size=1)"),
+        (rounds_to_nearest, "takes a block too"),
+        (adds_too_much, "an exact fit"),
+        (forgets_return, "is a `return` missing?"),
+        (swapped, "got   16"),
+        (never_ends, "is there a loop that never ends?"),
+    ],
+    "engine.plan_chunks": [
+        (ignores_decodes, "more than the budget of 8"),
+        (takes_no_account, "more than the budget of 8"),
+        (whole_prompts_only, "1 token(s) of the budget stay empty"),
+        (shares_equally, "first come, first served"),
+        (shortest_first, "first come, first served"),
+        (youngest_first, "first come, first served"),
+        (overshoots, "more than the budget"),
+        (goes_negative, "a prompt that gets nothing gets 0"),
+        (stops_early, "so 3 count(s)"),
+        (keeps_one_back, "1 token(s) of the budget stay empty"),
+        (fills_only_the_first, "1 token(s) of the budget stay empty"),
+        (eats_its_input, "the caller still needs prefills"),
+        (whole_blocks, "prompt 1 still lacks 300 token(s)"),
+        (at_most_1024, "token(s) of the budget stay empty"),
+        (a_tuple, "return a list of ints"),
+        (breaks_on_none, "IndexError"),
+    ],
+}
+
+
+def with_ceil(tokens, block_size):
+    return math.ceil(tokens / block_size)
+
+
+def counting(tokens, block_size):
+    count = 0
+    while tokens > 0:
+        tokens -= block_size
+        count += 1
+    return count
+
+
+def recursive(num_decodes, prefills, budget):
+    if not prefills:
+        return []
+    first = min(prefills[0], budget - num_decodes)
+    return [first, *recursive(num_decodes + first, prefills[1:], budget)]
+
+
+def with_prefix_sums(num_decodes, prefills, budget, *, floor=0):
+    room, before, chunks = budget - num_decodes, 0, []
+    for remaining in prefills:
+        chunks.append(min(remaining, max(floor, room - before)))
+        before += remaining
+    return chunks
+
+
+RIGHT: dict[str, list[Version]] = {
+    "kv.blocks_for": [with_ceil, counting],
+    "engine.plan_chunks": [recursive, with_prefix_sums],
+}
