@@ -22,30 +22,25 @@ paged_decode_split(T* out, const T* query, i64 query_stride, const T* kv, i64 bl
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     T* mine = stages + warp * STAGES * STAGE_ROWS * HEAD_DIM;
 
-    clear_empty(batch);
+    prefetch_tables(batch);
     const Share share = plan(batch);
     const int tiles = share.end - share.begin;
-    if (tiles == 0) return;
-
     Cursor loading = share.start, at = share.start;
     Loader loader;
-    for (int i = 0; i < STAGES - 1; ++i) {
-        if (i < tiles) {
-            loader.load(batch, loading, mine + i * STAGE_ROWS * HEAD_DIM, i == 0 || loading.tile == 0);
-            loading.next(batch);
-        }
-        async_commit();  // also when empty: the wait below counts groups
-    }
 
     float q[GROUP][SLICE], acc[GROUP][SLICE], m[GROUP], l[GROUP];
-    for (int i = 0; i < tiles; ++i, at.next(batch)) {
-        async_wait<STAGES - 2>();
+    // The first STAGES - 1 turns only load. (One place that loads keeps the code short: it, too, comes from memory.)
+#pragma unroll 1
+    for (int turn = 0; turn < tiles + STAGES - 1; ++turn) {
+        const int i = turn - (STAGES - 1);
+        if (i >= 0) async_wait<STAGES - 2>();
         __syncwarp();  // the tile is there for all lanes, and all have finished with the one before
-        if (i + STAGES - 1 < tiles) {
-            loader.load(batch, loading, mine + (i + STAGES - 1) % STAGES * STAGE_ROWS * HEAD_DIM, loading.tile == 0);
+        if (turn < tiles) {
+            loader.load(batch, loading, mine + turn % STAGES * STAGE_ROWS * HEAD_DIM, turn == 0 || loading.tile == 0);
             loading.next(batch);
         }
-        async_commit();
+        async_commit();  // also when empty: the wait counts groups
+        if (i < 0) continue;
         T* stage = mine + i % STAGES * STAGE_ROWS * HEAD_DIM;
 
         if (i == 0 || at.tile == 0) {
@@ -96,31 +91,35 @@ paged_decode_split(T* out, const T* query, i64 query_stride, const T* kv, i64 bl
             }
         }
 
-        if (i + 1 < tiles && at.tile + 1 < at.tiles) continue;
-        // The item ends here, or this block's share of it: join the warp's AT_ONCE streams, then the warps.
-        const Part part{reinterpret_cast<float*>(stage)};
-        __syncwarp();
+        if (i + 1 == tiles || at.tile + 1 == at.tiles) {
+            // The item ends here, or this block's share of it: join the warp's AT_ONCE streams, then the warps.
+            const Part part{reinterpret_cast<float*>(stage)};
+            __syncwarp();
 #pragma unroll
-        for (int h = 0; h < GROUP; ++h) {
-            float largest = m[h];
+            for (int h = 0; h < GROUP; ++h) {
+                float largest = m[h];
 #pragma unroll
-            for (int step = LANES; step < 32; step *= 2)
-                largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, step));
-            const float weight = m[h] == minus_infinity() ? 0.0f : exp2_fast(m[h] - largest);
-            float sum = l[h] * weight;
+                for (int step = LANES; step < 32; step *= 2)
+                    largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, step));
+                const float weight = m[h] == minus_infinity() ? 0.0f : exp2_fast(m[h] - largest);
+                float sum = l[h] * weight;
 #pragma unroll
-            for (int step = LANES; step < 32; step *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
+                for (int step = LANES; step < 32; step *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
 #pragma unroll
-            for (int e = 0; e < SLICE; ++e) {
-                float x = acc[h][e] * weight;
+                for (int e = 0; e < SLICE; ++e) {
+                    float x = acc[h][e] * weight;
 #pragma unroll
-                for (int step = LANES; step < 32; step *= 2) x += __shfl_xor_sync(FULL_WARP, x, step);
-                const int piece = e / PER_16_BYTES * LANES + lane % LANES;
-                if (lane < LANES) part.row(h)[piece * PER_16_BYTES + e % PER_16_BYTES] = x;
+                    for (int step = LANES; step < 32; step *= 2) x += __shfl_xor_sync(FULL_WARP, x, step);
+                    const int piece = e / PER_16_BYTES * LANES + lane % LANES;
+                    if (lane < LANES) part.row(h)[piece * PER_16_BYTES + e % PER_16_BYTES] = x;
+                }
+                if (lane == 0) part.maximum(h) = largest, part.sum(h) = sum;
             }
-            if (lane == 0) part.maximum(h) = largest, part.sum(h) = sum;
+            finish_item(batch, share, at, share.begin + i,
+                        reinterpret_cast<float*>(stages + i % STAGES * STAGE_ROWS * HEAD_DIM),
+                        STAGES * STAGE_ROWS * HEAD_DIM * static_cast<int>(sizeof(T)) / 4);
         }
-        finish_item(batch, share, at, share.begin + i, reinterpret_cast<float*>(stages + i % STAGES * STAGE_ROWS * HEAD_DIM),
-                    STAGES * STAGE_ROWS * HEAD_DIM * static_cast<int>(sizeof(T)) / 4);
+        at.next(batch);
     }
+    clear_empty(batch);
 }

@@ -31,32 +31,27 @@ paged_decode_mma(T* out, const T* query, i64 query_stride, const T* kv, i64 bloc
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     T* mine = stages + warp * STAGES * STAGE_ROWS * HEAD_DIM;
 
-    clear_empty(batch);
+    prefetch_tables(batch);
     const Share share = plan(batch);
     const int tiles = share.end - share.begin;
-    if (tiles == 0) return;
-
     Cursor loading = share.start, at = share.start;
     Loader loader;
-    for (int i = 0; i < STAGES - 1; ++i) {
-        if (i < tiles) {
-            loader.load(batch, loading, mine + i * STAGE_ROWS * HEAD_DIM, i == 0 || loading.tile == 0);
-            loading.next(batch);
-        }
-        async_commit();  // also when empty: the wait below counts groups
-    }
 
     u32 q[STEPS][2];        // Q^T as B fragments
     float acc[STEPS][4];    // output^T as D fragments: lane (g, t) has dims g and g + 8, queries 2t and 2t + 1
     float m[2], l[2];       // of queries 2t and 2t + 1; l only over this lane's tokens until the end
-    for (int i = 0; i < tiles; ++i, at.next(batch)) {
-        async_wait<STAGES - 2>();
+    // The first STAGES - 1 turns only load. (One place that loads keeps the code short: it, too, comes from memory.)
+#pragma unroll 1
+    for (int turn = 0; turn < tiles + STAGES - 1; ++turn) {
+        const int i = turn - (STAGES - 1);
+        if (i >= 0) async_wait<STAGES - 2>();
         __syncwarp();  // the tile is there for all lanes, and all have finished with the one before
-        if (i + STAGES - 1 < tiles) {
-            loader.load(batch, loading, mine + (i + STAGES - 1) % STAGES * STAGE_ROWS * HEAD_DIM, loading.tile == 0);
+        if (turn < tiles) {
+            loader.load(batch, loading, mine + turn % STAGES * STAGE_ROWS * HEAD_DIM, turn == 0 || loading.tile == 0);
             loading.next(batch);
         }
-        async_commit();
+        async_commit();  // also when empty: the wait counts groups
+        if (i < 0) continue;
         T* stage = mine + i % STAGES * STAGE_ROWS * HEAD_DIM;
 
         if (i == 0 || at.tile == 0) {
@@ -124,26 +119,30 @@ paged_decode_mma(T* out, const T* query, i64 query_stride, const T* kv, i64 bloc
             }
         }
 
-        if (i + 1 < tiles && at.tile + 1 < at.tiles) continue;
-        // The item ends here, or this block's share of it.
-        const Part part{reinterpret_cast<float*>(stage)};
+        if (i + 1 == tiles || at.tile + 1 == at.tiles) {
+            // The item ends here, or this block's share of it.
+            const Part part{reinterpret_cast<float*>(stage)};
 #pragma unroll
-        for (int step = 4; step < 32; step *= 2) {
-            l[0] += __shfl_xor_sync(FULL_WARP, l[0], step);
-            l[1] += __shfl_xor_sync(FULL_WARP, l[1], step);
-        }
-        __syncwarp();  // all lanes have read the stage that the part now overwrites
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-            if (2 * t + e < GROUP) {
-#pragma unroll
-                for (int s = 0; s < STEPS; ++s) {
-                    part.row(2 * t + e)[16 * s + g] = acc[s][e];
-                    part.row(2 * t + e)[16 * s + 8 + g] = acc[s][2 + e];
-                }
-                if (g == 0) part.maximum(2 * t + e) = m[e], part.sum(2 * t + e) = l[e];
+            for (int step = 4; step < 32; step *= 2) {
+                l[0] += __shfl_xor_sync(FULL_WARP, l[0], step);
+                l[1] += __shfl_xor_sync(FULL_WARP, l[1], step);
             }
-        finish_item(batch, share, at, share.begin + i, reinterpret_cast<float*>(stages + i % STAGES * STAGE_ROWS * HEAD_DIM),
-                    STAGES * STAGE_ROWS * HEAD_DIM * static_cast<int>(sizeof(T)) / 4);
+            __syncwarp();  // all lanes have read the stage that the part now overwrites
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (2 * t + e < GROUP) {
+#pragma unroll
+                    for (int s = 0; s < STEPS; ++s) {
+                        part.row(2 * t + e)[16 * s + g] = acc[s][e];
+                        part.row(2 * t + e)[16 * s + 8 + g] = acc[s][2 + e];
+                    }
+                    if (g == 0) part.maximum(2 * t + e) = m[e], part.sum(2 * t + e) = l[e];
+                }
+            finish_item(batch, share, at, share.begin + i,
+                        reinterpret_cast<float*>(stages + i % STAGES * STAGE_ROWS * HEAD_DIM),
+                        STAGES * STAGE_ROWS * HEAD_DIM * static_cast<int>(sizeof(T)) / 4);
+        }
+        at.next(batch);
     }
+    clear_empty(batch);
 }

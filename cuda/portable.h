@@ -102,13 +102,22 @@ DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
 DEVICE uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 DEVICE void store16(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
-// Past the first-level cache: for what another block has just written.
+// Between blocks. Counting in releases what this thread's block wrote before its last barrier, and acquires what the
+// blocks that counted in earlier released; what another block wrote is then read past the first-level cache.
 #ifdef NANOPD_GPU
-DEVICE float4 load_shared_by_blocks(const float4* p) { return __ldcg(p); }
-DEVICE float2 load_shared_by_blocks(const float2* p) { return __ldcg(p); }
+DEVICE int count_in(int* counter) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+DEVICE float4 load_of_others(const float4* p) { return __ldcg(p); }
+DEVICE float2 load_of_others(const float2* p) { return __ldcg(p); }
+DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 #else
-DEVICE float4 load_shared_by_blocks(const float4* p) { return *p; }
-DEVICE float2 load_shared_by_blocks(const float2* p) { return *p; }
+DEVICE int count_in(int* counter) { return atomicAdd(counter, 1); }
+DEVICE float4 load_of_others(const float4* p) { return *p; }
+DEVICE float2 load_of_others(const float2* p) { return *p; }
+DEVICE void prefetch_l2(const void*) {}
 #endif
 
 DEVICE void store4(float* p, float a, float b, float c, float d) {

@@ -1,9 +1,10 @@
 // What rungs (d) and (e) share: how work is divided, how K and V get to shared memory, how parts are joined.
 //
 // Dividing. The batch is a list of items (sequence, KV head), each a row of tiles of TILE tokens. Laid end to
-// end they are `total` tiles; block i of B takes tiles [total * i / B, total * (i + 1) / B), wherever item
-// borders fall. So all blocks get the same work, to one tile, for any mixture of lengths. (Work-centric
-// partitioning: Osama et al., "Stream-K", PPoPP 2023; splitting a sequence: "Flash-Decoding", Dao et al. 2023.)
+// end they are `total` tiles; each of B blocks takes total / B of them in a row, the first total % B blocks one
+// more, wherever item borders fall. So all blocks get the same work, to one tile, for any mixture of lengths.
+// (Work-centric partitioning: Osama et al., "Stream-K", PPoPP 2023; splitting a sequence: "Flash-Decoding", Dao
+// et al. 2023.)
 //
 //        item 0        item 1   item 2                 item 3
 //     |...............|......|...........................|.......|
@@ -71,13 +72,25 @@ struct Cursor {  // one tile: which item it belongs to and which of its tiles it
 };
 
 struct Share {
-    int total, blocks, begin, end;  // in tiles; `blocks` of the grid have work
+    int each, longer;  // tiles of a block; how many blocks have one more
+    int begin, end;
     Cursor start;
 
+    DEVICE_METHOD int begin_of(int block) const { return block * each + min(block, longer); }
     DEVICE_METHOD int owner(int tile) const {  // the block whose share holds this tile
-        return static_cast<int>(((static_cast<i64>(tile) + 1) * blocks - 1) / total);
+        const int in_longer = longer * (each + 1);
+        return tile < in_longer ? tile / (each + 1) : longer + (tile - in_longer) / each;
     }
 };
+
+// The chain context lengths -> block ids -> K and V is three trips to memory, one after the other, before anything can
+// be computed. While the first is under way, all blocks together pull the block tables into the L2 cache.
+DEVICE void prefetch_tables(const Batch& batch) {
+    constexpr int LINE = 128 / 4;
+    const i64 entries = static_cast<i64>(batch.sequences) * batch.table_stride;
+    const i64 mine = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * LINE;
+    if (mine < entries && entries <= (1 << 18)) prefetch_l2(batch.block_tables + mine);
+}
 
 // Every warp computes its block's share; all lanes get the same.
 DEVICE Share plan(const Batch& batch) {
@@ -88,11 +101,10 @@ DEVICE Share plan(const Batch& batch) {
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
 
     Share share{};
-    share.total = sum * batch.kv_heads;
-    share.blocks = min(share.total, static_cast<int>(gridDim.x));
-    if (static_cast<int>(blockIdx.x) >= share.blocks) return share;
-    share.begin = static_cast<int>(static_cast<i64>(share.total) * blockIdx.x / share.blocks);
-    share.end = static_cast<int>(static_cast<i64>(share.total) * (blockIdx.x + 1) / share.blocks);
+    const int total = sum * batch.kv_heads, block = blockIdx.x;
+    share.each = total / gridDim.x, share.longer = total % gridDim.x;
+    share.begin = share.begin_of(block), share.end = share.begin_of(block + 1);
+    if (share.begin == share.end) return share;
 
     int before = 0;  // tiles of a head in the sequences already passed
     for (int base = 0;; base += 32) {
@@ -224,28 +236,39 @@ DEVICE void finish_item(const Batch& batch, const Share& share, const Cursor& at
 
     const int owner = share.owner(first), owners = share.owner(last) - owner + 1;
     int* counter = batch.counters + at.sequence * batch.kv_heads + at.kv_head;
-    if (threadIdx.x == 0) {
-        __threadfence();
-        arrived = atomicAdd(counter, 1) + 1;
-        if (arrived == owners) atomicExch(counter, 0);  // ready for the next launch
-        __threadfence();
-    }
+    if (threadIdx.x == 0) arrived = count_in(counter) + 1;
     __syncthreads();
     if (arrived != owners) return;
+    if (threadIdx.x == 0) atomicExch(counter, 0);  // ready for the next launch
 
+    constexpr int CHUNK = 8;  // partials asked for at a time: the loads are long, the arithmetic is nothing
     for (int i = threadIdx.x * 4; i < GROUP * HEAD_DIM; i += WARPS * 32 * 4) {
         const int head = i / HEAD_DIM;
         float largest = minus_infinity(), sum = 0;
         float4 total = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-        for (int o = 0; o < owners; ++o) {  // only the first owner has the item's beginning
-            const i64 slot = static_cast<i64>(2 * (owner + o) + (o == 0 ? 1 : 0)) * GROUP;
-            const float2 part = load_shared_by_blocks(batch.partial_sums + slot + head);
-            const float4 x = load_shared_by_blocks(reinterpret_cast<const float4*>(batch.partial + slot * HEAD_DIM + i));
-            const float old = rescale(largest, part.x), weight = exp2_fast(part.x - largest);
-            sum = sum * old + weight * part.y;
-            total.x *= old, total.y *= old, total.z *= old, total.w *= old;
-            add_scaled(total, x, weight);
+#pragma unroll 1
+        for (int o = 0; o < owners; o += CHUNK) {
+            float2 part[CHUNK];
+            float4 x[CHUNK];
+            float seen = minus_infinity();
+#pragma unroll
+            for (int c = 0; c < CHUNK; ++c) {  // only the first owner has the item's beginning
+                const i64 slot = static_cast<i64>(2 * (owner + o + c) + (o + c == 0 ? 1 : 0)) * GROUP;
+                const bool valid = o + c < owners;
+                part[c] = valid ? load_of_others(batch.partial_sums + slot + head) : make_float2(minus_infinity(), 0);
+                x[c] = valid ? load_of_others(reinterpret_cast<const float4*>(batch.partial + slot * HEAD_DIM + i))
+                             : make_float4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int c = 0; c < CHUNK; ++c) seen = fmaxf(seen, part[c].x);
+            const float old = rescale(largest, seen);
+            sum *= old, total.x *= old, total.y *= old, total.z *= old, total.w *= old;
+#pragma unroll
+            for (int c = 0; c < CHUNK; ++c) {
+                const float weight = exp2_fast(part[c].x - largest);
+                sum += weight * part[c].y;
+                add_scaled(total, x[c], weight);
+            }
         }
         const float scale = 1.0f / sum;
         store4(batch.out + row * HEAD_DIM + i, total.x * scale, total.y * scale, total.z * scale, total.w * scale);

@@ -113,7 +113,10 @@ def bind(
             slots.append(Slot(kind, arg))
             continue
         start, nbytes, offset = _span(array)
-        if start not in index_of or not nbytes:
+        if not nbytes:  # an empty array is a null pointer, as torch has it
+            slots.append(Slot("p", 0, array))
+            continue
+        if start not in index_of:
             index_of[start] = len(regions)
             if guarded:
                 inside, memory = _guarded(start, nbytes)

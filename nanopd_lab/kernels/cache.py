@@ -8,17 +8,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import platformdirs
-
-ENVIRONMENT_VARIABLE = "NANOPD_LAB_KERNEL_CACHE"
+from nanopd_lab import cache
 
 
 def cache_dir() -> Path:
-    """The folder of compiled kernels; `NANOPD_LAB_KERNEL_CACHE` moves it."""
-    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
-    folder = Path(chosen) if chosen else Path(platformdirs.user_cache_dir("nanopd-lab")) / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """The folder of compiled kernels, in the user's cache."""
+    return cache.cache_dir("kernels")
 
 
 def key_of(parts: Iterable[str | bytes]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
+import platform
 import re
 import shutil
 import subprocess
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanopd_lab.hostcc import find_compiler
 from nanopd_lab.kernels.arguments import Region, Slot, bind, flat_launch_shape
 from nanopd_lab.kernels.cache import cache_dir, key_of
 from nanopd_lab.kernels.errors import CompilerMissingError, KernelCompileError, KernelFaultError
@@ -64,20 +65,20 @@ class _Region(ctypes.Structure):
 
 
 def host_compiler() -> str:
-    """Path of the C++ compiler: `$CXX`, else g++, clang++ or c++. Raises CompilerMissingError."""
-    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
-    raise CompilerMissingError(
-        "the emulator needs a C++ compiler and none of $CXX, g++, clang++, c++ was found; install g++ "
-        "(Debian and Ubuntu: apt-get install g++)"
-    )
+    """Path of the C++ compiler. Raises CompilerMissingError."""
+    found = find_compiler()
+    if found is None:
+        raise CompilerMissingError(
+            "the emulator needs a C++ compiler and none of $CXX, g++, clang++, c++ was found; install g++ "
+            "(Debian and Ubuntu: apt-get install g++)"
+        )
+    return found
 
 
 @functools.lru_cache(maxsize=4)
 def _compiler_version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    return told + platform.machine()
 
 
 def _call_compiler(command: Sequence[str], name: str, source: str) -> None:

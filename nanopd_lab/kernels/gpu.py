@@ -64,7 +64,7 @@ def compile_cubin(
     if path.exists():
         return path.read_bytes()
     options = core.ProgramOptions(
-        name=name, arch=architecture, std="c++17", lineinfo=True, include_path=str(cuda_dir()), define_macro=macros
+        name=name, arch=architecture, std="c++17", lineinfo=True, include_path=str(cuda_dir()), define_macro=macros or None
     )
     try:
         code = bytes(core.Program(source, "c++", options).compile("cubin").code)
