@@ -25,7 +25,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __constant__ static const
 // One section holds all static shared memory, so that the runtime can poison and watch it as a whole.
 #define __shared__ static __attribute__((section("emu_shared")))

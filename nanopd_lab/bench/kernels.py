@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from nanopd_lab.attention.cuda import sdpa_causal
 from nanopd_lab.kernels import gpu, ops, reference
 from nanopd_lab.kernels.launches import RUNGS, AttentionShape, Launch
 from nanopd_lab.kernels.reference import TOLERANCES
@@ -257,8 +258,7 @@ def bench_prefill(timer: Timer, rounds: int) -> list[dict[str, Any]]:
             return torch.ops.nanopd.paged_prefill(query, *args, length, scale)
 
         def sdpa(folded: torch.Tensor = folded, k: torch.Tensor = k, v: torch.Tensor = v) -> torch.Tensor:
-            causal = torch.nn.attention.bias.causal_lower_right(folded.shape[2], k.shape[2])
-            return F.scaled_dot_product_attention(folded, k, v, attn_mask=causal, enable_gqa=True)
+            return sdpa_causal(folded, k, v, scale)
 
         def gathered(problem: DecodeProblem = problem, context: int = context, sdpa: Any = sdpa) -> torch.Tensor:
             k, v = reference.pages_of(problem.kv_layer, problem.block_tables[0], context)

@@ -77,7 +77,7 @@ def paged_prefill(
     query_start: torch.Tensor,
     scale: float,
     instrument: bool = False,
-    warps: int = 4,
+    warps: int = 8,
 ) -> tuple[torch.Tensor, RunResult]:
     """Causal attention of a flat batch over pages."""
     shape = validate.check_attention(query, kv_layer, block_tables, context_lens)
