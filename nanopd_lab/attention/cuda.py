@@ -22,7 +22,9 @@ LONG_QUERY = 1024
 def sdpa_causal(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     """SDPA in which the queries are the last tokens of the keys; [1, heads, tokens, head_dim] each."""
     if query.shape[2] == keys.shape[2]:
-        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=scale, enable_gqa=True
+        )
     mask = causal_lower_right(query.shape[2], keys.shape[2])
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)  # type: ignore[arg-type]
 
@@ -68,7 +70,9 @@ class CudaBackend:
             return ops.paged_decode(
                 query, kv_layer, tables, contexts, workspace, scale, validate_values=self.validate_values
             )
-        if decodes < paged:  # query_start is absolute, so the kernel fills these sequences' rows of a whole output
+        if (
+            decodes < paged
+        ):  # query_start is absolute, so the kernel fills these sequences' rows of a whole output
             out = ops.paged_prefill(
                 query, kv_layer, tables[decodes:paged], contexts[decodes:paged],
                 metadata.query_start[decodes : paged + 1], max(metadata.query_lens_host[decodes:paged]), scale,

@@ -76,7 +76,9 @@ def ragged_contexts(count: int = 128, low: int = 64, high: int = 32768, seed: in
     """Log-normal context lengths, most of them short and a few very long, clipped to [low, high]."""
     generator = torch.Generator().manual_seed(seed)
     middle, spread = math.log(1200.0), 1.25
-    drawn = torch.exp(middle + spread * torch.randn(count, generator=generator)).clamp(low, high).int().tolist()
+    drawn = (
+        torch.exp(middle + spread * torch.randn(count, generator=generator)).clamp(low, high).int().tolist()
+    )
     drawn[0] = high  # the range's end is always there
     return tuple(drawn)
 
@@ -99,7 +101,9 @@ class Timer:
         """Fill the L2 cache with clean lines of something else; takes the GPU some 130 µs or more."""
         self.read(self.flush_buffer)
 
-    def __call__(self, candidates: Mapping[str, Callable[[], Any]], rounds: int = 31) -> dict[str, list[float]]:
+    def __call__(
+        self, candidates: Mapping[str, Callable[[], Any]], rounds: int = 31
+    ) -> dict[str, list[float]]:
         """Microseconds of each round, by candidate."""
         for run in candidates.values():
             for _ in range(3):
@@ -129,7 +133,10 @@ def measure_ceilings(timer: Timer) -> dict[str, float]:
     size = 2 << 30
     source = torch.zeros(size // 4, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
-    times = timer({"read": lambda: timer.read(source), "copy": lambda: target.copy_(source), "nothing": lambda: None}, 15)
+    times = timer(
+        {"read": lambda: timer.read(source), "copy": lambda: target.copy_(source), "nothing": lambda: None},
+        15,
+    )
     return {
         "read_gb_s": size / statistics.median(times["read"]) / 1e3,
         "copy_gb_s": 2 * size / statistics.median(times["copy"]) / 1e3,
@@ -154,11 +161,15 @@ def flashinfer_candidates(problem: DecodeProblem) -> dict[str, Callable[[], torc
         import flashinfer
     except ImportError:
         return {}
-    pages = problem.kv_layer.transpose(2, 3).contiguous()  # its NHD layout: [blocks, 2, block_size, kv_heads, head_dim]
+    pages = problem.kv_layer.transpose(
+        2, 3
+    ).contiguous()  # its NHD layout: [blocks, 2, block_size, kv_heads, head_dim]
     counts = [-(-c // BLOCK_SIZE) for c in problem.contexts]
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
     ids = torch.cat([problem.block_tables[s, :n] for s, n in enumerate(counts)])
-    last = torch.tensor([(c - 1) % BLOCK_SIZE + 1 for c in problem.contexts], dtype=torch.int32, device="cuda")
+    last = torch.tensor(
+        [(c - 1) % BLOCK_SIZE + 1 for c in problem.contexts], dtype=torch.int32, device="cuda"
+    )
     found: dict[str, Callable[[], torch.Tensor]] = {}
     for name, tensor_cores in (("flashinfer", False), ("flashinfer-tc", True)):
         space = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
@@ -172,7 +183,12 @@ def flashinfer_candidates(problem: DecodeProblem) -> dict[str, Callable[[], torc
 
 
 def bench_decode(
-    timer: Timer, problem: DecodeProblem, read_gb_s: float, rungs: Sequence[str], rounds: int, peers: bool = True
+    timer: Timer,
+    problem: DecodeProblem,
+    read_gb_s: float,
+    rungs: Sequence[str],
+    rounds: int,
+    peers: bool = True,
 ) -> dict[str, Any]:
     """All rungs and peers on one batch; each output is first checked against float64."""
     scale = HEAD_DIM**-0.5
@@ -209,7 +225,9 @@ def bench_moves(timer: Timer, copy_gb_s: float, rounds: int) -> list[dict[str, A
     layers = 36
     for tokens in (512, 4096, 16384):
         blocks = tokens // BLOCK_SIZE
-        pool = torch.zeros(2 * blocks + 8, layers, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        pool = torch.zeros(
+            2 * blocks + 8, layers, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=torch.bfloat16, device="cuda"
+        )
         order = torch.randperm(2 * blocks, device="cuda")
         offsets = torch.arange(BLOCK_SIZE, device="cuda")
         slots = (order[:blocks, None] * BLOCK_SIZE + offsets).flatten()
@@ -251,7 +269,10 @@ def bench_prefill(timer: Timer, rounds: int) -> list[dict[str, Any]]:
         query = torch.randn(length, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
         args = (problem.kv_layer, problem.block_tables, problem.context_lens, starts)
-        k, v = (x[None].contiguous() for x in reference.pages_of(problem.kv_layer, problem.block_tables[0], context))
+        k, v = (
+            x[None].contiguous()
+            for x in reference.pages_of(problem.kv_layer, problem.block_tables[0], context)
+        )
         folded = query.transpose(0, 1)[None]
 
         def paged(query: torch.Tensor = query, args: Any = args, length: int = length) -> torch.Tensor:
@@ -260,7 +281,9 @@ def bench_prefill(timer: Timer, rounds: int) -> list[dict[str, Any]]:
         def sdpa(folded: torch.Tensor = folded, k: torch.Tensor = k, v: torch.Tensor = v) -> torch.Tensor:
             return sdpa_causal(folded, k, v, scale)
 
-        def gathered(problem: DecodeProblem = problem, context: int = context, sdpa: Any = sdpa) -> torch.Tensor:
+        def gathered(
+            problem: DecodeProblem = problem, context: int = context, sdpa: Any = sdpa
+        ) -> torch.Tensor:
             k, v = reference.pages_of(problem.kv_layer, problem.block_tables[0], context)
             return sdpa(k=k[None], v=v[None])
 
@@ -271,7 +294,11 @@ def bench_prefill(timer: Timer, rounds: int) -> list[dict[str, Any]]:
                 raise AssertionError(f"paged prefill is wrong at {length} tokens after {past}: {error:.2e}")
         pairs = length * (length + 1) / 2 + length * past
         flops = 4 * pairs * HEADS * HEAD_DIM
-        candidates: dict[str, Callable[[], Any]] = {"paged": paged, "sdpa-contiguous": sdpa, "gather+sdpa": gathered}
+        candidates: dict[str, Callable[[], Any]] = {
+            "paged": paged,
+            "sdpa-contiguous": sdpa,
+            "gather+sdpa": gathered,
+        }
         for name, each in timer(candidates, rounds).items():
             row = {"implementation": name, "tokens": length, "past": past, **summary(each)}
             row["tflop_s"] = flops / row["median_us"] / 1e6
@@ -293,13 +320,13 @@ def bench(rungs: Sequence[str] = RUNGS, rounds: int = 31, peers: bool = True) ->
     shapes = []
     for batch, context in TWELVE:
         problem = decode_problem(f"{batch} x {context}", [context] * batch)
-        slow = batch * context > 65536
-        used = [rung for rung in rungs if not (slow and rung == "naive" and rounds > 9)]
-        shapes.append({**bench_decode(timer, problem, ceilings["read_gb_s"], used, rounds, peers), "batch": batch, "context": context})
+        row = bench_decode(timer, problem, ceilings["read_gb_s"], rungs, rounds, peers)
+        shapes.append({**row, "batch": batch, "context": context})
         del problem
     contexts = ragged_contexts()
-    fast = [rung for rung in rungs if rung != "naive"]
-    ragged = bench_decode(timer, decode_problem("128 ragged", contexts), ceilings["read_gb_s"], fast, rounds, peers)
+    ragged = bench_decode(
+        timer, decode_problem("128 ragged", contexts), ceilings["read_gb_s"], rungs, rounds, peers
+    )
     return {
         "kind": "kernels",
         "schema": SCHEMA,
@@ -311,8 +338,18 @@ def bench(rungs: Sequence[str] = RUNGS, rounds: int = 31, peers: bool = True) ->
             **asdict(gpu.limits_of(torch.cuda.current_device())),
         },
         "peers": _peer_versions() if peers else {},
-        "method": {"rounds": rounds, "flush_bytes": FLUSH_BYTES, "statistic": "median, interleaved, L2 flushed by reading"},
-        "attention": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK_SIZE, "dtype": "bfloat16"},
+        "method": {
+            "rounds": rounds,
+            "flush_bytes": FLUSH_BYTES,
+            "statistic": "median, interleaved, L2 flushed by reading",
+        },
+        "attention": {
+            "heads": HEADS,
+            "kv_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "block_size": BLOCK_SIZE,
+            "dtype": "bfloat16",
+        },
         "ceilings": ceilings,
         "shapes": shapes,
         "ragged": {**ragged, "contexts": list(contexts)},
@@ -349,7 +386,9 @@ def geometric_mean(record: Mapping[str, Any], name: str) -> float | None:
 def table(record: Mapping[str, Any]) -> str:
     """The record as text: one row a shape, one column an implementation, in µs, and the best rung's fraction of the roof."""
     columns = list(dict.fromkeys(name for shape in record["shapes"] for name in shape["results"]))
-    lines = [f"{'shape':<12}{'roof':>8}" + "".join(f"{name[:14]:>15}" for name in columns) + f"{'of roof':>9}"]
+    lines = [
+        f"{'shape':<12}{'roof':>8}" + "".join(f"{name[:14]:>15}" for name in columns) + f"{'of roof':>9}"
+    ]
     for shape in [*record["shapes"], record["ragged"]]:
         cells = "".join(
             f"{shape['results'][name]['median_us']:>15.1f}" if name in shape["results"] else f"{'–':>15}"

@@ -66,7 +66,9 @@ def flat_launch_shape(
     if threads > MAX_THREADS:
         raise KernelArgumentError(f"block={block!r} has {threads} threads; a block has at most {MAX_THREADS}")
     if not 0 <= shared_bytes <= MAX_SHARED_BYTES:
-        raise KernelArgumentError(f"shared_bytes={shared_bytes}: a block has at most {MAX_SHARED_BYTES} bytes")
+        raise KernelArgumentError(
+            f"shared_bytes={shared_bytes}: a block has at most {MAX_SHARED_BYTES} bytes"
+        )
     return shapes[0], shapes[1]  # type: ignore[return-value]
 
 
@@ -104,7 +106,9 @@ def bind(
         is_array = isinstance(array, np.ndarray) or hasattr(array, "untyped_storage")
         if is_array != (kind == "p"):
             wanted = {"p": "an array", "i": "an integer", "f": "a float"}[kind]
-            raise KernelArgumentError(f"argument {position} of {name} must be {wanted}, not {type(arg).__name__}")
+            raise KernelArgumentError(
+                f"argument {position} of {name} must be {wanted}, not {type(arg).__name__}"
+            )
         if not is_array:
             if kind == "i" and not isinstance(arg, int | np.integer):
                 raise KernelArgumentError(f"argument {position} of {name} must be an integer, not {arg!r}")

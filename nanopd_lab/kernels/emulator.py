@@ -100,7 +100,9 @@ def _runtime_objects() -> tuple[Path, ...]:
             with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
                 built = Path(folder) / "runtime.o"
                 _call_compiler(
-                    [compiler, "-std=c++17", "-O2", "-fPIC", "-c", str(cuda_dir() / name), "-o", str(built)], name, text
+                    [compiler, "-std=c++17", "-O2", "-fPIC", "-c", str(cuda_dir() / name), "-o", str(built)],
+                    name,
+                    text,
                 )
                 built.replace(target)
         objects.append(target)
@@ -164,7 +166,9 @@ def _build(
             _call_compiler([compiler, *flags, "-x", "c++", "-c", str(unit), "-o", str(made)], name, source)
             # Linked without -fsanitize: the runtime supplies the sanitizer's entry points itself.
             _call_compiler(
-                [compiler, "-shared", "-Wl,-Bsymbolic", "-o", str(built), str(made), *map(str, runtime)], name, source
+                [compiler, "-shared", "-Wl,-Bsymbolic", "-o", str(built), str(made), *map(str, runtime)],
+                name,
+                source,
             )
             built.replace(target)
     library = ctypes.CDLL(str(target))
@@ -187,7 +191,9 @@ def build(
 
     `watched` builds the instrumented version. Raises KernelCompileError with the compiler's log and the line.
     """
-    return _build(source, kernel, tuple(sorted((k, str(v)) for k, v in (defines or {}).items())), watched, name)
+    return _build(
+        source, kernel, tuple(sorted((k, str(v)) for k, v in (defines or {}).items())), watched, name
+    )
 
 
 def launch(
@@ -204,10 +210,14 @@ def launch(
     Raises KernelFaultError on findings unless `check` is false; KernelArgumentError for arguments that don't fit.
     """
     grid3, block3 = flat_launch_shape(grid, block, shared_bytes)
-    slots, regions = bind(args, built.parameter_kinds, built.parameter_sizes, built.name, guarded=built.watched)
+    slots, regions = bind(
+        args, built.parameter_kinds, built.parameter_sizes, built.name, guarded=built.watched
+    )
     values = [_as_ctypes(slot, size) for slot, size in zip(slots, built.parameter_sizes, strict=True)]
     pointers = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(value) for value in values))
-    table = (_Region * max(1, len(regions)))(*(_Region(r.address, r.nbytes, int(r.initialised)) for r in regions))
+    table = (_Region * max(1, len(regions)))(
+        *(_Region(r.address, r.nbytes, int(r.initialised)) for r in regions)
+    )
     begun = time.perf_counter()
     found = built.library.emu_launch(
         pointers, (ctypes.c_int * 3)(*grid3), (ctypes.c_int * 3)(*block3), ctypes.c_int64(shared_bytes),
@@ -240,7 +250,9 @@ def _read_back(
     rows = ctypes.POINTER(_Counter)()
     count = library.emu_counters(ctypes.byref(rows)) if built.watched else 0
     counted = rows[:count] if count else []
-    addresses = {r.pc for r in reports} | {r.other_pc for r in reports if r.other_pc} | {c.pc for c in counted}
+    addresses = (
+        {r.pc for r in reports} | {r.other_pc for r in reports if r.other_pc} | {c.pc for c in counted}
+    )
     lines = source_lines(built.path, addresses, library.emu_base())
     findings = []
     for r in reports:
@@ -286,7 +298,9 @@ def source_lines(library: Path, addresses: set[int], base: int) -> dict[int, tup
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for address, block in zip(missing, re.split(r"^0x[0-9a-f]+\n", text, flags=re.M)[1:], strict=True):
             frames = [re.match(r"(.*):(\d+|\?)", frame) for frame in block.splitlines()]
-            named = [(Path(f.group(1)).name, int(f.group(2)) if f.group(2) != "?" else 0) for f in frames if f]
+            named = [
+                (Path(f.group(1)).name, int(f.group(2)) if f.group(2) != "?" else 0) for f in frames if f
+            ]
             own = [frame for frame in named if frame[0] not in PLUMBING]
             _line_cache[library, address - base] = (own or named or [("?", 0)])[0]
     return {a: _line_cache[library, a - base] for a in addresses}

@@ -64,7 +64,12 @@ def compile_cubin(
     if path.exists():
         return path.read_bytes()
     options = core.ProgramOptions(
-        name=name, arch=architecture, std="c++17", lineinfo=True, include_path=str(cuda_dir()), define_macro=macros or None
+        name=name,
+        arch=architecture,
+        std="c++17",
+        lineinfo=True,
+        include_path=str(cuda_dir()),
+        define_macro=macros or None,
     )
     try:
         code = bytes(core.Program(source, "c++", options).compile("cubin").code)
@@ -127,7 +132,9 @@ def _load(
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (error,) = driver.cuKernelSetAttribute(attribute, shared_bytes, function.handle, index)
         if int(error):
-            raise KernelArgumentError(f"{name}: the device doesn't grant {shared_bytes} bytes of shared memory")
+            raise KernelArgumentError(
+                f"{name}: the device doesn't grant {shared_bytes} bytes of shared memory"
+            )
     attributes = function.attributes
     try:
         registers, local = attributes.num_regs, attributes.local_size_bytes
@@ -140,7 +147,11 @@ def _load(
 def load(launch: Launch, index: int) -> LoadedKernel:
     """The kernel of `launch` on GPU `index`, compiled and loaded once a process."""
     return _load_launch(
-        launch.file, launch.kernel, tuple((k, str(v)) for k, v in launch.defines.items()), index, launch.shared_bytes
+        launch.file,
+        launch.kernel,
+        tuple((k, str(v)) for k, v in launch.defines.items()),
+        index,
+        launch.shared_bytes,
     )
 
 
@@ -152,12 +163,27 @@ def _load_launch(
 
 
 def launch_raw(
-    kernel: LoadedKernel, grid: Sequence[int], block: Sequence[int], shared_bytes: int, args: Sequence[Any], stream: int
+    kernel: LoadedKernel,
+    grid: Sequence[int],
+    block: Sequence[int],
+    shared_bytes: int,
+    args: Sequence[Any],
+    stream: int,
 ) -> None:
     """Enqueue. args: ctypes values, one a parameter. Raises RuntimeError when the driver refuses."""
     pointers = (ctypes.c_void_p * max(1, len(args)))(*(ctypes.addressof(arg) for arg in args))
     error = _driver().cuLaunchKernel(
-        kernel.handle, grid[0], grid[1], grid[2], block[0], block[1], block[2], shared_bytes, stream, pointers, None
+        kernel.handle,
+        grid[0],
+        grid[1],
+        grid[2],
+        block[0],
+        block[1],
+        block[2],
+        shared_bytes,
+        stream,
+        pointers,
+        None,
     )
     if error:
         raise RuntimeError(
@@ -187,7 +213,9 @@ def execute(launch: Launch, args: Sequence[Any], device: torch.device) -> None:
     """Launch on torch's current stream of `device`. Reads no device memory: safe inside a CUDA graph."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     stream = torch.cuda.current_stream(index).cuda_stream
-    launch_raw(load(launch, index), launch.grid, (launch.threads, 1, 1), launch.shared_bytes, pack(args), stream)
+    launch_raw(
+        load(launch, index), launch.grid, (launch.threads, 1, 1), launch.shared_bytes, pack(args), stream
+    )
 
 
 _SCALARS = {
@@ -237,7 +265,9 @@ def run(
                 flat = torch.empty(0, dtype=torch.uint8, device=host.device).set_(storage)
                 copies[storage.data_ptr()] = flat.cuda()
             device_copy = copies[storage.data_ptr()]
-            values.append(ctypes.c_void_p(device_copy.data_ptr() + host.storage_offset() * host.element_size()))
+            values.append(
+                ctypes.c_void_p(device_copy.data_ptr() + host.storage_offset() * host.element_size())
+            )
             arrays.append((arg, host, device_copy))
         else:
             values.append(_SCALARS["f" if isinstance(arg, float) else "i"][size](arg))
@@ -248,7 +278,9 @@ def run(
     deadline = time.monotonic() + 60
     while not ended.query():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{name}: the kernel still runs after 60 s; does a loop or a barrier never end?")
+            raise TimeoutError(
+                f"{name}: the kernel still runs after 60 s; does a loop or a barrier never end?"
+            )
         time.sleep(1e-4)
     for _, host, device_copy in arrays:
         torch.empty(0, dtype=torch.uint8, device=host.device).set_(host.untyped_storage()).copy_(device_copy)

@@ -198,7 +198,9 @@ def decode_launch(
         defines = {
             **shape.defines, "WARPS": chosen.warps, "WARP_TOKENS": chosen.warp_tokens, "STAGES": chosen.stages,
         }  # fmt: skip
-        return Launch(FILES[rung], kernel, (grid, 1, 1), 32 * chosen.warps, chosen.shared_bytes(shape), defines)
+        return Launch(
+            FILES[rung], kernel, (grid, 1, 1), 32 * chosen.warps, chosen.shared_bytes(shape), defines
+        )
     heads = shape.kv_heads if rung == "gqa" else shape.heads
     shared = 0
     if rung == "naive":
@@ -217,7 +219,9 @@ def max_grid(limits: DeviceLimits) -> int:
     return 16 * limits.multiprocessors
 
 
-def workspace_bytes(shape: AttentionShape, limits: DeviceLimits | None = None, blocks: int | None = None) -> int:
+def workspace_bytes(
+    shape: AttentionShape, limits: DeviceLimits | None = None, blocks: int | None = None
+) -> int:
     """Scratch memory of the split rungs: counters, then two places a block for partial outputs and sums."""
     count = blocks or max_grid(limits or DeviceLimits())
     return 4 * MAX_ITEMS + 2 * count * shape.group * (shape.head_dim + 2) * 4
@@ -245,14 +249,20 @@ def split_workspace(
 
 
 def prefill_launch(
-    shape: AttentionShape, sequences: int, max_query_len: int, limits: DeviceLimits | None = None, warps: int = 8
+    shape: AttentionShape,
+    sequences: int,
+    max_query_len: int,
+    limits: DeviceLimits | None = None,
+    warps: int = 8,
 ) -> Launch:
     """Launch of paged prefill. max_query_len: the longest query of the batch, or an upper bound.
 
     Raises KernelArgumentError for fp32 (its products don't run on these tensor-core instructions).
     """
     if shape.dtype == torch.float32:
-        raise KernelArgumentError("paged prefill takes float16 or bfloat16; fp32 goes through gather and SDPA")
+        raise KernelArgumentError(
+            "paged prefill takes float16 or bfloat16; fp32 goes through gather and SDPA"
+        )
     limits = limits or DeviceLimits()
     keys = 32 if shape.head_dim == 256 else 64
     if shape.head_dim == 256:
@@ -261,7 +271,12 @@ def prefill_launch(
     tokens = 16 * warps // shape.group
     grid = (-(-max_query_len // tokens), shape.kv_heads, sequences)
     return Launch(
-        "prefill.cu", "paged_prefill", grid, 32 * warps, shared, {**shape.defines, "WARPS": warps, "KEYS": keys}
+        "prefill.cu",
+        "paged_prefill",
+        grid,
+        32 * warps,
+        shared,
+        {**shape.defines, "WARPS": warps, "KEYS": keys},
     )
 
 

@@ -43,7 +43,9 @@ _library.define("scatter_blocks(Tensor(a!) kv_cache, Tensor ids, Tensor blocks) 
 
 
 def _limits(tensor: torch.Tensor) -> gpu.DeviceLimits:
-    return gpu.limits_of(tensor.device.index if tensor.device.index is not None else torch.cuda.current_device())
+    return gpu.limits_of(
+        tensor.device.index if tensor.device.index is not None else torch.cuda.current_device()
+    )
 
 
 def make_workspace(shape: AttentionShape, device: torch.device | str) -> torch.Tensor:
@@ -150,7 +152,11 @@ def _block_bytes(kv_cache: torch.Tensor) -> int:
 
 
 def _move(
-    source: torch.Tensor, from_ids: torch.Tensor | None, target: torch.Tensor, to_ids: torch.Tensor | None, count: int
+    source: torch.Tensor,
+    from_ids: torch.Tensor | None,
+    target: torch.Tensor,
+    to_ids: torch.Tensor | None,
+    count: int,
 ) -> None:
     size = _block_bytes(source)
     if size != _block_bytes(target) or source.dtype != target.dtype or source.device != target.device:
@@ -266,7 +272,11 @@ for _name, (_cuda, _cpu, _fake) in _IMPLEMENTATIONS.items():
 
 
 def kv_store(
-    key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor, validate_values: bool = True
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    validate_values: bool = True,
 ) -> None:
     """Write K and V ([T, kv_heads, head_dim]) to the slots (int64 [T]; negative is padding)."""
     if validate_values:

@@ -50,9 +50,7 @@ def attend(
     return out
 
 
-def store(
-    key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
+def store(key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Write K and V rows to their slots; negative slots are padding."""
     used = slot_mapping >= 0
     slots, block_size = slot_mapping[used], kv_layer.shape[3]

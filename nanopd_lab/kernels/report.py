@@ -138,7 +138,11 @@ def describe(
     at = f"{size} bytes at byte {offset} of {where}"
     second = ""
     if other:
-        second = f"thread {other['thread']}" if other["thread"] else "a thread of another block, or several threads"
+        second = (
+            f"thread {other['thread']}"
+            if other["thread"]
+            else "a thread of another block, or several threads"
+        )
         if other["line"]:
             second += f" at line {other['line']}"
     if kind.startswith("out-of-bounds"):
@@ -150,7 +154,9 @@ def describe(
     if kind == "misaligned access":
         return f"{at}: the address is not a multiple of {size}"
     if kind == "block deadlock":
-        return f"{waiting} threads wait at this __syncthreads(), {missing} never reach it, among them {second}"
+        return (
+            f"{waiting} threads wait at this __syncthreads(), {missing} never reach it, among them {second}"
+        )
     if kind == "warp deadlock":
         return f"{waiting} lanes wait at this warp operation, {missing} of its mask never reach it, among them {second}"
     if kind == "divergent barrier":

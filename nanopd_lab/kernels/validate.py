@@ -30,7 +30,8 @@ def check_index(name: str, tensor: torch.Tensor, dtype: torch.dtype, dims: int, 
         f"{name} must be {dtype} with {dims} dimension(s) on {device}, got {_describe(tensor)}",
     )
     _require(
-        tensor.shape[-1] <= 1 or tensor.stride(-1) == 1, f"{name} must be contiguous in its last dimension; call .contiguous()"
+        tensor.shape[-1] <= 1 or tensor.stride(-1) == 1,
+        f"{name} must be contiguous in its last dimension; call .contiguous()",
     )
 
 
@@ -127,7 +128,8 @@ def check_query_start(query: torch.Tensor, query_start: torch.Tensor, context_le
         f"query_start must rise to at most {query.shape[0]} rows, got {starts.tolist()[:8]}…",
     )
     _require(
-        bool((lengths <= contexts).all()), "a sequence has more query tokens than context; context_lens counts them too"
+        bool((lengths <= contexts).all()),
+        "a sequence has more query tokens than context; context_lens counts them too",
     )
 
 

@@ -28,13 +28,24 @@ SHAPES = [
 
 def wanted(problem: Problem) -> torch.Tensor:
     return reference.attend(
-        problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.query_start, problem.scale
+        problem.query,
+        problem.kv_layer,
+        problem.block_tables,
+        problem.context_lens,
+        problem.query_start,
+        problem.scale,
     )
 
 
 def decode(problem: Problem, rung: str, **options: object) -> torch.Tensor:
     out, _ = emulated.paged_decode(
-        rung, problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.scale, **options
+        rung,
+        problem.query,
+        problem.kv_layer,
+        problem.block_tables,
+        problem.context_lens,
+        problem.scale,
+        **options,
     )  # type: ignore[arg-type]
     return out
 
@@ -56,7 +67,13 @@ def test_rung_is_clean_when_watched(rung: str) -> None:
     """No race, no read out of bounds or of memory that nobody wrote, in a batch that splits sequences."""
     problem = make_problem(BF16, 64, 8, 3, 2, [75, 1, 0, 20])
     out, result = emulated.paged_decode(
-        rung, problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.scale, instrument=True
+        rung,
+        problem.query,
+        problem.kv_layer,
+        problem.block_tables,
+        problem.context_lens,
+        problem.scale,
+        instrument=True,
     )
     assert result.findings == ()
     assert reference.relative_error(out, wanted(problem)) <= reference.TOLERANCES[BF16]
@@ -120,7 +137,9 @@ def test_store(dtype: torch.dtype) -> None:
     result = emulated.kv_store(product[:, :3], product[:, 3:6], cache[:, 1], slots, instrument=True)
     assert torch.equal(cache, expected)
     writes = [line for line in result.counters.lines if line.kind == "write"]
-    assert sum(line.sectors for line in writes) * 32 == sum(line.bytes for line in writes)  # full sectors only
+    assert sum(line.sectors for line in writes) * 32 == sum(
+        line.bytes for line in writes
+    )  # full sectors only
 
 
 def test_copy_gather_and_scatter() -> None:

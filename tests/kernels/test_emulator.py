@@ -16,7 +16,14 @@ def launch(body: str, block: int = 64, shared_bytes: int = 0, grid: int = 1, n: 
 {body}
 }}"""
     return run(
-        source, "kernel", grid, block, [FLOATS[:n].copy(), empty(n), n], device="emulator", shared_bytes=shared_bytes, **options
+        source,
+        "kernel",
+        grid,
+        block,
+        [FLOATS[:n].copy(), empty(n), n],
+        device="emulator",
+        shared_bytes=shared_bytes,
+        **options,
     )  # type: ignore[arg-type]
 
 
@@ -44,7 +51,12 @@ def test_out_of_bounds_write_before_the_array() -> None:
 
 
 def test_out_of_bounds_of_shared_memory() -> None:
-    found = fault("    extern __shared__ float s[];\n    s[i] = x[i];\n    y[i] = s[i];", "out-of-bounds write", 4, shared_bytes=128)
+    found = fault(
+        "    extern __shared__ float s[];\n    s[i] = x[i];\n    y[i] = s[i];",
+        "out-of-bounds write",
+        4,
+        shared_bytes=128,
+    )
     assert found.thread == (32, 0, 0)
 
 
@@ -53,7 +65,9 @@ def test_wild_pointer_does_not_crash_the_process() -> None:
 
 
 def test_uninitialised_shared_memory() -> None:
-    found = fault("    __shared__ float s[64];\n    if (i != 9) s[i] = x[i];\n    y[i] = s[i];", "uninitialised read", 5)
+    found = fault(
+        "    __shared__ float s[64];\n    if (i != 9) s[i] = x[i];\n    y[i] = s[i];", "uninitialised read", 5
+    )
     assert found.thread == (9, 0, 0)
 
 
@@ -131,7 +145,11 @@ def test_a_thread_that_has_returned_never_reaches_the_barrier() -> None:
 
 
 def test_warp_deadlock_is_told_from_a_block_deadlock() -> None:
-    found = fault("    float v = x[i];\n    if (i % 32 < 16) v += __shfl_xor_sync(0xffffffffu, v, 1);\n    y[i] = v;", "warp deadlock", 4)
+    found = fault(
+        "    float v = x[i];\n    if (i % 32 < 16) v += __shfl_xor_sync(0xffffffffu, v, 1);\n    y[i] = v;",
+        "warp deadlock",
+        4,
+    )
     assert "16 lanes wait" in found.detail
 
 
@@ -144,7 +162,11 @@ def test_partial_masks_meet_among_themselves() -> None:
 
 
 def test_barriers_at_different_lines() -> None:
-    fault("    if (i < 32) __syncthreads();\n    else __syncthreads();\n    y[i] = x[i];", "divergent barrier", 4)
+    fault(
+        "    if (i < 32) __syncthreads();\n    else __syncthreads();\n    y[i] = x[i];",
+        "divergent barrier",
+        4,
+    )
 
 
 def test_endless_loop_is_stopped() -> None:
@@ -157,7 +179,8 @@ def test_misaligned_vector_access() -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "sectors"), [("i", 4), ("(i * 2) % 1024", 8), ("(i * 8) % 1024", 32), ("0", 1), ("(i + 1) % 1024", 5)]
+    ("index", "sectors"),
+    [("i", 4), ("(i * 2) % 1024", 8), ("(i * 8) % 1024", 32), ("0", 1), ("(i + 1) % 1024", 5)],
 )
 def test_sectors_per_request(index: str, sectors: int) -> None:
     counters = launch(f"    if (i < 32)\n        y[i] = x[{index}];", block=32, n=1024).counters
@@ -185,7 +208,9 @@ def test_bank_conflicts(stride: int, conflicts: int) -> None:
 def test_divergence() -> None:
     uniform = launch("    if (i < 32) y[i] = x[i]; else y[i] = 2 * x[i] + sqrtf(x[i]);").counters
     assert uniform.divergent_steps == 0
-    split = launch("    if (i % 2) y[i] = x[i]; else y[i] = sqrtf(x[i] * x[63 - i]) + y[i ^ 0] * 0;", check=False).counters
+    split = launch(
+        "    if (i % 2) y[i] = x[i]; else y[i] = sqrtf(x[i] * x[63 - i]) + y[i ^ 0] * 0;", check=False
+    ).counters
     assert split.divergent_steps > 0
     assert split.lane_steps < 32 * split.steps
 
@@ -207,7 +232,10 @@ def test_warp_votes_and_shuffles() -> None:
 
 def test_fast_mode_gives_the_same_result_and_poisons_shared_memory() -> None:
     assert np.array_equal(launch("    y[i] = 2 * x[i];", instrument=False).outputs[1], 2 * FLOATS[:64])
-    stale = launch("    __shared__ float s[64];\n    if (i) s[i] = x[i];\n    __syncthreads();\n    y[i] = s[i];", instrument=False)
+    stale = launch(
+        "    __shared__ float s[64];\n    if (i) s[i] = x[i];\n    __syncthreads();\n    y[i] = s[i];",
+        instrument=False,
+    )
     assert np.isnan(stale.outputs[1][0])
     assert np.array_equal(stale.outputs[1][1:], FLOATS[1:64])
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
+from nanopd_lab.attention.base import AttentionMetadata
+from nanopd_lab.attention.cuda import CudaBackend
 from nanopd_lab.kernels import KernelArgumentError, empty, ops, reference, run
 from nanopd_lab.kernels.launches import RUNGS
 from nanopd_lab.kernels.problems import Problem, make_problem
@@ -23,7 +26,13 @@ RAGGED = [1, 700, 3, 0, 33, 2500, 16, 129]
 def decode(problem: Problem, rung: str) -> torch.Tensor:
     workspace = ops.make_workspace(problem.shape, "cuda")
     out = ops.paged_decode(
-        problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, workspace, problem.scale, rung
+        problem.query,
+        problem.kv_layer,
+        problem.block_tables,
+        problem.context_lens,
+        workspace,
+        problem.scale,
+        rung,
     )
     assert int(workspace[: 4 << 16].sum()) == 0, "counters must be zero again"
     return out
@@ -31,7 +40,12 @@ def decode(problem: Problem, rung: str) -> torch.Tensor:
 
 def wanted(problem: Problem) -> torch.Tensor:
     return reference.attend(
-        problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.query_start, problem.scale
+        problem.query,
+        problem.kv_layer,
+        problem.block_tables,
+        problem.context_lens,
+        problem.query_start,
+        problem.scale,
     )
 
 
@@ -49,15 +63,22 @@ def test_decode_over_all_shapes(rung: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("rung", ["split", "mma"])
 def test_very_long_context_among_short_ones(rung: str) -> None:
-    problem = make_problem(torch.bfloat16, 128, 16, 4, 2, [5, 131072, 64, 40000, 1] + [100] * 40, device="cuda", layers=1)
+    problem = make_problem(
+        torch.bfloat16, 128, 16, 4, 2, [5, 131072, 64, 40000, 1] + [100] * 40, device="cuda", layers=1
+    )
     for _ in range(3):  # a race would move the error
-        assert reference.relative_error(decode(problem, rung), wanted(problem)) <= reference.TOLERANCES[torch.bfloat16]
+        assert (
+            reference.relative_error(decode(problem, rung), wanted(problem))
+            <= reference.TOLERANCES[torch.bfloat16]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_prefill_over_all_shapes(dtype: torch.dtype) -> None:
     contexts, query_lens = [37, 300, 1000, 20, 64], [37, 50, 257, 1, 64]
-    for i, (head_dim, block_size, group) in enumerate(itertools.product((64, 128, 256), (8, 16, 32), range(1, 9))):
+    for i, (head_dim, block_size, group) in enumerate(
+        itertools.product((64, 128, 256), (8, 16, 32), range(1, 9))
+    ):
         problem = make_problem(dtype, head_dim, block_size, group, 1 + i % 3, contexts, query_lens, i, "cuda")
         out = ops.paged_prefill(
             problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.query_start, 257,
@@ -87,6 +108,22 @@ def test_store_and_moves(dtype: torch.dtype) -> None:
     ops.scatter_blocks(cache, order[20:27], packed)
     expected[order[20:27]] = packed
     assert torch.equal(cache, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_backend_on_a_mixed_batch(dtype: torch.dtype) -> None:
+    """Decode steps, a chunk after a long past, a short prompt and one long enough for PyTorch's own kernels."""
+    query_lens, contexts = [1, 1, 1, 40, 300, 1500], [5, 900, 64, 800, 300, 2000]
+    problem = make_problem(dtype, 64, 16, 3, 3, contexts, query_lens, device="cuda")
+    metadata = AttentionMetadata(
+        torch.zeros(sum(query_lens), dtype=torch.int64, device="cuda"), problem.query_start, problem.context_lens,
+        problem.block_tables, tuple(query_lens), tuple(contexts),
+    )  # fmt: skip
+    backend = CudaBackend(validate_values=True)
+    for part in (metadata, dataclasses.replace(metadata)):
+        out = backend.attend(problem.query, problem.kv_layer, part, problem.scale)
+        limit = 1e-5 if dtype == torch.float32 else reference.TOLERANCES[dtype]
+        assert reference.relative_error(out, wanted(problem)) <= limit
 
 
 def test_graph_replays_with_new_lengths() -> None:
