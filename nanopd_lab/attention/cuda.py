@@ -1,9 +1,10 @@
 """The hand-written CUDA kernels as an attention backend.
 
-Decode steps go through the best rung of the ladder (`kernels.launches.best_rung`), everything else through the
-paged prefill kernel, except where PyTorch's own kernels are faster: a query of LONG_QUERY tokens or more (compute-bound,
-and cuDNN or FlashAttention use Hopper's wgmma there, which our mma.sync kernel doesn't: see the prefill rows of
-data/recorded/kernels-*.json) and fp32 gather their pages and call SDPA, one sequence at a time.
+Decode steps go through the best rung of the ladder (`kernels.launches.best_rung`), everything else through
+the paged prefill kernel, except where PyTorch's own kernels are faster: a query of LONG_QUERY tokens or more
+(compute-bound, and cuDNN or FlashAttention use Hopper's wgmma there, which our mma.sync kernel doesn't: see
+the prefill rows of data/recorded/kernels-*.json) and fp32 gather their pages and call SDPA, one sequence at a
+time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from nanopd_lab.attention.base import AttentionMetadata
 from nanopd_lab.kernels import ops, reference, validate
 from nanopd_lab.kernels.errors import KernelArgumentError
 
-LONG_QUERY = 1024
+LONG_QUERY = 512
 
 
 def sdpa_causal(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
@@ -26,13 +27,15 @@ def sdpa_causal(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
             query, keys, values, is_causal=True, scale=scale, enable_gqa=True
         )
     mask = causal_lower_right(query.shape[2], keys.shape[2])
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)  # type: ignore[arg-type]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
 class CudaBackend:
-    """See `AttentionBackend`. Owns the decode kernels' workspace, so one instance serves one stream at a time.
+    """See `AttentionBackend`. Owns the decode kernels' workspace, so one instance serves one stream at a
+    time.
 
-    validate_values: also check block ids, slots and lengths against the cache before each launch. That waits for
+    validate_values: also check block ids, slots and lengths against the cache before each launch. That waits
+    for
     the device, so the engine leaves it off: its tables come from its own allocator.
     """
 
@@ -46,8 +49,8 @@ class CudaBackend:
         if self._workspace is None or self._workspace.device != query.device:
             if query.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise KernelArgumentError(
-                    "the first call of the CUDA backend allocates its workspace and must come before a graph capture; "
-                    "run the batch once outside it"
+                    "the first call of the CUDA backend allocates its workspace and must come before a graph "
+                    "capture; run the batch once outside it"
                 )
             self._workspace = ops.make_workspace(validate.shape_of(query, kv_layer), query.device)
         return self._workspace
@@ -74,17 +77,27 @@ class CudaBackend:
             decodes < paged
         ):  # query_start is absolute, so the kernel fills these sequences' rows of a whole output
             out = ops.paged_prefill(
-                query, kv_layer, tables[decodes:paged], contexts[decodes:paged],
-                metadata.query_start[decodes : paged + 1], max(metadata.query_lens_host[decodes:paged]), scale,
+                query,
+                kv_layer,
+                tables[decodes:paged],
+                contexts[decodes:paged],
+                metadata.query_start[decodes : paged + 1],
+                max(metadata.query_lens_host[decodes:paged]),
+                scale,
                 self.validate_values,
-            )  # fmt: skip
+            )
         else:
             out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if decodes:
             out[:decodes] = ops.paged_decode(
-                query[:decodes], kv_layer, tables[:decodes], contexts[:decodes], self._workspace_for(query, kv_layer),
-                scale, validate_values=self.validate_values,
-            )  # fmt: skip
+                query[:decodes],
+                kv_layer,
+                tables[:decodes],
+                contexts[:decodes],
+                self._workspace_for(query, kv_layer),
+                scale,
+                validate_values=self.validate_values,
+            )
         first = sum(metadata.query_lens_host[:paged])
         for s in range(paged, sequences):
             length, context = metadata.query_lens_host[s], metadata.context_lens_host[s]

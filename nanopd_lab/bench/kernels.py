@@ -1,15 +1,16 @@
 """Time the kernels against the memory roof, PyTorch's SDPA and, where it is installed, FlashInfer.
 
-Method: everything that is compared runs interleaved in one process; before each timed launch the L2 cache is filled
-with other, clean data; the time is between two device events around the launch, enqueued while the GPU is still
-busy with that flush, so that host time doesn't show; the median of the rounds is reported. The roof is the read
-bandwidth measured in the same run. Shapes: `TWELVE` (Qwen3-8B attention: 32 query heads, 8 KV heads, head_dim
-128, block size 16, bf16) and 128 ragged sequences.
+Method: everything that is compared runs interleaved in one process; before each timed launch the L2 cache is
+filled with other, clean data; the time is between two device events around the launch, enqueued while the GPU
+is still busy with that flush, so that host time doesn't show; the median of the rounds is reported. The roof
+is the read bandwidth measured in the same run. Shapes: `TWELVE` (Qwen3-8B attention: 32 query heads, 8 KV
+heads, head_dim 128, block size 16, bf16) and 128 ragged sequences.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +26,21 @@ from nanopd_lab.kernels.launches import RUNGS, AttentionShape, Launch
 from nanopd_lab.kernels.reference import TOLERANCES
 
 TWELVE = (
-    (1, 512), (1, 2048), (1, 8192), (1, 32768), (8, 512), (8, 2048), (8, 8192), (32, 512), (32, 2048), (32, 8192),
-    (128, 512), (128, 2048),
-)  # fmt: skip
+    (1, 512),
+    (1, 2048),
+    (1, 8192),
+    (1, 32768),
+    (8, 512),
+    (8, 2048),
+    (8, 8192),
+    (32, 512),
+    (32, 2048),
+    (32, 8192),
+    (128, 512),
+    (128, 2048),
+)
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
+MOVED_LAYERS = 36
 FLUSH_BYTES = 512 << 20
 SCHEMA = 1
 
@@ -54,7 +66,8 @@ class DecodeProblem:
 def decode_problem(
     name: str, contexts: Sequence[int], dtype: torch.dtype = torch.bfloat16, layers: int = 2, seed: int = 0
 ) -> DecodeProblem:
-    """A batch with these context lengths; its blocks lie scattered over the pool. `layers` makes the view strided."""
+    """A batch with these context lengths; its blocks lie scattered over the pool. `layers` makes the view
+    strided."""
     generator = torch.Generator(device="cuda").manual_seed(seed)
     width = -(-max(contexts) // BLOCK_SIZE)
     counts = [-(-c // BLOCK_SIZE) for c in contexts]
@@ -145,7 +158,8 @@ def measure_ceilings(timer: Timer) -> dict[str, float]:
 
 
 def sdpa_candidate(problem: DecodeProblem) -> Callable[[], torch.Tensor] | None:
-    """PyTorch's SDPA over contiguous K and V of equal length: no paging, no raggedness; what it costs at best."""
+    """PyTorch's SDPA over contiguous K and V of equal length: no paging, no raggedness; what it costs at
+    best."""
     if len(set(problem.contexts)) > 1:
         return None
     count, length = len(problem.contexts), problem.contexts[0]
@@ -156,9 +170,10 @@ def sdpa_candidate(problem: DecodeProblem) -> Callable[[], torch.Tensor] | None:
 
 
 def flashinfer_candidates(problem: DecodeProblem) -> dict[str, Callable[[], torch.Tensor]]:
-    """FlashInfer's paged decode with CUDA cores and with tensor cores, planned outside the timing; {} if not installed."""
+    """FlashInfer's paged decode with CUDA cores and with tensor cores, planned outside the timing; {} if not
+    installed."""
     try:
-        import flashinfer
+        flashinfer = importlib.import_module("flashinfer")
     except ImportError:
         return {}
     pages = problem.kv_layer.transpose(
@@ -220,47 +235,47 @@ def bench_decode(
 
 
 def bench_moves(timer: Timer, copy_gb_s: float, rounds: int) -> list[dict[str, Any]]:
-    """KV store of one layer and copy-on-write, gather and scatter of whole blocks, for several numbers of tokens."""
+    """KV store of one layer and copy-on-write, gather and scatter of whole blocks, for several numbers of
+    tokens."""
     rows = []
-    layers = 36
     for tokens in (512, 4096, 16384):
         blocks = tokens // BLOCK_SIZE
-        pool = torch.zeros(
-            2 * blocks + 8, layers, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=torch.bfloat16, device="cuda"
-        )
         order = torch.randperm(2 * blocks, device="cuda")
-        offsets = torch.arange(BLOCK_SIZE, device="cuda")
-        slots = (order[:blocks, None] * BLOCK_SIZE + offsets).flatten()
-        key = torch.randn(tokens, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-        value = torch.randn_like(key)
-        sources, targets = order[:blocks].contiguous(), order[blocks : 2 * blocks].contiguous()
-        buffer = torch.empty(blocks, *pool.shape[1:], dtype=pool.dtype, device="cuda")
-        layer = pool[:, 3]
-        flat = torch.randn(tokens * KV_HEADS * HEAD_DIM * 2, dtype=torch.bfloat16, device="cuda")
-        flat_to = torch.empty_like(flat)
-        store_bytes, move_bytes = 4 * key.numel() * 2, 2 * buffer.numel() * 2
-        times = timer(
-            {
-                "kv_store": lambda: torch.ops.nanopd.kv_store(key, value, layer, slots),
-                "copy_of_the_same_bytes": lambda: flat_to.copy_(flat),
-                "copy_blocks": lambda: torch.ops.nanopd.copy_blocks(pool, sources, targets),
-                "gather_blocks": lambda: torch.ops.nanopd.gather_blocks(pool, sources),
-                "scatter_blocks": lambda: torch.ops.nanopd.scatter_blocks(pool, targets, buffer),
-            },
-            rounds,
-        )
+        times = timer(_move_candidates(tokens, order), rounds)
         for name, each in times.items():
-            size = store_bytes if name in ("kv_store", "copy_of_the_same_bytes") else move_bytes
-            row = {"operation": name, "tokens": tokens, "bytes": size, **summary(each)}
+            one_layer = name in ("kv_store", "copy_of_the_same_bytes")
+            row_bytes = 2 * KV_HEADS * HEAD_DIM * 2  # K and V of a token and layer, bf16
+            size = 2 * tokens * row_bytes * (1 if one_layer else MOVED_LAYERS)  # read and written
+            row: dict[str, Any] = {"operation": name, "tokens": tokens, "bytes": size, **summary(each)}
             row["gb_s"] = size / row["median_us"] / 1e3
             row["fraction_of_copy"] = row["gb_s"] / copy_gb_s
             rows.append(row)
-        del pool, buffer
     return rows
 
 
+def _move_candidates(tokens: int, order: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    blocks = tokens // BLOCK_SIZE
+    shape = (2 * blocks + 8, MOVED_LAYERS, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    pool = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+    slots = (order[:blocks, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device="cuda")).flatten()
+    key = torch.randn(tokens, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    value = torch.randn_like(key)
+    sources, targets = order[:blocks].contiguous(), order[blocks : 2 * blocks].contiguous()
+    buffer = torch.zeros(blocks, *shape[1:], dtype=torch.bfloat16, device="cuda")
+    flat = torch.randn(2 * key.numel(), dtype=torch.bfloat16, device="cuda")
+    flat_to = torch.empty_like(flat)
+    return {
+        "kv_store": lambda: torch.ops.nanopd.kv_store(key, value, pool[:, 3], slots),
+        "copy_of_the_same_bytes": lambda: flat_to.copy_(flat),
+        "copy_blocks": lambda: torch.ops.nanopd.copy_blocks(pool, sources, targets),
+        "gather_blocks": lambda: torch.ops.nanopd.gather_blocks(pool, sources),
+        "scatter_blocks": lambda: torch.ops.nanopd.scatter_blocks(pool, targets, buffer),
+    }
+
+
 def bench_prefill(timer: Timer, rounds: int) -> list[dict[str, Any]]:
-    """Paged prefill of one sequence against SDPA over contiguous K and V, and against gathering pages for SDPA."""
+    """Paged prefill of one sequence against SDPA over contiguous K and V, and against gathering pages for
+    SDPA."""
     rows = []
     scale = HEAD_DIM**-0.5
     for length, past in ((512, 0), (2048, 0), (8192, 0), (512, 1536), (512, 7680)):
@@ -300,14 +315,15 @@ def bench_prefill(timer: Timer, rounds: int) -> list[dict[str, Any]]:
             "gather+sdpa": gathered,
         }
         for name, each in timer(candidates, rounds).items():
-            row = {"implementation": name, "tokens": length, "past": past, **summary(each)}
+            row: dict[str, Any] = {"implementation": name, "tokens": length, "past": past, **summary(each)}
             row["tflop_s"] = flops / row["median_us"] / 1e6
             rows.append(row)
     return rows
 
 
 def bench(rungs: Sequence[str] = RUNGS, rounds: int = 31, peers: bool = True) -> dict[str, Any]:
-    """The whole record: ceilings, the twelve shapes, the ragged batch, moves, prefill. Needs a GPU (ValueError)."""
+    """The whole record: ceilings, the twelve shapes, the ragged batch, moves, prefill. Needs a GPU
+    (ValueError)."""
     if not torch.cuda.is_available():
         raise ValueError(
             "kernels bench measures a GPU and torch sees none here; recorded runs are in data/recorded/, and "
@@ -367,7 +383,7 @@ def _driver_version() -> str:
 def _peer_versions() -> dict[str, str]:
     from importlib import metadata
 
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     try:
         versions["flashinfer"] = metadata.version("flashinfer-python")
     except metadata.PackageNotFoundError:
@@ -384,7 +400,8 @@ def geometric_mean(record: Mapping[str, Any], name: str) -> float | None:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The record as text: one row a shape, one column an implementation, in µs, and the best rung's fraction of the roof."""
+    """The record as text: one row a shape, one column an implementation, in µs, and the best rung's fraction
+    of the roof."""
     columns = list(dict.fromkeys(name for shape in record["shapes"] for name in shape["results"]))
     lines = [
         f"{'shape':<12}{'roof':>8}" + "".join(f"{name[:14]:>15}" for name in columns) + f"{'of roof':>9}"
@@ -400,12 +417,12 @@ def table(record: Mapping[str, Any]) -> str:
     lines.append("geometric means: " + ", ".join(f"{name} {mean:.1f} µs" for name, mean in means if mean))
     for row in record["moves"]:
         lines.append(
-            f"{row['operation']:<24}{row['tokens']:>6} tokens {row['median_us']:>9.1f} µs {row['gb_s']:>7.0f} GB/s "
-            f"{row['fraction_of_copy']:>6.1%} of copy"
+            f"{row['operation']:<24}{row['tokens']:>6} tokens {row['median_us']:>9.1f} µs "
+            f"{row['gb_s']:>7.0f} GB/s {row['fraction_of_copy']:>6.1%} of copy"
         )
     for row in record["prefill"]:
         lines.append(
-            f"prefill {row['implementation']:<17}{row['tokens']:>6} after {row['past']:<6} {row['median_us']:>9.1f} µs "
-            f"{row['tflop_s']:>6.0f} TFLOP/s"
+            f"prefill {row['implementation']:<17}{row['tokens']:>6} after {row['past']:<6} "
+            f"{row['median_us']:>9.1f} µs {row['tflop_s']:>6.0f} TFLOP/s"
         )
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""`nanopd-lab kernels check`: does every kernel compile everywhere and compute what it should, here and now?"""
+"""`nanopd-lab kernels check`: does every kernel compile everywhere and compute what it should, here and
+now?"""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class Line:
 
 
 def all_launches(full: bool = False) -> Iterator[tuple[str, Launch]]:
-    """Every kernel with representative constants; `full` takes every head_dim, block size, group and dtype."""
+    """Every kernel with representative constants; `full` takes every head_dim, block size, group and
+    dtype."""
     for dtype in ELEMENTS:
         for head_dim in HEAD_DIMS:
             for block_size in BLOCK_SIZES if full else (16,):
@@ -128,9 +130,14 @@ def check_emulator() -> Iterator[Line]:
             queries = [1 + c // 2 for c in used]
             problem = make_problem(dtype, head_dim, block_size, group, kv_heads, used, queries)
             out, _ = emulated.paged_prefill(
-                problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.query_start,
-                problem.scale, instrument=True,
-            )  # fmt: skip
+                problem.query,
+                problem.kv_layer,
+                problem.block_tables,
+                problem.context_lens,
+                problem.query_start,
+                problem.scale,
+                instrument=True,
+            )
             yield _line("emulator", "prefill", problem, out)
 
 
@@ -152,7 +159,12 @@ def check_gpu() -> Iterator[Line]:
             queries = [1 + c // 3 for c in used]
             problem = make_problem(dtype, head_dim, block_size, group, kv_heads, used, queries, device="cuda")
             out = ops.paged_prefill(
-                problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.query_start,
-                max(queries), problem.scale,
-            )  # fmt: skip
+                problem.query,
+                problem.kv_layer,
+                problem.block_tables,
+                problem.context_lens,
+                problem.query_start,
+                max(queries),
+                problem.scale,
+            )
             yield _line(name, "prefill", problem, out)

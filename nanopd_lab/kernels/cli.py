@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def register(subparsers: _Subparsers) -> None:
-    """Add the `kernels` command; its parsers set `run`, which takes the arguments and returns an exit code."""
+    """Add the `kernels` command; its parsers set `run`, which takes the arguments and returns an exit
+    code."""
     parser = subparsers.add_parser("kernels", help="check and time the hand-written CUDA kernels")
     commands = parser.add_subparsers(dest="kernels_command", required=True)
     check = commands.add_parser(

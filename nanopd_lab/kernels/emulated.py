@@ -1,4 +1,5 @@
-"""The package's own kernels, run in the emulator on CPU tensors: the same launches as on a GPU, other machinery.
+"""The package's own kernels, run in the emulator on CPU tensors: the same launches as on a GPU, other
+machinery.
 
 For the tests, `kernels check` and the notebook; not for speed. Every function takes `instrument` (watch every
 access, count, and report faults) and returns the result with the `RunResult` that holds the counters.
@@ -108,8 +109,16 @@ def kv_store(
     kv_heads = kv_layer.shape[2]
     shape = AttentionShape(kv_layer.dtype, kv_heads, kv_heads, kv_layer.shape[4], kv_layer.shape[3])
     args = [
-        kv_layer, kv_layer.stride(0), key, key.stride(0), value, value.stride(0), slot_mapping, key.shape[0], kv_heads,
-    ]  # fmt: skip
+        kv_layer,
+        kv_layer.stride(0),
+        key,
+        key.stride(0),
+        value,
+        value.stride(0),
+        slot_mapping,
+        key.shape[0],
+        kv_heads,
+    ]
     return execute(store_launch(shape, key.shape[0]), args, instrument)
 
 

@@ -48,9 +48,14 @@ class _Report(ctypes.Structure):
 
 class _Counter(ctypes.Structure):
     _fields_ = (
-        ("pc", ctypes.c_uint64), ("space", ctypes.c_int), ("write", ctypes.c_int),
-        *((name, ctypes.c_uint64) for name in ("requests", "lanes", "bytes", "sectors", "passes", "conflicts")),
-    )  # fmt: skip
+        ("pc", ctypes.c_uint64),
+        ("space", ctypes.c_int),
+        ("write", ctypes.c_int),
+        *(
+            (name, ctypes.c_uint64)
+            for name in ("requests", "lanes", "bytes", "sectors", "passes", "conflicts")
+        ),
+    )
 
 
 class _Totals(ctypes.Structure):
@@ -155,8 +160,16 @@ def _build(
     flags += [f"-D{key}={value}" for key, value in defines]
     text = translate(source, kernel, name)
     runtime = _runtime_objects()
-    key = key_of([text, includes(text), " ".join(flags[:-len(defines) - 1]), str(defines), _compiler_version(compiler),
-                  *(path.name for path in runtime)])  # fmt: skip
+    key = key_of(
+        [
+            text,
+            includes(text),
+            " ".join(flags[: -len(defines) - 1]),
+            str(defines),
+            _compiler_version(compiler),
+            *(path.name for path in runtime),
+        ]
+    )
     target = cache_dir() / f"{key}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
@@ -207,7 +220,8 @@ def launch(
 ) -> RunResult:
     """Run one launch; array arguments are written in place, as through a pointer.
 
-    Raises KernelFaultError on findings unless `check` is false; KernelArgumentError for arguments that don't fit.
+    Raises KernelFaultError on findings unless `check` is false; KernelArgumentError for arguments that don't
+    fit.
     """
     grid3, block3 = flat_launch_shape(grid, block, shared_bytes)
     slots, regions = bind(
@@ -279,8 +293,12 @@ def _read_back(
     totals = library.emu_totals().contents
     counters = Counters(
         tuple(LineCounters(*key, *sums) for key, sums in sorted(grouped.items())),
-        totals.block_barriers, totals.warp_operations, totals.steps, totals.divergent_steps, totals.lane_steps,
-    )  # fmt: skip
+        totals.block_barriers,
+        totals.warp_operations,
+        totals.steps,
+        totals.divergent_steps,
+        totals.lane_steps,
+    )
     return tuple(findings), counters
 
 

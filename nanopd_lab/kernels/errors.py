@@ -16,7 +16,8 @@ class CompilerMissingError(ValueError):
 class KernelCompileError(ValueError):
     """A kernel's source doesn't compile.
 
-    `log` is the compiler's whole log, `line` the first source line it complains about (None if it names none).
+    `log` is the compiler's whole log, `line` the first source line it complains about (None if it names
+    none).
     """
 
     def __init__(self, name: str, source: str, log: str) -> None:

@@ -1,6 +1,7 @@
 """Compile with NVRTC through cuda-core, keep the cubin on disk, launch on torch's current stream.
 
-cuda-core is imported when a kernel is first compiled. The launch itself goes to the driver's cuLaunchKernel through
+cuda-core is imported when a kernel is first compiled. The launch itself goes to the driver's cuLaunchKernel
+through
 ctypes: a few microseconds of host time, and any torch stream or CUDA-graph capture takes part.
 """
 
@@ -33,7 +34,7 @@ def _cuda_core() -> Any:
         import cuda.core as core
 
         if not hasattr(core, "Program"):  # before cuda-core 1.0
-            import cuda.core.experimental as core  # type: ignore[no-redef]
+            import cuda.core.experimental as core
     except ImportError as error:
         raise CompilerMissingError(
             "compiling for a GPU needs cuda-core and NVRTC: pip install 'nanopd-lab[gpu]' "
@@ -218,7 +219,7 @@ def execute(launch: Launch, args: Sequence[Any], device: torch.device) -> None:
     )
 
 
-_SCALARS = {
+_SCALARS: dict[str, dict[int, Any]] = {
     "p": {8: ctypes.c_void_p}, "f": {4: ctypes.c_float, 8: ctypes.c_double},
     "i": {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int, 8: ctypes.c_longlong},
 }  # fmt: skip
@@ -266,7 +267,7 @@ def run(
                 copies[storage.data_ptr()] = flat.cuda()
             device_copy = copies[storage.data_ptr()]
             values.append(
-                ctypes.c_void_p(device_copy.data_ptr() + host.storage_offset() * host.element_size())
+                ctypes.c_void_p(int(device_copy.data_ptr() + host.storage_offset() * host.element_size()))
             )
             arrays.append((arg, host, device_copy))
         else:

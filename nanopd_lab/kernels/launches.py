@@ -1,6 +1,7 @@
 """Which file, which constants, which grid: everything about a launch that depends only on shapes.
 
-Pure functions of host-known numbers, shared by the GPU path, the emulator, the tests and the bench. Nothing here
+Pure functions of host-known numbers, shared by the GPU path, the emulator, the tests and the bench. Nothing
+here
 looks at a device tensor: that is what lets a launch be captured in a CUDA graph.
 """
 
@@ -56,7 +57,8 @@ class AttentionShape:
     def __post_init__(self) -> None:
         def refuse(name: str, value: object, allowed: object) -> None:
             raise KernelArgumentError(
-                f"{name}={value} is not supported by the CUDA kernels (allowed: {allowed}); use the torch backend"
+                f"{name}={value} is not supported by the CUDA kernels (allowed: {allowed}); "
+                "use the torch backend"
             )
 
         if self.dtype not in ELEMENTS:
@@ -132,9 +134,9 @@ class SplitTuning:
         return max(1, min(held, WARPS_PER_MULTIPROCESSOR // self.warps))
 
 
-# In order of preference. Measured on an H200 over the twelve shapes of the bench: eight warps in one block beat
-# two blocks of four for up to four sequences of eight KV heads (fewer parts to join), not beyond; more stages or
-# more blocks than are resident at once only cost.
+# In order of preference. Measured on an H200 over the twelve shapes of the bench: eight warps in one block
+# beat two blocks of four for up to four sequences of eight KV heads (fewer parts to join), not beyond; more
+# stages or more blocks than are resident at once only cost.
 FEW_ITEMS = 32
 SMALL_BATCH = SplitTuning(8, 16, 2)
 TUNINGS = (
@@ -178,9 +180,10 @@ def decode_launch(
 ) -> Launch:
     """Launch of one rung of the decode ladder.
 
-    max_context: an upper bound (block-table width times block size will do); only rung "naive" depends on it, for
-    its scores. `blocks` overrides the grid of the split rungs (the emulator has no multiprocessors to fill).
-    Raises KernelArgumentError for an unknown rung, fp32 on tensor cores, or a context too long for rung "naive".
+    max_context: an upper bound (block-table width times block size will do); only rung "naive" depends on it,
+    for its scores. `blocks` overrides the grid of the split rungs (the emulator has no multiprocessors to
+    fill). Raises KernelArgumentError for an unknown rung, fp32 on tensor cores, or a context too long for
+    rung "naive".
     """
     limits = limits or DeviceLimits()
     if rung not in RUNGS:
@@ -191,13 +194,17 @@ def decode_launch(
     if rung in SPLIT_RUNGS:
         if sequences * shape.kv_heads > MAX_ITEMS:
             raise KernelArgumentError(
-                f"{sequences} sequences x {shape.kv_heads} KV heads exceed {MAX_ITEMS} work items; split the batch"
+                f"{sequences} sequences x {shape.kv_heads} KV heads exceed {MAX_ITEMS} work items; "
+                "split the batch"
             )
         chosen = tuning or tuning_for(shape, rung, limits, sequences)
         grid = blocks or limits.multiprocessors * chosen.blocks_per_multiprocessor(shape, limits)
         defines = {
-            **shape.defines, "WARPS": chosen.warps, "WARP_TOKENS": chosen.warp_tokens, "STAGES": chosen.stages,
-        }  # fmt: skip
+            **shape.defines,
+            "WARPS": chosen.warps,
+            "WARP_TOKENS": chosen.warp_tokens,
+            "STAGES": chosen.stages,
+        }
         return Launch(
             FILES[rung], kernel, (grid, 1, 1), 32 * chosen.warps, chosen.shared_bytes(shape), defines
         )
@@ -208,8 +215,8 @@ def decode_launch(
         room = limits.shared_bytes_per_block - 2048
         if shared > room:
             raise KernelArgumentError(
-                f"rung='naive' keeps one score a token in shared memory: {max_context} tokens exceed {room // 4}; "
-                "use another rung"
+                f"rung='naive' keeps one score a token in shared memory: {max_context} tokens exceed "
+                f"{room // 4}; use another rung"
             )
     return Launch(FILES[rung], kernel, (heads, sequences, 1), DECODE_THREADS, shared, shape.defines)
 

@@ -2,13 +2,15 @@
 
 Registered through torch.library, so that torch.compile and CUDA graphs take them as they are. The CUDA
 implementations read nothing back from the device. `paged_decode` and `paged_prefill` return new tensors; the
-`workspace` they use is scratch: zeroed once (`make_workspace`), meaningless between calls, but not to be shared by
-calls that may run at the same time on two streams.
+`workspace` they use is scratch: zeroed once (`make_workspace`), meaningless between calls, but not to be
+shared by calls that may run at the same time on two streams.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -34,8 +36,8 @@ _library.define(
     "float scale, str rung='auto') -> Tensor"
 )
 _library.define(
-    "paged_prefill(Tensor query, Tensor kv_layer, Tensor block_tables, Tensor context_lens, Tensor query_start, "
-    "SymInt max_query_len, float scale) -> Tensor"
+    "paged_prefill(Tensor query, Tensor kv_layer, Tensor block_tables, Tensor context_lens, "
+    "Tensor query_start, SymInt max_query_len, float scale) -> Tensor"
 )
 _library.define("copy_blocks(Tensor(a!) kv_cache, Tensor from_ids, Tensor to_ids) -> ()")
 _library.define("gather_blocks(Tensor kv_cache, Tensor ids) -> Tensor")
@@ -104,9 +106,17 @@ def _paged_decode_cuda(
     limits = _limits(query)
     launch = decode_launch(chosen, shape, sequences, block_tables.shape[1] * shape.block_size, limits)
     args = [
-        out, query, ctypes.c_longlong(query.stride(0)), kv_layer, ctypes.c_longlong(kv_layer.stride(0)), block_tables,
-        int(block_tables.stride(0)), context_lens, shape.kv_heads, float(scale),
-    ]  # fmt: skip
+        out,
+        query,
+        ctypes.c_longlong(query.stride(0)),
+        kv_layer,
+        ctypes.c_longlong(kv_layer.stride(0)),
+        block_tables,
+        int(block_tables.stride(0)),
+        context_lens,
+        shape.kv_heads,
+        float(scale),
+    ]
     if chosen in SPLIT_RUNGS:
         args += [sequences, *split_workspace(workspace, shape, max_grid(limits))]
     gpu.execute(launch, args, query.device)
@@ -127,15 +137,25 @@ def _paged_prefill_cuda(
     sequences = context_lens.shape[0]
     if query_start.shape[0] != sequences + 1:
         raise KernelArgumentError(
-            f"query_start must have {sequences + 1} entries for {sequences} sequences, got {query_start.shape[0]}"
+            f"query_start must have {sequences + 1} entries for {sequences} sequences, "
+            f"got {query_start.shape[0]}"
         )
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if query.shape[0] == 0 or max_query_len == 0:
         return out
     args = [
-        out, query, ctypes.c_longlong(query.stride(0)), kv_layer, ctypes.c_longlong(kv_layer.stride(0)), block_tables,
-        int(block_tables.stride(0)), context_lens, query_start, shape.kv_heads, float(scale),
-    ]  # fmt: skip
+        out,
+        query,
+        ctypes.c_longlong(query.stride(0)),
+        kv_layer,
+        ctypes.c_longlong(kv_layer.stride(0)),
+        block_tables,
+        int(block_tables.stride(0)),
+        context_lens,
+        query_start,
+        shape.kv_heads,
+        float(scale),
+    ]
     gpu.execute(prefill_launch(shape, sequences, max_query_len, _limits(query)), args, query.device)
     return out
 
@@ -161,8 +181,8 @@ def _move(
     size = _block_bytes(source)
     if size != _block_bytes(target) or source.dtype != target.dtype or source.device != target.device:
         raise KernelArgumentError(
-            f"blocks must have the same size, type and device: {source.dtype} {list(source.shape)} on {source.device}, "
-            f"{target.dtype} {list(target.shape)} on {target.device}"
+            f"blocks must have the same size, type and device: {source.dtype} {list(source.shape)} on "
+            f"{source.device}, {target.dtype} {list(target.shape)} on {target.device}"
         )
     for name, ids in (("from_ids", from_ids), ("to_ids", to_ids)):
         if ids is not None:
@@ -254,7 +274,7 @@ def _nothing_fake(*_: object, **__: object) -> None:
     return None
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "kv_store": (_kv_store_cuda, reference.store, _nothing_fake),
     "paged_decode": (_paged_decode_cuda, _paged_decode_cpu, _attention_fake),
     "paged_prefill": (_paged_prefill_cuda, _paged_prefill_cpu, _attention_fake),
@@ -295,10 +315,11 @@ def paged_decode(
     rung: str = "auto",
     validate_values: bool = True,
 ) -> torch.Tensor:
-    """Attention of one query token a sequence ([S, heads, head_dim]) over its pages, by one rung of the ladder.
+    """Attention of one query token a sequence ([S, heads, head_dim]) over its pages, by one rung of the
+    ladder.
 
-    Raises KernelArgumentError for whatever doesn't fit; with `validate_values` also for context lengths and block
-    ids out of range, at the price of waiting for the device.
+    Raises KernelArgumentError for whatever doesn't fit; with `validate_values` also for context lengths and
+    block ids out of range, at the price of waiting for the device.
     """
     if validate_values:
         validate.check_cache(kv_layer)

@@ -12,7 +12,8 @@ from nanopd_lab.kernels.launches import AttentionShape
 
 @dataclass(frozen=True)
 class Problem:
-    """A flat batch over a paged cache. query: [T, heads, head_dim], a slice of a wider product as in a real layer."""
+    """A flat batch over a paged cache. query: [T, heads, head_dim], a slice of a wider product as in a real
+    layer."""
 
     shape: AttentionShape
     query: torch.Tensor
@@ -41,7 +42,8 @@ def make_problem(
     layers: int = 2,
 ) -> Problem:
     """Random K, V and queries; blocks lie scattered; what lies past a context, and every block that is in no
-    table, is NaN, so that a kernel that reads or uses it shows. query_lens defaults to one token a sequence."""
+    table, is NaN, so that a kernel that reads or uses it shows. query_lens defaults to one token a
+    sequence."""
     generator = torch.Generator().manual_seed(seed)
     query_lens = query_lens or [1] * len(contexts)
     heads = group * kv_heads

@@ -1,6 +1,7 @@
 """What the kernels must compute, written as plainly as possible: the oracle, and the ops on a CPU.
 
-Everything here works on any device and is slow. `dtype=float64` is the oracle that every rung is compared with.
+Everything here works on any device and is slow. `dtype=float64` is the oracle that every rung is compared
+with.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention of a flat batch over its pages: the contract of `AttentionBackend.attend`.
 
-    query: [T, heads, head_dim]; the result has its shape, in `dtype`. Rows of a sequence without context are zeros.
+    query: [T, heads, head_dim]; the result has its shape, in `dtype`. Rows of a sequence without context are
+    zeros.
     """
     tokens, heads, head_dim = query.shape
     kv_heads = kv_layer.shape[2]

@@ -34,7 +34,8 @@ class Finding:
     other_thread: tuple[int, int, int] | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind} at {self.file}:{self.line}, thread {self.thread} of block {self.block}: {self.detail}"
+        where = f"{self.file}:{self.line}, thread {self.thread} of block {self.block}"
+        return f"{self.kind} at {where}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Counters:
     lane_steps: int = 0
 
     def total(self, name: str, space: str | None = None, kind: str | None = None) -> int:
-        """Sum of the field `name` over the lines, of one space ("global", "shared") or kind ("read", "write")."""
+        """Sum of the field `name` over the lines, of one space ("global", "shared") or kind ("read",
+        "write")."""
         return sum(
             getattr(line, name)
             for line in self.lines
@@ -84,7 +86,8 @@ class Counters:
 
     @property
     def coalescing(self) -> float:
-        """Bytes asked for over bytes moved from and to global memory: 1 is perfect, 1/8 is a stride of floats."""
+        """Bytes asked for over bytes moved from and to global memory: 1 is perfect, 1/8 is a stride of
+        floats."""
         moved = 32 * self.total("sectors", "global")
         return self.total("bytes", "global") / moved if moved else 1.0
 
@@ -94,12 +97,18 @@ class Counters:
         return self.total("conflicts", "shared")
 
     def table(self) -> str:
-        """The lines as text, one a row, widest cost first."""
-        head = f"{'line':>5} {'space':<7} {'kind':<6} {'requests':>9} {'bytes':>11} {'sectors':>9} {'conflicts':>9}"
-        rows = [
-            f"{c.line:>5} {c.space:<7} {c.kind:<6} {c.requests:>9} {c.bytes:>11} {c.sectors:>9} {c.conflicts:>9}"
-            for c in sorted(self.lines, key=lambda c: (c.file, c.line))
-        ]
+        """The lines as text, one a row."""
+        head = (
+            f"{'line':>25} {'space':<7} {'kind':<6} {'requests':>9} {'bytes':>11} {'sectors':>9} "
+            f"{'conflicts':>9}"
+        )
+        rows = []
+        for c in sorted(self.lines, key=lambda c: (c.file, c.line)):
+            where = f"{c.file}:{c.line}"
+            rows.append(
+                f"{where:>25} {c.space:<7} {c.kind:<6} {c.requests:>9} {c.bytes:>11} {c.sectors:>9} "
+                f"{c.conflicts:>9}"
+            )
         return "\n".join([head, *rows])
 
 
@@ -158,7 +167,10 @@ def describe(
             f"{waiting} threads wait at this __syncthreads(), {missing} never reach it, among them {second}"
         )
     if kind == "warp deadlock":
-        return f"{waiting} lanes wait at this warp operation, {missing} of its mask never reach it, among them {second}"
+        return (
+            f"{waiting} lanes wait at this warp operation, {missing} of its mask never reach it, "
+            f"among them {second}"
+        )
     if kind == "divergent barrier":
         return f"this __syncthreads() meets another one: {second}; all threads must meet at one barrier"
     if kind == "shuffle from an absent lane":

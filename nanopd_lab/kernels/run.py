@@ -33,10 +33,11 @@ def run(
 ) -> RunResult:
     """Compile the CUDA C++ in `source` and launch `kernel` once.
 
-    args: one a parameter: numpy arrays, torch tensors (views pass their strides' memory), numbers, `empty(…)`.
-    Arrays are written in place and returned in `RunResult.outputs`. device: "emulator", "cuda", or "auto" (a
-    GPU where torch sees one). `instrument` (emulator only) watches every access and fills the counters;
-    without it the kernel runs some hundred times faster. `check` raises KernelFaultError on any finding.
+    args: one a parameter: numpy arrays, torch tensors (views pass their strides' memory), numbers,
+    `empty(…)`. Arrays are written in place and returned in `RunResult.outputs`. device: "emulator", "cuda",
+    or "auto" (a GPU where torch sees one). `instrument` (emulator only) watches every access and fills the
+    counters; without it the kernel runs some hundred times faster. `check` raises KernelFaultError on any
+    finding.
 
     Raises KernelCompileError, KernelArgumentError, KernelFaultError, CompilerMissingError; all ValueErrors.
     """

@@ -1,9 +1,10 @@
 """Host-side checks of what goes into a kernel: every mistake gets a clear error before anything is launched.
 
-Two levels. Shapes, types, strides and devices are host-known, cost a microsecond or two and are always checked.
-*Values* that live on a device (block ids, slots, context lengths) can only be checked by reading them back, which
-waits for the device: `check_values` does it, and is what `validate=True` means. The engine's hot loop builds these
-tensors from its own allocator and switches it off; every other caller keeps it on.
+Two levels. Shapes, types, strides and devices are host-known, cost a microsecond or two and are always
+checked. *Values* that live on a device (block ids, slots, context lengths) can only be checked by reading
+them back, which
+waits for the device: `check_values` does it, and is what `validate=True` means. The engine's hot loop builds
+these tensors from its own allocator and switches it off; every other caller keeps it on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def check_index(name: str, tensor: torch.Tensor, dtype: torch.dtype, dims: int, 
 
 
 def check_cache(kv_layer: torch.Tensor) -> None:
-    """One layer's view of the block-major cache: five dimensions, contiguous inside a block, 16-byte aligned."""
+    """One layer's view of the block-major cache: five dimensions, contiguous inside a block, 16-byte
+    aligned."""
     _require(
         kv_layer.dim() == 5 and kv_layer.shape[1] == 2,
         f"kv_layer must be [num_blocks, 2, kv_heads, block_size, head_dim], got {_describe(kv_layer)}",
@@ -55,7 +57,8 @@ def check_cache(kv_layer: torch.Tensor) -> None:
 
 
 def check_rows(name: str, rows: torch.Tensor, kv_layer: torch.Tensor) -> None:
-    """Query, K or V: [tokens, heads, head_dim], rows contiguous inside (they may be slices of a wider product)."""
+    """Query, K or V: [tokens, heads, head_dim], rows contiguous inside (they may be slices of a wider
+    product)."""
     head_dim = kv_layer.shape[4]
     _require(
         rows.dim() == 3 and rows.shape[2] == head_dim,
@@ -63,7 +66,8 @@ def check_rows(name: str, rows: torch.Tensor, kv_layer: torch.Tensor) -> None:
     )
     _require(
         rows.dtype == kv_layer.dtype and rows.device == kv_layer.device,
-        f"{name} is {_describe(rows)} but the cache is {kv_layer.dtype} on {kv_layer.device}; convert one of them",
+        f"{name} is {_describe(rows)} but the cache is {kv_layer.dtype} on {kv_layer.device}; "
+        "convert one of them",
     )
     _require(
         rows.stride(2) == 1 and (rows.shape[1] == 1 or rows.stride(1) == head_dim),
@@ -105,9 +109,9 @@ def check_values(kv_layer: torch.Tensor, block_tables: torch.Tensor, context_len
     if contexts.numel() == 0:
         return
     _require(
-        0 <= int(contexts.min()) and int(contexts.max()) <= width * block_size,
-        f"context_lens reach from {int(contexts.min())} to {int(contexts.max())}; allowed are 0 to {width * block_size} "
-        f"({width} blocks of {block_size} in block_tables)",
+        int(contexts.min()) >= 0 and int(contexts.max()) <= width * block_size,
+        f"context_lens reach from {int(contexts.min())} to {int(contexts.max())}; allowed are "
+        f"0 to {width * block_size} ({width} blocks of {block_size} in block_tables)",
     )
     used = torch.arange(width) * block_size < contexts[:, None]
     ids = block_tables.cpu()
@@ -146,6 +150,6 @@ def check_block_ids(name: str, ids: torch.Tensor, kv_cache: torch.Tensor) -> Non
     if ids.numel():
         low, high = int(ids.min()), int(ids.max())
         _require(
-            0 <= low and high < kv_cache.shape[0],
+            low >= 0 and high < kv_cache.shape[0],
             f"{name} reach from {low} to {high}; block ids of this cache are 0 to {kv_cache.shape[0] - 1}",
         )

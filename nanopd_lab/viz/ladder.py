@@ -13,10 +13,15 @@ COLOURS = {
     "sdpa-contiguous": "#009E73", "flashinfer": "#CC79A7", "flashinfer-tc": "#D55E00",
 }  # fmt: skip
 LABELS = {
-    "naive": "(a) naive", "online": "(b) one pass", "gqa": "(c) once per group", "split": "(d) split-KV, staged",
-    "mma": "(e) tensor cores", "sdpa-contiguous": "SDPA, contiguous", "flashinfer": "FlashInfer",
+    "naive": "(a) naive",
+    "online": "(b) one pass",
+    "gqa": "(c) once per group",
+    "split": "(d) split-KV, staged",
+    "mma": "(e) tensor cores",
+    "sdpa-contiguous": "SDPA, contiguous",
+    "flashinfer": "FlashInfer",
     "flashinfer-tc": "FlashInfer, tensor cores",
-}  # fmt: skip
+}
 PEERS = ("sdpa-contiguous", "flashinfer", "flashinfer-tc")
 
 
@@ -47,9 +52,15 @@ def ladder_figure(record: Mapping[str, Any], source: str = "recorded") -> Figure
             continue
         peer = name in PEERS
         axes.plot(
-            *zip(*points, strict=True), marker="s" if peer else "o", markersize=5, color=COLOURS[name], label=label,
-            linestyle=":" if peer else "-", linewidth=1.1 if peer else 1.8, markerfacecolor="white" if peer else COLOURS[name],
-        )  # fmt: skip
+            *zip(*points, strict=True),
+            marker="s" if peer else "o",
+            markersize=5,
+            color=COLOURS[name],
+            label=label,
+            linestyle=":" if peer else "-",
+            linewidth=1.1 if peer else 1.8,
+            markerfacecolor="white" if peer else COLOURS[name],
+        )
     axes.set_yscale("log")
     axes.set_xticks(range(len(shapes)), [shape["name"] for shape in shapes], rotation=35, ha="right")
     axes.set_xlabel("sequences × context tokens")

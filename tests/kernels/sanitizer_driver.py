@@ -1,6 +1,7 @@
 """Every kernel once, on small odd shapes: run under compute-sanitizer (memcheck, racecheck, initcheck).
 
-compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 python tests/kernels/sanitizer_driver.py
+compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 python
+tests/kernels/sanitizer_driver.py
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from nanopd_lab.kernels.launches import RUNGS, SplitTuning
 from nanopd_lab.kernels.problems import Problem, make_problem
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# dtype, head_dim, block_size, group, kv_heads, contexts: every value of each at least once, lengths that don't divide.
+# dtype, head_dim, block_size, group, kv_heads, contexts: every value of each at least once, lengths that
+# don't divide.
 SHAPES = [
     (BF16, 128, 16, 4, 2, [1, 70, 0, 33, 150]),
     (FP16, 64, 8, 3, 3, [129, 5, 8]),
@@ -119,9 +120,14 @@ def test_the_ladder_reads_fewer_bytes_rung_by_rung() -> None:
 def test_prefill_equals_float64(shape: tuple) -> None:
     problem = make_problem(*shape)
     out, result = emulated.paged_prefill(
-        problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.query_start, problem.scale,
+        problem.query,
+        problem.kv_layer,
+        problem.block_tables,
+        problem.context_lens,
+        problem.query_start,
+        problem.scale,
         instrument=shape[1] == 64,
-    )  # fmt: skip
+    )
     assert result.findings == ()
     assert reference.relative_error(out, wanted(problem)) <= reference.TOLERANCES[shape[0]]
 

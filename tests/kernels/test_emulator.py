@@ -1,4 +1,4 @@
-"""The emulator itself: faults planted in small kernels are reported with line and thread, counters are exact."""
+"""The emulator itself: planted faults are reported with line and thread, counters are exact."""
 
 from __future__ import annotations
 
@@ -101,7 +101,10 @@ def test_race_within_a_warp_and_its_warp_barrier() -> None:
 
 
 def test_write_after_read_race() -> None:
-    body = "    __shared__ float s[64];\n    s[i] = x[i];\n    __syncthreads();\n    float v = s[63 - i];\n    {barrier}\n    s[i] = 2 * v;\n    y[i] = v;"
+    body = (
+        "    __shared__ float s[64];\n    s[i] = x[i];\n    __syncthreads();\n"
+        "    float v = s[63 - i];\n    {barrier}\n    s[i] = 2 * v;\n    y[i] = v;"
+    )
     race(body.format(barrier=""), (6, 8))
     assert launch(body.format(barrier="__syncthreads();")).findings == ()
 
@@ -154,7 +157,10 @@ def test_warp_deadlock_is_told_from_a_block_deadlock() -> None:
 
 
 def test_partial_masks_meet_among_themselves() -> None:
-    body = "    float v = x[i];\n    if (i % 32 < 16) v += __shfl_xor_sync(0xffffu, v, 1);\n    else v += __shfl_xor_sync(0xffff0000u, v, 2);\n    y[i] = v;"
+    body = (
+        "    float v = x[i];\n    if (i % 32 < 16) v += __shfl_xor_sync(0xffffu, v, 1);\n"
+        "    else v += __shfl_xor_sync(0xffff0000u, v, 2);\n    y[i] = v;"
+    )
     y = launch(body).outputs[1]
     lanes = np.arange(64)
     partner = np.where(lanes % 32 < 16, lanes ^ 1, lanes ^ 2)
@@ -198,9 +204,15 @@ def test_vector_loads_stay_whole() -> None:
 
 @pytest.mark.parametrize(("stride", "conflicts"), [(1, 0), (2, 1), (4, 3), (32, 31), (33, 0), (0, 0)])
 def test_bank_conflicts(stride: int, conflicts: int) -> None:
-    body = f"    extern __shared__ float s[];\n    s[{stride} * i] = x[{'0' if stride == 0 else 'i'}];\n    y[i] = 0;"
+    body = (
+        f"    extern __shared__ float s[];\n"
+        f"    s[{stride} * i] = x[{'0' if stride == 0 else 'i'}];\n    y[i] = 0;"
+    )
     if stride == 0:  # a broadcast read, after one write
-        body = "    extern __shared__ float s[];\n    if (i == 0) s[0] = x[0];\n    __syncwarp();\n    y[i] = s[0];"
+        body = (
+            "    extern __shared__ float s[];\n    if (i == 0) s[0] = x[0];\n    __syncwarp();\n"
+            "    y[i] = s[0];"
+        )
     counters = launch(body, block=32, n=32, shared_bytes=33 * 32 * 4).counters
     assert counters.bank_conflicts == conflicts
 
@@ -216,14 +228,18 @@ def test_divergence() -> None:
 
 
 def test_barriers_and_warp_operations_are_counted() -> None:
-    body = "    float v = x[i];\n    for (int k = 0; k < 5; ++k) v += __shfl_xor_sync(~0u, v, 1);\n    __syncthreads();\n    y[i] = v;"
+    body = (
+        "    float v = x[i];\n    for (int k = 0; k < 5; ++k) v += __shfl_xor_sync(~0u, v, 1);\n"
+        "    __syncthreads();\n    y[i] = v;"
+    )
     counters = launch(body, grid=2, block=32).counters
     assert (counters.block_barriers, counters.warp_operations) == (2, 10)
 
 
 def test_warp_votes_and_shuffles() -> None:
-    body = """    float v = __shfl_down_sync(~0u, x[i], 3) + __shfl_up_sync(~0u, x[i], 2, 8) + __shfl_sync(~0u, x[i], 5);
-    y[i] = v + __popc(__ballot_sync(~0u, i % 3 == 0)) + 100 * __any_sync(~0u, i == 7) + 1000 * __all_sync(~0u, i >= 0);"""
+    body = """    float v = __shfl_down_sync(~0u, x[i], 3) + __shfl_up_sync(~0u, x[i], 2, 8);
+    v += __shfl_sync(~0u, x[i], 5) + __popc(__ballot_sync(~0u, i % 3 == 0));
+    y[i] = v + 100 * __any_sync(~0u, i == 7) + 1000 * __all_sync(~0u, i >= 0);"""
     y = launch(body, block=32, n=32).outputs[1]
     i = np.arange(32)
     down, up = np.where(i + 3 < 32, i + 3, i), np.where(i % 8 >= 2, i - 2, i)

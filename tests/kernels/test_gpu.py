@@ -1,4 +1,5 @@
-"""Every kernel on a real GPU against float64, in CUDA graphs and under torch.compile. Skipped where there is none."""
+"""Every kernel on a real GPU against float64, in CUDA graphs and under torch.compile. Skipped where there is
+none."""
 
 from __future__ import annotations
 
@@ -81,9 +82,14 @@ def test_prefill_over_all_shapes(dtype: torch.dtype) -> None:
     ):
         problem = make_problem(dtype, head_dim, block_size, group, 1 + i % 3, contexts, query_lens, i, "cuda")
         out = ops.paged_prefill(
-            problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.query_start, 257,
+            problem.query,
+            problem.kv_layer,
+            problem.block_tables,
+            problem.context_lens,
+            problem.query_start,
+            257,
             problem.scale,
-        )  # fmt: skip
+        )
         error = reference.relative_error(out, wanted(problem))
         assert error <= reference.TOLERANCES[dtype], (head_dim, block_size, group, error)
 
@@ -112,13 +118,18 @@ def test_store_and_moves(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_backend_on_a_mixed_batch(dtype: torch.dtype) -> None:
-    """Decode steps, a chunk after a long past, a short prompt and one long enough for PyTorch's own kernels."""
+    """Decode steps, a chunk after a long past, a short prompt and one long enough for PyTorch's own
+    kernels."""
     query_lens, contexts = [1, 1, 1, 40, 300, 1500], [5, 900, 64, 800, 300, 2000]
     problem = make_problem(dtype, 64, 16, 3, 3, contexts, query_lens, device="cuda")
     metadata = AttentionMetadata(
-        torch.zeros(sum(query_lens), dtype=torch.int64, device="cuda"), problem.query_start, problem.context_lens,
-        problem.block_tables, tuple(query_lens), tuple(contexts),
-    )  # fmt: skip
+        torch.zeros(sum(query_lens), dtype=torch.int64, device="cuda"),
+        problem.query_start,
+        problem.context_lens,
+        problem.block_tables,
+        tuple(query_lens),
+        tuple(contexts),
+    )
     backend = CudaBackend(validate_values=True)
     for part in (metadata, dataclasses.replace(metadata)):
         out = backend.attend(problem.query, problem.kv_layer, part, problem.scale)
@@ -166,7 +177,9 @@ def test_bad_values_are_refused_before_launch() -> None:
 
 
 def test_run_takes_a_kernel_from_text() -> None:
-    source = "__global__ void twice(const float* x, float* y, int n) { int i = threadIdx.x; if (i < n) y[i] = 2 * x[i]; }"
+    source = """__global__ void twice(const float* x, float* y, int n) {
+    if (threadIdx.x < n) y[threadIdx.x] = 2 * x[threadIdx.x];
+}"""
     x = np.arange(50, dtype=np.float32)
     result = run(source, "twice", 1, 64, [x, empty(50), 50], device="cuda")
     assert np.array_equal(result.outputs[1], 2 * x)
