@@ -5,8 +5,10 @@
 
 #include <cstdlib>
 #include <cstring>
-#if !defined(__x86_64__) && !defined(__aarch64__)
-#include <ucontext.h>
+#if (defined(__x86_64__) || defined(__aarch64__)) && !defined(EMU_UCONTEXT)
+#define EMU_ASSEMBLY 1
+#else
+#include <ucontext.h>  // any other processor, or -DEMU_UCONTEXT to test this path
 #endif
 
 extern "C" void emu_entry(void** args);
@@ -16,7 +18,7 @@ extern "C" int emu_parameters(int* sizes, char* kinds);
 // Saves the callee-saved registers on the old stack and restores them from the new one. No system call, no
 // signal mask: some nanoseconds, where swapcontext takes hundreds.
 extern "C" void emu_switch(void** save, void* load);
-#if defined(__x86_64__)
+#if defined(EMU_ASSEMBLY) && defined(__x86_64__)
 asm(R"(
 .text
 .globl emu_switch
@@ -30,7 +32,7 @@ emu_switch:
     ret
 .size emu_switch, .-emu_switch
 )");
-#elif defined(__aarch64__)
+#elif defined(EMU_ASSEMBLY) && defined(__aarch64__)
 asm(R"(
 .text
 .globl emu_switch
@@ -76,13 +78,13 @@ bool abandoned = false;
 std::vector<Report> reports;
 std::vector<uint32_t> existing;  // per warp, the lanes that the launch created
 
-#if !defined(__x86_64__) && !defined(__aarch64__)
+#ifndef EMU_ASSEMBLY
 std::vector<ucontext_t> contexts;
 ucontext_t scheduler_context;
 #endif
 
 void to_scheduler() {
-#if defined(__x86_64__) || defined(__aarch64__)
+#ifdef EMU_ASSEMBLY
     emu_switch(&current->stack_pointer, scheduler_stack);
 #else
     swapcontext(&contexts[current->index], &scheduler_context);
@@ -98,12 +100,12 @@ void fibre_main() {
 
 void prepare(Lane& lane) {
     char* top = lane.stack + STACK_BYTES;
-#if defined(__x86_64__)
+#if defined(EMU_ASSEMBLY) && defined(__x86_64__)
     // After six pops and the return, rsp must be 8 modulo 16, as after a call.
     void** slot = reinterpret_cast<void**>(top) - 2;
     *slot = reinterpret_cast<void*>(&fibre_main);
     lane.stack_pointer = slot - 6;
-#elif defined(__aarch64__)
+#elif defined(EMU_ASSEMBLY) && defined(__aarch64__)
     char* frame = top - 160;
     memset(frame, 0, 160);
     reinterpret_cast<void**>(frame)[11] = reinterpret_cast<void*>(&fibre_main);  // x30
@@ -122,7 +124,7 @@ void prepare(Lane& lane) {
 void resume(Lane& lane) {
     current = &lane;
     context = &lane.context;
-#if defined(__x86_64__) || defined(__aarch64__)
+#ifdef EMU_ASSEMBLY
     emu_switch(&scheduler_stack, lane.stack_pointer);
 #else
     swapcontext(&scheduler_context, &contexts[lane.index]);
@@ -468,7 +470,7 @@ extern "C" int emu_launch(void** args, const int* grid, const int* block, int64_
     lanes.assign(threads, Lane{});
     existing.assign((threads + 31) / 32, 0);
     for (int i = 0; i < threads; ++i) existing[i / 32] |= 1u << (i % 32);
-#if !defined(__x86_64__) && !defined(__aarch64__)
+#ifndef EMU_ASSEMBLY
     contexts.resize(threads);
 #endif
     for (int z = 0; z < grid[2] && !abandoned; ++z)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import re
 import shutil
@@ -27,6 +28,8 @@ from nanopd_lab.kernels.errors import CompilerMissingError, KernelCompileError, 
 from nanopd_lab.kernels.report import KINDS, Counters, Finding, LineCounters, RunResult, describe
 from nanopd_lab.resources import cuda_dir
 
+# More flags for the runtime, e.g. -DEMU_UCONTEXT: portable context switches instead of assembly.
+RUNTIME_FLAGS_VARIABLE = "NANOPD_LAB_EMULATOR_FLAGS"
 RUNTIME_SOURCES = ("emulator_run.cpp", "emulator_watch.cpp")
 HEADERS = ("emulator.h", "emulator_internal.h")
 # -fno-optimize-sibling-calls: a tail call would give a barrier the caller's line.
@@ -96,16 +99,17 @@ def _call_compiler(command: Sequence[str], name: str, source: str) -> None:
 def _runtime_objects() -> tuple[Path, ...]:
     """The runtime, compiled once and linked to every kernel."""
     compiler = host_compiler()
+    flags = ["-std=c++17", "-O2", "-fPIC", *os.environ.get(RUNTIME_FLAGS_VARIABLE, "").split()]
     headers = "".join((cuda_dir() / name).read_text() for name in HEADERS)
     objects = []
     for name in RUNTIME_SOURCES:
         text = (cuda_dir() / name).read_text()
-        target = cache_dir() / f"{key_of([text, headers, _compiler_version(compiler)])}.o"
+        target = cache_dir() / f"{key_of([text, headers, *flags, _compiler_version(compiler)])}.o"
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
                 built = Path(folder) / "runtime.o"
                 _call_compiler(
-                    [compiler, "-std=c++17", "-O2", "-fPIC", "-c", str(cuda_dir() / name), "-o", str(built)],
+                    [compiler, *flags, "-c", str(cuda_dir() / name), "-o", str(built)],
                     name,
                     text,
                 )

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import platform
+
 import numpy as np
 import pytest
 
-from nanopd_lab.kernels import KernelArgumentError, KernelCompileError, KernelFaultError, empty, run
+from nanopd_lab.kernels import (
+    KernelArgumentError,
+    KernelCompileError,
+    KernelFaultError,
+    empty,
+    emulator,
+    run,
+)
 
 FLOATS = np.arange(1024, dtype=np.float32)
 
@@ -254,6 +263,27 @@ def test_fast_mode_gives_the_same_result_and_poisons_shared_memory() -> None:
     )
     assert np.isnan(stale.outputs[1][0])
     assert np.array_equal(stale.outputs[1][1:], FLOATS[1:64])
+
+
+def test_portable_context_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on processors without an assembly switch gives the same."""
+    monkeypatch.setenv(emulator.RUNTIME_FLAGS_VARIABLE, "-DEMU_UCONTEXT")
+    emulator._runtime_objects.cache_clear()
+    emulator._build.cache_clear()
+    body = "    __shared__ float s[64];\n    s[i] = x[i];\n    __syncthreads();\n    y[i] = s[63 - i];"
+    try:
+        result = launch(body)
+        assert b"swapcontext" in emulator._runtime_objects()[0].read_bytes()
+    finally:
+        monkeypatch.undo()
+        emulator._runtime_objects.cache_clear()
+        emulator._build.cache_clear()
+    assert b"swapcontext" not in emulator._runtime_objects()[0].read_bytes() or platform.machine() not in (
+        "x86_64",
+        "aarch64",
+    )
+    assert np.array_equal(result.outputs[1], FLOATS[63::-1])
+    assert result.counters.block_barriers == 1
 
 
 def test_compile_error_names_the_line() -> None:
