@@ -74,6 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     offline.add_argument("--seed", type=int, default=0)
     offline.add_argument("--result-filename", type=Path, help="write the full result there, as JSON")
     offline.set_defaults(run=_bench_offline)
+    from nanopd_lab.kernels.cli import register as register_kernels
+
+    register_kernels(commands)
     return parser
 
 

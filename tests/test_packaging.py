@@ -105,6 +105,11 @@ class K:
     ]
 
 
+def of_cuda(name: str) -> bool:
+    """CUDA's own packages, whose exact versions a CUDA build of torch dictates."""
+    return name.startswith("nvidia-") or name in ("cuda-bindings", "cuda-toolkit")
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 def test_constraints_pin_every_declared_dependency_once(python: str) -> None:
     environment = {"python_version": python, "python_full_version": f"{python}.0"}
@@ -121,14 +126,14 @@ def test_constraints_pin_every_declared_dependency_once(python: str) -> None:
     declared += [Requirement(text) for texts in PROJECT["optional-dependencies"].values() for text in texts]
     for requirement in declared:
         name = canonicalize_name(requirement.name)
-        if name in ("nanopd-lab", "pip"):
+        if name in ("nanopd-lab", "pip") or of_cuda(name):
             continue
         assert name in pinned, f"{name} is declared but not in constraints.txt"
         assert pinned[name] in requirement.specifier, f"{requirement} excludes {pinned[name]}"
 
 
 def test_constraints_hold_what_the_dependencies_need_in_turn() -> None:
-    """Transitively, for this interpreter; what a CUDA build of torch adds is left to torch."""
+    """Transitively, for this interpreter; CUDA's own packages are left to torch."""
     pinned = {canonicalize_name(requirement.name) for requirement in CONSTRAINTS}
     root = [*PROJECT["dependencies"]]
     root += [text for extra in ("lab", "dev") for text in PROJECT["optional-dependencies"][extra]]
@@ -138,8 +143,7 @@ def test_constraints_hold_what_the_dependencies_need_in_turn() -> None:
         for requirement in map(Requirement, requirements):
             child = canonicalize_name(requirement.name)
             needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            of_cuda = name == "torch" and child.startswith(("nvidia-", "cuda-"))
-            if needed and not of_cuda and child not in seen:
+            if needed and not of_cuda(child) and child not in seen:
                 assert child in pinned, f"{child}, needed by {name}, is not in constraints.txt"
                 seen.add(child)
                 todo.append((child, metadata.requires(child) or []))

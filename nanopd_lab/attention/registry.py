@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from nanopd_lab.attention.base import AttentionBackend
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS = ("auto", "reference", "torch", "cpu", "cuda")
 
 
 def create_backend(name: str, device: torch.device) -> AttentionBackend:
@@ -22,7 +24,14 @@ def create_backend(name: str, device: torch.device) -> AttentionBackend:
             from nanopd_lab.attention.cpu import CpuBackend
 
             return CpuBackend()
-        name = "torch"
+        if (
+            device.type == "cuda"
+            and importlib.util.find_spec("cuda")
+            and importlib.util.find_spec("cuda.core")
+        ):
+            name = "cuda"
+        else:
+            name = "torch"
     if name == "reference":
         from nanopd_lab.attention.reference import ReferenceBackend
 
@@ -37,4 +46,10 @@ def create_backend(name: str, device: torch.device) -> AttentionBackend:
         if device.type != "cpu":
             raise ValueError(f"attention backend 'cpu' cannot run on {device}; use 'torch'")
         return CpuBackend()
+    if name == "cuda":
+        from nanopd_lab.attention.cuda import CudaBackend
+
+        if device.type != "cuda":
+            raise ValueError(f"attention backend 'cuda' cannot run on {device}; use 'torch'")
+        return CudaBackend()
     raise ValueError(f"attention backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")

@@ -239,7 +239,7 @@ def run_offline(
             timings[name].append(timing)
             report(f"round {number + 1}/{rounds}  {name:14} {timing.total_s:7.2f} s")
 
-    weights = sum(p.numel() * p.element_size() for p in llm.engine.runner.model.parameters())
+    weights = llm.engine.loaded.geometry.weight_bytes
     skewed, short, long = (decode_step_ms(llm, c, 12) for c in ([64] * 15 + [2048], [64] * 15, [2048]))
     bandwidth = read_bandwidth() if llm.engine.device.type == "cpu" else None
     return {

@@ -61,7 +61,9 @@ def build(
 
 
 def backends(device: str) -> list[str]:
-    return ["torch", "cpu"] if device == "cpu" and library.available() else ["torch"]
+    if device == "cuda":
+        return ["torch", "cuda"]
+    return ["torch", "cpu"] if library.available() else ["torch"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -126,7 +128,11 @@ def test_a_sequence_does_not_depend_on_its_batch() -> None:
 
 
 def test_unknown_backends_are_named() -> None:
-    with pytest.raises(ValueError, match="'flash' is unknown; choose one of auto, reference, torch, cpu"):
+    with pytest.raises(
+        ValueError, match="'flash' is unknown; choose one of auto, reference, torch, cpu, cuda"
+    ):
         create_backend("flash", torch.device("cpu"))
     with pytest.raises(ValueError, match="'cpu' cannot run on cuda:0"):
         create_backend("cpu", torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="'cuda' cannot run on cpu"):
+        create_backend("cuda", torch.device("cpu"))

@@ -1,0 +1,140 @@
+"""The package's own kernels, run in the emulator on CPU tensors: the same launches as on a GPU, other
+machinery.
+
+For the tests, `kernels check` and the notebook; not for speed. Every function takes `instrument` (watch every
+access, count, and report faults) and returns the result with the `RunResult` that holds the counters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nanopd_lab.kernels import emulator, validate
+from nanopd_lab.kernels.launches import (
+    SPLIT_RUNGS,
+    AttentionShape,
+    DeviceLimits,
+    Launch,
+    SplitTuning,
+    decode_launch,
+    move_launch,
+    prefill_launch,
+    split_workspace,
+    store_launch,
+    workspace_bytes,
+)
+from nanopd_lab.kernels.report import RunResult
+
+LIMITS = DeviceLimits(multiprocessors=2)
+
+
+def execute(launch: Launch, args: list[Any], instrument: bool) -> RunResult:
+    """Run one launch. None arguments are null pointers."""
+    built = emulator.build(launch.source, launch.kernel, launch.defines, instrument, launch.file)
+    return emulator.launch(built, launch.grid, launch.threads, args, launch.shared_bytes)
+
+
+def paged_decode(
+    rung: str,
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    instrument: bool = False,
+    blocks: int = 5,
+    tuning: SplitTuning | None = None,
+) -> tuple[torch.Tensor, RunResult]:
+    """One rung of the decode ladder; `blocks` is the grid of the split rungs."""
+    shape = validate.check_attention(query, kv_layer, block_tables, context_lens)
+    validate.check_values(kv_layer, block_tables, context_lens)
+    sequences = context_lens.shape[0]
+    longest = int(context_lens.max())
+    launch = decode_launch(rung, shape, sequences, longest, tuning=tuning, blocks=blocks)
+    out = torch.full(query.shape, float("nan")).to(query.dtype)  # what stays unwritten is seen
+    args: list[Any] = [
+        out, query, query.stride(0), kv_layer, kv_layer.stride(0), block_tables, block_tables.stride(0),
+        context_lens, shape.kv_heads, float(scale),
+    ]  # fmt: skip
+    workspace = torch.zeros(workspace_bytes(shape, blocks=blocks), dtype=torch.uint8)
+    if rung in SPLIT_RUNGS:
+        partial, sums, counters = split_workspace(workspace, shape, blocks)
+        partial.fill_(float("nan"))
+        sums.fill_(float("nan"))
+        args += [sequences, partial, sums, counters]
+        result = execute(launch, args, instrument)
+        assert int(counters.abs().max()) == 0, "counters must be zero again after a launch"
+        return out, result
+    return out, execute(launch, args, instrument)
+
+
+def paged_prefill(
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_start: torch.Tensor,
+    scale: float,
+    instrument: bool = False,
+    warps: int = 8,
+) -> tuple[torch.Tensor, RunResult]:
+    """Causal attention of a flat batch over pages."""
+    shape = validate.check_attention(query, kv_layer, block_tables, context_lens)
+    validate.check_values(kv_layer, block_tables, context_lens)
+    validate.check_query_start(query, query_start, context_lens)
+    longest = int((query_start[1:] - query_start[:-1]).max())
+    launch = prefill_launch(shape, context_lens.shape[0], longest, warps=warps)
+    out = torch.full(query.shape, float("nan")).to(query.dtype)
+    args = [
+        out, query, query.stride(0), kv_layer, kv_layer.stride(0), block_tables, block_tables.stride(0),
+        context_lens, query_start, shape.kv_heads, float(scale),
+    ]  # fmt: skip
+    return out, execute(launch, args, instrument)
+
+
+def kv_store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    instrument: bool = False,
+) -> RunResult:
+    """Write K and V rows to their slots, in place."""
+    validate.check_cache(kv_layer)
+    validate.check_rows("key", key, kv_layer)
+    validate.check_rows("value", value, kv_layer)
+    validate.check_slots(kv_layer, slot_mapping)
+    kv_heads = kv_layer.shape[2]
+    shape = AttentionShape(kv_layer.dtype, kv_heads, kv_heads, kv_layer.shape[4], kv_layer.shape[3])
+    args = [
+        kv_layer,
+        kv_layer.stride(0),
+        key,
+        key.stride(0),
+        value,
+        value.stride(0),
+        slot_mapping,
+        key.shape[0],
+        kv_heads,
+    ]
+    return execute(store_launch(shape, key.shape[0]), args, instrument)
+
+
+def move_blocks(
+    source: torch.Tensor,
+    from_ids: torch.Tensor | None,
+    target: torch.Tensor,
+    to_ids: torch.Tensor | None,
+    count: int,
+    instrument: bool = False,
+) -> RunResult:
+    """Copy, gather or scatter whole blocks (see `cuda/move_blocks.cu`)."""
+    size = source.element_size() * source[0].numel()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    args = [
+        source, size // 16, nothing if from_ids is None else from_ids, target, size // 16,
+        nothing if to_ids is None else to_ids, size // 16,
+    ]  # fmt: skip
+    return execute(move_launch(count, size, LIMITS), args, instrument)

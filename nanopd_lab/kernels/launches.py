@@ -1,0 +1,301 @@
+"""Which file, which constants, which grid: everything about a launch that depends only on shapes.
+
+Pure functions of host-known numbers, shared by the GPU path, the emulator, the tests and the bench. Nothing
+here
+looks at a device tensor: that is what lets a launch be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from nanopd_lab.kernels.errors import KernelArgumentError
+from nanopd_lab.resources import cuda_dir
+
+ELEMENTS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float"}
+HEAD_DIMS = (64, 128, 256)
+BLOCK_SIZES = (8, 16, 32)
+MAX_GROUP = 8
+RUNGS = ("naive", "online", "gqa", "split", "mma")
+SPLIT_RUNGS = ("split", "mma")
+FILES = {
+    "naive": "decode_a_naive.cu",
+    "online": "decode_b_online.cu",
+    "gqa": "decode_c_gqa.cu",
+    "split": "decode_d_split.cu",
+    "mma": "decode_e_mma.cu",
+}
+# Shared memory that a block must leave to the system on every architecture since sm_80.
+RESERVED_SHARED_BYTES = 1024
+DECODE_THREADS = 128
+WARPS_PER_MULTIPROCESSOR = 8
+MAX_ITEMS = 1 << 16
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a launch must know of the GPU. The default is Hopper's."""
+
+    multiprocessors: int = 132
+    shared_bytes_per_block: int = 227 * 1024
+    shared_bytes_per_multiprocessor: int = 228 * 1024
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The compile-time constants of an attention kernel. Raises KernelArgumentError for unsupported ones."""
+
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, value: object, allowed: object) -> None:
+            raise KernelArgumentError(
+                f"{name}={value} is not supported by the CUDA kernels (allowed: {allowed}); "
+                "use the torch backend"
+            )
+
+        if self.dtype not in ELEMENTS:
+            refuse("dtype", self.dtype, "float16, bfloat16, float32")
+        if self.head_dim not in HEAD_DIMS:
+            refuse("head_dim", self.head_dim, HEAD_DIMS)
+        if self.block_size not in BLOCK_SIZES:
+            refuse("block_size", self.block_size, BLOCK_SIZES)
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            refuse("heads", self.heads, f"multiples of kv_heads={self.kv_heads}")
+        if not 1 <= self.group <= MAX_GROUP:
+            refuse("query heads per KV head", self.group, f"1 to {MAX_GROUP}")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element."""
+        return self.dtype.itemsize
+
+    @property
+    def defines(self) -> dict[str, object]:
+        """The macros of `cuda/paged.h`."""
+        return {
+            "ELEMENT": ELEMENTS[self.dtype],
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_SIZE": self.block_size,
+            "GROUP": self.group,
+        }
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its constants and its launch shape."""
+
+    file: str
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int = 0
+    defines: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """The text of the kernel's file."""
+        return (cuda_dir() / self.file).read_text()
+
+
+@dataclass(frozen=True)
+class SplitTuning:
+    """Constants of `cuda/split_kv.h`: warps a block, tokens a warp and step, stages in shared memory."""
+
+    warps: int
+    warp_tokens: int
+    stages: int
+
+    def stage_bytes(self, shape: AttentionShape) -> int:
+        """One warp's stage: K, V and the queries of a group."""
+        return (2 * self.warp_tokens + shape.group) * shape.head_dim * shape.element_bytes
+
+    def shared_bytes(self, shape: AttentionShape) -> int:
+        """A block's dynamic shared memory."""
+        return self.warps * self.stages * self.stage_bytes(shape)
+
+    def blocks_per_multiprocessor(self, shape: AttentionShape, limits: DeviceLimits) -> int:
+        """How many such blocks a multiprocessor is given: what shared memory holds, up to eight warps."""
+        held = limits.shared_bytes_per_multiprocessor // (
+            self.shared_bytes(shape) + RESERVED_SHARED_BYTES + 128
+        )
+        return max(1, min(held, WARPS_PER_MULTIPROCESSOR // self.warps))
+
+
+# In order of preference. Measured on an H200 over the twelve shapes of the bench: eight warps in one block
+# beat two blocks of four for up to four sequences of eight KV heads (fewer parts to join), not beyond; more
+# stages or more blocks than are resident at once only cost.
+FEW_ITEMS = 32
+SMALL_BATCH = SplitTuning(8, 16, 2)
+TUNINGS = (
+    SplitTuning(4, 16, 2),
+    SplitTuning(2, 16, 2),
+    SplitTuning(4, 8, 2),
+    SplitTuning(2, 8, 2),
+    SplitTuning(1, 16, 2),
+    SplitTuning(1, 8, 2),
+)
+
+
+def tuning_for(shape: AttentionShape, rung: str, limits: DeviceLimits, sequences: int) -> SplitTuning:
+    """The constants for a batch: what fits in shared memory, twice if possible."""
+    least = 16 if rung == "mma" else 8
+    few = (SMALL_BATCH,) if sequences * shape.kv_heads <= FEW_ITEMS and rung == "mma" else ()
+    for blocks, choices in ((1, few), (2, TUNINGS), (1, TUNINGS)):
+        room = min(
+            limits.shared_bytes_per_block,
+            limits.shared_bytes_per_multiprocessor // blocks - RESERVED_SHARED_BYTES - 128,
+        )
+        for tuning in choices:
+            if tuning.warp_tokens >= least and tuning.shared_bytes(shape) <= room:
+                return tuning
+    raise KernelArgumentError(f"{shape} needs more shared memory than {limits.shared_bytes_per_block} bytes")
+
+
+def best_rung(shape: AttentionShape) -> str:
+    """The rung the engine uses: tensor cores for 16-bit types, the split kernel for fp32."""
+    return "split" if shape.dtype == torch.float32 else "mma"
+
+
+def decode_launch(
+    rung: str,
+    shape: AttentionShape,
+    sequences: int,
+    max_context: int,
+    limits: DeviceLimits | None = None,
+    tuning: SplitTuning | None = None,
+    blocks: int | None = None,
+) -> Launch:
+    """Launch of one rung of the decode ladder.
+
+    max_context: an upper bound (block-table width times block size will do); only rung "naive" depends on it,
+    for its scores. `blocks` overrides the grid of the split rungs (the emulator has no multiprocessors to
+    fill). Raises KernelArgumentError for an unknown rung, fp32 on tensor cores, or a context too long for
+    rung "naive".
+    """
+    limits = limits or DeviceLimits()
+    if rung not in RUNGS:
+        raise KernelArgumentError(f"rung={rung!r}: choose from {', '.join(RUNGS)}")
+    kernel = f"paged_decode_{rung}"
+    if rung == "mma" and shape.dtype == torch.float32:
+        raise KernelArgumentError("rung='mma' takes float16 or bfloat16, not float32; use rung='split'")
+    if rung in SPLIT_RUNGS:
+        if sequences * shape.kv_heads > MAX_ITEMS:
+            raise KernelArgumentError(
+                f"{sequences} sequences x {shape.kv_heads} KV heads exceed {MAX_ITEMS} work items; "
+                "split the batch"
+            )
+        chosen = tuning or tuning_for(shape, rung, limits, sequences)
+        grid = blocks or limits.multiprocessors * chosen.blocks_per_multiprocessor(shape, limits)
+        defines = {
+            **shape.defines,
+            "WARPS": chosen.warps,
+            "WARP_TOKENS": chosen.warp_tokens,
+            "STAGES": chosen.stages,
+        }
+        return Launch(
+            FILES[rung], kernel, (grid, 1, 1), 32 * chosen.warps, chosen.shared_bytes(shape), defines
+        )
+    heads = shape.kv_heads if rung == "gqa" else shape.heads
+    shared = 0
+    if rung == "naive":
+        shared = 4 * max_context
+        room = limits.shared_bytes_per_block - 2048
+        if shared > room:
+            raise KernelArgumentError(
+                f"rung='naive' keeps one score a token in shared memory: {max_context} tokens exceed "
+                f"{room // 4}; use another rung"
+            )
+    return Launch(FILES[rung], kernel, (heads, sequences, 1), DECODE_THREADS, shared, shape.defines)
+
+
+def max_grid(limits: DeviceLimits) -> int:
+    """The most blocks that a split rung is launched with on this device."""
+    return 16 * limits.multiprocessors
+
+
+def workspace_bytes(
+    shape: AttentionShape, limits: DeviceLimits | None = None, blocks: int | None = None
+) -> int:
+    """Scratch memory of the split rungs: counters, then two places a block for partial outputs and sums."""
+    count = blocks or max_grid(limits or DeviceLimits())
+    return 4 * MAX_ITEMS + 2 * count * shape.group * (shape.head_dim + 2) * 4
+
+
+def split_workspace(
+    workspace: torch.Tensor, shape: AttentionShape, blocks: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(partial, partial sums, counters): views of a uint8 workspace, which must have been zeroed once.
+
+    Raises KernelArgumentError when it is too small for `blocks`.
+    """
+    needed = workspace_bytes(shape, blocks=blocks)
+    if workspace.dtype != torch.uint8 or not workspace.is_contiguous() or workspace.numel() < needed:
+        raise KernelArgumentError(
+            f"workspace must be contiguous uint8 of at least {needed} bytes, zeroed once (make_workspace); "
+            f"got {workspace.dtype} of {workspace.numel()}"
+        )
+    outputs = 4 * MAX_ITEMS + 2 * blocks * shape.group * shape.head_dim * 4
+    return (
+        workspace[4 * MAX_ITEMS : outputs].view(torch.float32),
+        workspace[outputs:needed].view(torch.float32),
+        workspace[: 4 * MAX_ITEMS].view(torch.int32),
+    )
+
+
+def prefill_launch(
+    shape: AttentionShape,
+    sequences: int,
+    max_query_len: int,
+    limits: DeviceLimits | None = None,
+    warps: int = 8,
+) -> Launch:
+    """Launch of paged prefill. max_query_len: the longest query of the batch, or an upper bound.
+
+    Raises KernelArgumentError for fp32 (its products don't run on these tensor-core instructions).
+    """
+    if shape.dtype == torch.float32:
+        raise KernelArgumentError(
+            "paged prefill takes float16 or bfloat16; fp32 goes through gather and SDPA"
+        )
+    limits = limits or DeviceLimits()
+    keys = 32 if shape.head_dim == 256 else 64
+    if shape.head_dim == 256:
+        warps = 4
+    shared = (16 * warps + 4 * keys) * shape.head_dim * shape.element_bytes
+    tokens = 16 * warps // shape.group
+    grid = (-(-max_query_len // tokens), shape.kv_heads, sequences)
+    return Launch(
+        "prefill.cu",
+        "paged_prefill",
+        grid,
+        32 * warps,
+        shared,
+        {**shape.defines, "WARPS": warps, "KEYS": keys},
+    )
+
+
+def store_launch(shape: AttentionShape, tokens: int) -> Launch:
+    """Launch of the KV store for `tokens` rows."""
+    pieces = tokens * shape.kv_heads * shape.head_dim * shape.element_bytes // 16
+    return Launch("kv_store.cu", "kv_store", (max(1, -(-pieces // 512)), 1, 1), 256, 0, shape.defines)
+
+
+def move_launch(blocks: int, block_bytes: int, limits: DeviceLimits | None = None) -> Launch:
+    """Launch of the block mover: enough thread blocks to fill the GPU, and 16 KB or more for each."""
+    limits = limits or DeviceLimits()
+    by_size = -(-block_bytes // 16384)
+    wanted = -(-16 * limits.multiprocessors // max(1, blocks))
+    return Launch("move_blocks.cu", "move_blocks", (max(1, min(by_size, wanted)), blocks, 1), 256)
