@@ -1,0 +1,139 @@
+"""Figures are pure functions of a recorded run, and the explorer shows what its controls say."""
+
+from __future__ import annotations
+
+import io
+
+import ipywidgets
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from nanopd_lab import LLM, SamplingParams
+from nanopd_lab.engine.trace import Trace, run_traced
+from nanopd_lab.viz.explorer import Explorer
+from nanopd_lab.viz.style import figure, png
+from nanopd_lab.viz.system import system_map
+from nanopd_lab.viz.timeline import request_timeline
+
+PROMPTS = [list(range(1, 30)), [7, 8, 9], list(range(5, 30))]
+PARAMS = [SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True) for tokens in (4, 9)]
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Trace]:
+    llm = LLM("random:tiny", device="cpu", max_num_batched_tokens=16, enable_prefix_caching=False)
+    return {
+        "one at a time": run_traced(llm.engine, PROMPTS, PARAMS[0], one_at_a_time=True),
+        "all at once": run_traced(llm.engine, PROMPTS, PARAMS[0]),
+    }
+
+
+def texts(fig: Figure) -> list[str]:
+    return [text.get_text() for ax in fig.axes for text in ax.texts]
+
+
+def test_a_trace_accounts_for_every_token(runs: dict[str, Trace]) -> None:
+    for trace in runs.values():
+        for number, (prompt, output) in enumerate(zip(PROMPTS, trace.outputs, strict=True)):
+            work = [work for step in trace.steps for work in step.work if work.request == number]
+            prefill = [w.tokens for w in work if w.phase == "prefill"]
+            decode = [w.tokens for w in work if w.phase == "decode"]
+            assert sum(prefill) == len(prompt)
+            # The first token falls out of the prefill, and the last is never fed in again.
+            assert decode == [1] * (len(output.outputs[0].token_ids) - 1)
+        assert all(sum(w.tokens for w in step.work) <= 16 for step in trace.steps)
+        assert trace.steps[-1].finished == len(PROMPTS)
+        assert trace.steps[-1].blocks_used == trace.steps[-1].waiting == trace.steps[-1].running == 0
+        assert trace.output_tokens == 12
+        assert 0 < sum(step.seconds for step in trace.steps) <= trace.seconds
+
+
+def test_one_at_a_time_never_shares_a_step(runs: dict[str, Trace]) -> None:
+    def most(trace: Trace) -> int:
+        return max(len(step.work) for step in trace.steps)
+
+    one, together = runs.values()
+    assert most(one) == 1
+    assert most(together) == 3
+    assert [o.outputs[0].token_ids for o in one.outputs] == [o.outputs[0].token_ids for o in together.outputs]
+    # Waiting counts from the common arrival, not from when it is a request's turn.
+    first_token = [output.metrics.ttft or 0.0 for output in one.outputs]
+    assert first_token == sorted(first_token)
+    assert {output.metrics.arrival_time for output in one.outputs} == {one.outputs[0].metrics.arrival_time}
+
+
+def test_the_map_shows_the_step_as_it_was(runs: dict[str, Trace]) -> None:
+    trace = runs["all at once"]
+    shown = texts(system_map(trace, 1))
+    assert "16 prompt tokens" in shown
+    assert "0 answer tokens" in shown
+    assert f"step 1 of {len(trace.steps)}, " in " ".join(shown)
+    assert "of 3 finished" in shown
+    assert texts(system_map(trace, 0)).count("3") == 1  # all three wait
+    assert "3" in texts(system_map(trace, len(trace.steps)))  # all three are finished
+    with pytest.raises(ValueError, match="this run has steps 1 to"):
+        system_map(trace, len(trace.steps) + 1)
+
+
+def test_every_folder_on_the_map_that_is_drawn_solid_exists() -> None:
+    from nanopd_lab.resources import _PACKAGE
+    from nanopd_lab.viz.system import BOXES
+
+    for box in BOXES:
+        for place in box.place.split(", "):
+            assert box.later or (_PACKAGE / place).exists(), f"{box.title}: {place}"
+    assert "dashed: what later ones add" in " ".join(texts(system_map()))
+
+
+def test_the_timeline_has_one_bar_a_phase_and_ends_when_the_run_does(runs: dict[str, Trace]) -> None:
+    fig = request_timeline(runs)
+    assert len(fig.axes) == 2
+    for ax, trace in zip(fig.axes, runs.values(), strict=True):
+        assert len(ax.patches) == 3 * len(PROMPTS)
+        ends = max(bar.get_x() + bar.get_width() for bar in ax.patches)  # type: ignore[attr-defined]
+        assert ends == pytest.approx(trace.seconds, rel=0.2)
+        assert ax.get_ylabel() == "question"
+    assert fig.axes[-1].get_xlabel().endswith("(s)")
+
+
+def test_a_picture_is_white_at_the_edge_and_small(runs: dict[str, Trace]) -> None:
+    data = png(request_timeline(runs))
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    assert image.size[0] == 960
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert len(data) < 60_000
+    assert png(system_map(runs["all at once"], 2)) == png(system_map(runs["all at once"], 2))
+
+
+def test_moving_a_slider_changes_the_picture_and_moving_it_back_restores_it(runs: dict[str, Trace]) -> None:
+    trace = runs["all at once"]
+    slider = ipywidgets.IntSlider(value=1, min=0, max=99)
+    explorer = Explorer(lambda step: system_map(trace, step), step=slider)
+    first = explorer.image.value
+    assert first == png(system_map(trace, 1))
+    slider.value = 3
+    assert explorer.image.value == png(system_map(trace, 3)) != first
+    slider.value = 1
+    assert explorer.image.value == first
+    assert explorer.children == (slider, explorer.image, explorer.error)
+
+
+def test_an_error_in_a_callback_is_shown_and_goes_away(runs: dict[str, Trace]) -> None:
+    slider = ipywidgets.IntSlider(value=1, min=0, max=99)
+    explorer = Explorer(lambda step: system_map(runs["all at once"], step), step=slider)
+    shown = explorer.image.value
+    slider.value = 99
+    assert "this run has steps" in explorer.error.value
+    assert explorer.image.value == shown
+    slider.value = 2
+    assert explorer.error.value == ""
+
+
+def test_an_error_at_the_start_is_raised() -> None:
+    def broken(x: int) -> Figure:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        Explorer(broken, x=ipywidgets.IntSlider())
+    assert figure()._repr_png_()[:4] == b"\x89PNG"
