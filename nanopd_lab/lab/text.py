@@ -92,10 +92,11 @@ class Source:
         except ImportError:  # plain text will do
             code = f"<pre>{escape(self.text)}</pre>"
         else:
-            # JupyterLab styles the class "highlight" itself, in both themes.
-            code = highlight(
-                self.text, PythonLexer(), HtmlFormatter(cssclass="highlight jp-RenderedHTMLCommon")
-            )
+            # JupyterLab has colours for the class "highlight" in both themes; its boxes in boxes are undone.
+            box = "padding:.4em .8em"
+            flat = "background:none;padding:0;margin:0"
+            look = HtmlFormatter(cssclass="highlight", cssstyles=box, prestyles=flat)
+            code = highlight(self.text, PythonLexer(), look)
         return f'<div style="opacity:.75"><code>{escape(self.where)}</code></div>{code}'
 
     __repr__ = __str__

@@ -29,7 +29,7 @@ class Explorer(ipywidgets.VBox):
         whatever `view` raises for the first values; later errors are shown below the figure
     """
 
-    def __init__(self, view: Callable[..., Figure], *, width: int = 900, **controls: Any) -> None:
+    def __init__(self, view: Callable[..., Figure], *, width: int = 960, **controls: Any) -> None:
         self._view = view
         self.controls = controls
         self.image = ipywidgets.Image(

@@ -24,7 +24,10 @@ import pytest
 
 from tests.notebooks.test_hygiene import NOTEBOOKS, read
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is in the dev extra")
+if os.environ.get("CI") == "true":
+    import playwright.sync_api as sync_api
+else:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is in the dev extra")
 
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / ".screenshots"
@@ -151,7 +154,9 @@ def test_runs_clean(page: Any) -> None:
     prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").all_inner_texts()
     assert prompts == [f"[{number}]:" for number in range(1, len(cells) + 1)]
     assert page.locator('.jp-OutputArea [data-mime-type="application/vnd.jupyter.error"]').count() == 0
-    assert page.locator('.jp-OutputArea [data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
+    complaints = page.locator('.jp-OutputArea [data-mime-type="application/vnd.jupyter.stderr"]')
+    # Progress bars are written to stderr too, when loading is slow.
+    assert [text for text in complaints.all_inner_texts() if "%|" not in text] == []
 
 
 def test_a_slider_changes_the_picture(page: Any) -> None:
@@ -179,8 +184,10 @@ def test_it_looks_the_same_in_both_themes(page: Any, theme: str) -> None:
     image.scroll_into_view_if_needed()
     assert image.bounding_box()["width"] >= 600
     # The whole notebook: a window as tall as it is.
-    height = page.locator(".jp-WindowedPanel-outer").first.evaluate("e => e.scrollHeight")
+    panel = page.locator(".jp-WindowedPanel-outer").first
+    height = panel.evaluate("e => e.scrollHeight")
     page.set_viewport_size({"width": 1200, "height": min(height + 200, 16_000)})
+    panel.evaluate("e => e.scrollTo(0, 0)")
     file = SCREENSHOTS / f"{page.notebook.stem}-{theme.lower()}.png"
     page.screenshot(path=file, animations="disabled")
     page.set_viewport_size({"width": 1200, "height": 1000})

@@ -87,6 +87,10 @@ def problems(notebook: dict[str, Any], size: int = 0) -> list[str]:
     elif positions != sorted(positions):  # type: ignore[type-var]
         found.append("headings are out of order")
 
+    links = [m.group(1) for cell in markdown for m in re.finditer(r"\]\(([^)#:]+)", text_of(cell))]
+    if dead := [link for link in links if not (FOLDER / link).exists()]:
+        found.append(f"links lead nowhere: {dead}")
+
     words = sum(len(text_of(cell).split()) for cell in markdown)
     lines = [len([line for line in text_of(cell).splitlines() if line.strip()]) for cell in code]
     if not WORDS[0] <= words <= WORDS[1]:
@@ -140,6 +144,7 @@ SPOIL = {
     ),
     "words, not": lambda n: n["cells"][0].update(source=["many " * 1800]),
     "code cells of": lambda n: _cell(n, "check").update(source=['lab.check("kv.blocks_for")\n'] * 251),
+    "lead nowhere": lambda n: n["cells"][0].update(source=["[next](11_nothing.ipynb)"]),
     "absolute paths": lambda n: n["cells"][0].update(source=["see /home/me/x"]),
 }
 
