@@ -31,7 +31,7 @@ _SIZES = {
     "pad_token_id": 0,
 }
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**_SIZES, head_dim=32),
+    "llama": LlamaConfig(**_SIZES, head_dim=64),
     "qwen2": Qwen2Config(**_SIZES, use_sliding_window=False),
     "qwen3": Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
     "mistral": MistralConfig(**_SIZES, head_dim=16, sliding_window=None),

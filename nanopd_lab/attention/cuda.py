@@ -16,6 +16,8 @@ from torch.nn.attention.bias import causal_lower_right
 from nanopd_lab.attention.base import AttentionMetadata
 from nanopd_lab.kernels import ops, reference, validate
 from nanopd_lab.kernels.errors import KernelArgumentError
+from nanopd_lab.kernels.launches import AttentionShape
+from nanopd_lab.kv.cache import KVShape
 
 LONG_QUERY = 512
 
@@ -35,8 +37,7 @@ class CudaBackend:
     time.
 
     validate_values: also check block ids, slots and lengths against the cache before each launch. That waits
-    for
-    the device, so the engine leaves it off: its tables come from its own allocator.
+    for the device, so the engine leaves it off: its tables come from its own allocator.
     """
 
     name = "cuda"
@@ -44,6 +45,11 @@ class CudaBackend:
     def __init__(self, validate_values: bool = False) -> None:
         self.validate_values = validate_values
         self._workspace: torch.Tensor | None = None
+
+    @staticmethod
+    def check(shape: KVShape, num_heads: int) -> None:
+        """Raise KernelArgumentError (a ValueError) unless the kernels support this cache and head count."""
+        AttentionShape(shape.dtype, num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size)
 
     def _workspace_for(self, query: torch.Tensor, kv_layer: torch.Tensor) -> torch.Tensor:
         if self._workspace is None or self._workspace.device != query.device:
@@ -73,9 +79,8 @@ class CudaBackend:
             return ops.paged_decode(
                 query, kv_layer, tables, contexts, workspace, scale, validate_values=self.validate_values
             )
-        if (
-            decodes < paged
-        ):  # query_start is absolute, so the kernel fills these sequences' rows of a whole output
+        if decodes < paged:
+            # query_start is absolute, so the kernel fills these sequences' rows of a whole output.
             out = ops.paged_prefill(
                 query,
                 kv_layer,

@@ -2,54 +2,77 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 
 import torch
 
 from nanopd_lab.attention.base import AttentionBackend
+from nanopd_lab.kv.cache import KVShape
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "cuda")
+DEVICES: dict[str, tuple[str, ...]] = {
+    "auto": ("cpu", "cuda"),
+    "reference": ("cpu", "cuda"),
+    "torch": ("cpu", "cuda"),
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+}
 
 
-def create_backend(name: str, device: torch.device) -> AttentionBackend:
-    """The backend called `name`; `auto` takes the fastest that works on `device`.
+def check_backend(name: str, device: torch.device) -> None:
+    """Refuse what cannot work on the device.
 
     Raises:
-        ValueError: unknown name, or a backend that cannot run on the device.
+        ValueError: unknown name, or a backend that cannot run there.
     """
+    if name not in DEVICES:
+        raise ValueError(f"attention backend {name!r} is unknown; choose one of {', '.join(DEVICES)}")
+    if device.type not in DEVICES[name]:
+        raise ValueError(f"attention backend {name!r} cannot run on {device}; use 'torch'")
+
+
+def create_backend(name: str, device: torch.device, shape: KVShape, num_heads: int) -> AttentionBackend:
+    """The backend called `name`; `auto` takes the fastest that works on `device` for this shape.
+
+    Args:
+        shape: of the cache that it will serve
+        num_heads: query heads
+
+    Raises:
+        ValueError: see `check_backend`; or the CUDA kernels asked for by name do not support the shape.
+        FileNotFoundError: the CPU backend asked for by name, and no C++ compiler.
+    """
+    check_backend(name, device)
     if name == "auto":
-        from nanopd_lab.cpu import library
-
-        if device.type == "cpu" and library.available():
-            from nanopd_lab.attention.cpu import CpuBackend
-
-            return CpuBackend()
-        if (
-            device.type == "cuda"
-            and importlib.util.find_spec("cuda")
-            and importlib.util.find_spec("cuda.core")
-        ):
-            name = "cuda"
-        else:
-            name = "torch"
+        name = _fastest(device, shape, num_heads)
     if name == "reference":
         from nanopd_lab.attention.reference import ReferenceBackend
 
         return ReferenceBackend()
-    if name == "torch":
-        from nanopd_lab.attention.torch_backend import TorchBackend
-
-        return TorchBackend()
     if name == "cpu":
         from nanopd_lab.attention.cpu import CpuBackend
 
-        if device.type != "cpu":
-            raise ValueError(f"attention backend 'cpu' cannot run on {device}; use 'torch'")
         return CpuBackend()
     if name == "cuda":
         from nanopd_lab.attention.cuda import CudaBackend
 
-        if device.type != "cuda":
-            raise ValueError(f"attention backend 'cuda' cannot run on {device}; use 'torch'")
+        CudaBackend.check(shape, num_heads)
         return CudaBackend()
-    raise ValueError(f"attention backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    from nanopd_lab.attention.torch_backend import TorchBackend
+
+    return TorchBackend()
+
+
+def _fastest(device: torch.device, shape: KVShape, num_heads: int) -> str:
+    if device.type == "cpu":
+        from nanopd_lab.cpu import library
+
+        return "cpu" if library.available() else "torch"
+    if find_spec("cuda") is None or find_spec("cuda.core") is None:
+        return "torch"
+    from nanopd_lab.attention.cuda import CudaBackend
+
+    try:
+        CudaBackend.check(shape, num_heads)
+    except ValueError:
+        return "torch"
+    return "cuda"

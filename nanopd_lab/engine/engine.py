@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nanopd_lab.attention import create_backend
+from nanopd_lab.attention import check_backend, create_backend
 from nanopd_lab.core import BeamSearchParams, FinishReason, Request, SamplingParams, Sequence
 from nanopd_lab.engine.beam import BeamGroup
 from nanopd_lab.engine.config import EngineConfig
@@ -78,7 +78,7 @@ class Engine:
         self.device = config.resolve_device()
         dtype = config.resolve_dtype(self.device)
         # Everything cheap that can be wrong is found out before the weights are read.
-        backend = config.parts.attention or create_backend(config.attention_backend, self.device)
+        check_backend(config.attention_backend, self.device)
         loaded = load_model(
             config.model, dtype=dtype, device=self.device, seed=config.seed, attn_implementation=register()
         )
@@ -95,6 +95,9 @@ class Engine:
             optimise(model)
         shape = KVShape(
             geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, config.block_size, dtype
+        )
+        backend = config.parts.attention or create_backend(
+            config.attention_backend, self.device, shape, geometry.num_heads
         )
         num_blocks = self._count_blocks(shape)
         self.max_model_len = config.max_model_len or min(

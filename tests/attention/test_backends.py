@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from nanopd_lab.attention import AttentionMetadata, create_backend
+from nanopd_lab.attention.cpu import CpuBackend
 from nanopd_lab.cpu import library
 from nanopd_lab.kv import blocks_for, slots
+from nanopd_lab.kv.cache import KVShape
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # (query tokens, context) of each sequence, shortest queries first
@@ -60,10 +62,10 @@ def build(
     return rand(tokens, heads, dim).to(device), pool.to(device), fresh, metadata
 
 
-def backends(device: str) -> list[str]:
-    if device == "cuda":
-        return ["torch", "cuda"]
-    return ["torch", "cpu"] if library.available() else ["torch"]
+def backends(device: str, shape: KVShape, heads: int) -> list[str]:
+    """The generic backend, and the one that `auto` would take."""
+    fastest = create_backend("auto", torch.device(device), shape, heads).name
+    return sorted({"torch", fastest})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -78,9 +80,10 @@ def test_matches_float64(
 ) -> None:
     batch, scale = BATCHES[name], dim**-0.5
     results = {}
-    for backend_name in ["reference", *backends(device)]:
+    shape = KVShape(3, kv_heads, dim, block_size, dtype)
+    for backend_name in ["reference", *backends(device, shape, heads)]:
         query, pool, fresh, metadata = build(batch, heads, kv_heads, dim, block_size, dtype, device)
-        backend = create_backend(backend_name, torch.device(device))
+        backend = create_backend(backend_name, torch.device(device), shape, heads)
         layer = pool[:, 1]
         backend.store(fresh[0], fresh[1], layer, metadata.slot_mapping)
         results[backend_name] = backend.attend(query, layer, metadata, scale).cpu().double()
@@ -93,14 +96,17 @@ def test_matches_float64(
         assert error < tolerance, f"{backend_name}: {error}"
 
 
-@pytest.mark.parametrize("name", backends("cpu"))
+SMALL = KVShape(2, 3, 16, 4, torch.float32)
+
+
+@pytest.mark.parametrize("name", backends("cpu", SMALL, 3))
 def test_store_takes_strided_rows(name: str) -> None:
     """K and V arrive as views of a fused projection."""
     projected = torch.randn(5, 2, 3, 16)
     key, value = projected[:, 0], projected[:, 1]
     pool = torch.zeros(4, 2, 2, 3, 4, 16)
     mapping = torch.tensor([13, 2, 7, 0, 9])
-    create_backend(name, torch.device("cpu")).store(key, value, pool[:, 1], mapping)
+    create_backend(name, torch.device("cpu"), SMALL, 3).store(key, value, pool[:, 1], mapping)
     for token, slot in enumerate(mapping.tolist()):
         assert torch.equal(pool[slot // 4, 1, 0, :, slot % 4], key[token])
         assert torch.equal(pool[slot // 4, 1, 1, :, slot % 4], value[token])
@@ -110,7 +116,7 @@ def test_store_takes_strided_rows(name: str) -> None:
 
 @pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
-    backend = create_backend("cpu", torch.device("cpu"))
+    backend = CpuBackend()
     query, pool, fresh, metadata = build(BATCHES["ragged decodes"], 9, 3, 64, 16, torch.float32, "cpu")
     backend.store(fresh[0], fresh[1], pool[:, 1], metadata.slot_mapping)
     together = backend.attend(query, pool[:, 1], metadata, 0.125)
@@ -127,12 +133,21 @@ def test_a_sequence_does_not_depend_on_its_batch() -> None:
         assert torch.equal(got[0], together[index])
 
 
-def test_unknown_backends_are_named() -> None:
+@pytest.mark.parametrize(
+    ("name", "device", "message"),
+    [
+        ("flash", "cpu", "'flash' is unknown; choose one of auto, reference, torch, cpu, cuda"),
+        ("cpu", "cuda:0", "'cpu' cannot run on cuda:0; use 'torch'"),
+        ("cuda", "cpu", "'cuda' cannot run on cpu; use 'torch'"),
+    ],
+)
+def test_what_cannot_work_is_named(name: str, device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_backend(name, torch.device(device), SMALL, 3)
+
+
+def test_the_cuda_kernels_name_a_shape_they_do_not_have() -> None:
     with pytest.raises(
-        ValueError, match="'flash' is unknown; choose one of auto, reference, torch, cpu, cuda"
+        ValueError, match=r"head_dim=16 is not supported .*64, 128, 256.*use the torch backend"
     ):
-        create_backend("flash", torch.device("cpu"))
-    with pytest.raises(ValueError, match="'cpu' cannot run on cuda:0"):
-        create_backend("cpu", torch.device("cuda:0"))
-    with pytest.raises(ValueError, match="'cuda' cannot run on cpu"):
-        create_backend("cuda", torch.device("cpu"))
+        create_backend("cuda", torch.device("cuda"), SMALL, 3)
