@@ -72,14 +72,30 @@ void linear(const T* x, const T* weight, const T* bias, T* y, int64_t rows, int6
 // As Hugging Face computes it: normalise in float32, round to T, then multiply by the weight.
 template <typename T>
 void rms_norm(const T* x, const T* weight, T* y, int64_t rows, int64_t dim, float eps) {
-  for (int64_t r = 0; r < rows; ++r, x += dim, y += dim) {
-    float sum = 0;
-    for (int64_t d = 0; d < dim; ++d) sum += to_float(x[d]) * to_float(x[d]);
+  const int64_t whole = dim / 16 * 16;
+#pragma omp parallel for schedule(static) if (rows >= 64)
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* in = x + r * dim;
+    T* out = y + r * dim;
+    f32x16 squares = {};
+    for (int64_t d = 0; d < whole; d += 16) {
+      const f32x16 v = load16(in + d);
+      squares += v * v;
+    }
+    float lanes[16], sum = 0;
+    store16(squares, lanes);
+    for (int i = 0; i < 16; ++i) sum += lanes[i];
+    for (int64_t d = whole; d < dim; ++d) sum += to_float(in[d]) * to_float(in[d]);
     const float scale = 1.0f / std::sqrt(sum / float(dim) + eps);
-    for (int64_t d = 0; d < dim; ++d) {
+    for (int64_t d = 0; d < whole; d += 16) {
+      T rounded[16];
+      store16(load16(in + d) * scale, rounded);
+      store16(load16(weight + d) * load16(rounded), out + d);
+    }
+    for (int64_t d = whole; d < dim; ++d) {
       T rounded;
-      from_float(to_float(x[d]) * scale, &rounded);
-      from_float(to_float(weight[d]) * to_float(rounded), y + d);
+      from_float(to_float(in[d]) * scale, &rounded);
+      from_float(to_float(weight[d]) * to_float(rounded), out + d);
     }
   }
 }

