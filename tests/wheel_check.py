@@ -1,6 +1,6 @@
 """Does the built wheel work where nothing else of this project is?
 
-    python -m tests.wheel_check dist/nanopd_lab-*.whl /tmp/empty
+    python -m tests.wheel_check WHEEL EMPTY_FOLDER
 
 Makes an environment holding the wheel and *only* the distributions that it declares, with what those
 require (as links into this environment: torch is not copied). A missing dependency, or a file that only the

@@ -92,19 +92,8 @@ def check_compiles(full: bool = False) -> Iterator[Line]:
         )
 
 
-def _wanted(problem: Problem) -> torch.Tensor:
-    return reference.attend(
-        problem.query,
-        problem.kv_layer,
-        problem.block_tables,
-        problem.context_lens,
-        problem.query_start,
-        problem.scale,
-    )
-
-
 def _line(where: str, rung: str, problem: Problem, out: torch.Tensor) -> Line:
-    error = reference.relative_error(out, _wanted(problem))
+    error = reference.relative_error(out, problem.wanted())
     limit = reference.TOLERANCES[problem.shape.dtype]
     shape = problem.shape
     what = f"{where}: {rung}, {ELEMENTS[shape.dtype]}, head_dim {shape.head_dim}, group {shape.group}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanopd_lab.kernels import reference
 from nanopd_lab.kernels.launches import AttentionShape
 
 
@@ -27,6 +28,12 @@ class Problem:
     def scale(self) -> float:
         """1 / sqrt(head_dim)."""
         return self.shape.head_dim**-0.5
+
+    def wanted(self) -> torch.Tensor:
+        """The float64 answer, `[T, heads, head_dim]`: what every kernel is compared with."""
+        return reference.attend(
+            self.query, self.kv_layer, self.block_tables, self.context_lens, self.query_start, self.scale
+        )
 
 
 def make_problem(

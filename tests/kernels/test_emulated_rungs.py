@@ -27,17 +27,6 @@ SHAPES = [
 ]
 
 
-def wanted(problem: Problem) -> torch.Tensor:
-    return reference.attend(
-        problem.query,
-        problem.kv_layer,
-        problem.block_tables,
-        problem.context_lens,
-        problem.query_start,
-        problem.scale,
-    )
-
-
 def decode(problem: Problem, rung: str, **options: object) -> torch.Tensor:
     out, _ = emulated.paged_decode(
         rung,
@@ -59,7 +48,7 @@ def test_rung_equals_float64(rung: str, shape: tuple) -> None:
         with pytest.raises(KernelArgumentError, match="use rung='split'"):
             decode(problem, rung)
         return
-    error = reference.relative_error(decode(problem, rung), wanted(problem))
+    error = reference.relative_error(decode(problem, rung), problem.wanted())
     assert error <= reference.TOLERANCES[shape[0]]
 
 
@@ -77,7 +66,7 @@ def test_rung_is_clean_when_watched(rung: str) -> None:
         instrument=True,
     )
     assert result.findings == ()
-    assert reference.relative_error(out, wanted(problem)) <= reference.TOLERANCES[BF16]
+    assert reference.relative_error(out, problem.wanted()) <= reference.TOLERANCES[BF16]
 
 
 @settings(max_examples=40, deadline=None)
@@ -89,7 +78,7 @@ def test_rung_is_clean_when_watched(rung: str) -> None:
 def test_split_and_join_for_any_lengths_and_grid(contexts: list[int], blocks: int, seed: int) -> None:
     problem = make_problem(BF16, 64, 8, 3, 2, contexts, seed=seed)
     out = decode(problem, "mma", blocks=blocks, tuning=SplitTuning(1, 16, 2))
-    assert reference.relative_error(out, wanted(problem)) <= reference.TOLERANCES[BF16]
+    assert reference.relative_error(out, problem.wanted()) <= reference.TOLERANCES[BF16]
 
 
 def test_the_ladder_reads_fewer_bytes_rung_by_rung() -> None:
@@ -129,7 +118,7 @@ def test_prefill_equals_float64(shape: tuple) -> None:
         instrument=shape[1] == 64,
     )
     assert result.findings == ()
-    assert reference.relative_error(out, wanted(problem)) <= reference.TOLERANCES[shape[0]]
+    assert reference.relative_error(out, problem.wanted()) <= reference.TOLERANCES[shape[0]]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

@@ -39,17 +39,6 @@ def decode(problem: Problem, rung: str) -> torch.Tensor:
     return out
 
 
-def wanted(problem: Problem) -> torch.Tensor:
-    return reference.attend(
-        problem.query,
-        problem.kv_layer,
-        problem.block_tables,
-        problem.context_lens,
-        problem.query_start,
-        problem.scale,
-    )
-
-
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode_over_all_shapes(rung: str, dtype: torch.dtype) -> None:
@@ -58,7 +47,7 @@ def test_decode_over_all_shapes(rung: str, dtype: torch.dtype) -> None:
     combinations = list(itertools.product((64, 128, 256), (8, 16, 32), range(1, 9)))
     for i, (head_dim, block_size, group) in enumerate(combinations[:: 2 if rung in ("split", "mma") else 7]):
         problem = make_problem(dtype, head_dim, block_size, group, 1 + i % 3, RAGGED, seed=i, device="cuda")
-        error = reference.relative_error(decode(problem, rung), wanted(problem))
+        error = reference.relative_error(decode(problem, rung), problem.wanted())
         assert error <= reference.TOLERANCES[dtype], (head_dim, block_size, group, error)
 
 
@@ -69,7 +58,7 @@ def test_very_long_context_among_short_ones(rung: str) -> None:
     )
     for _ in range(3):  # a race would move the error
         assert (
-            reference.relative_error(decode(problem, rung), wanted(problem))
+            reference.relative_error(decode(problem, rung), problem.wanted())
             <= reference.TOLERANCES[torch.bfloat16]
         )
 
@@ -90,7 +79,7 @@ def test_prefill_over_all_shapes(dtype: torch.dtype) -> None:
             257,
             problem.scale,
         )
-        error = reference.relative_error(out, wanted(problem))
+        error = reference.relative_error(out, problem.wanted())
         assert error <= reference.TOLERANCES[dtype], (head_dim, block_size, group, error)
 
 
@@ -134,7 +123,7 @@ def test_backend_on_a_mixed_batch(dtype: torch.dtype) -> None:
     for part in (metadata, dataclasses.replace(metadata)):
         out = backend.attend(problem.query, problem.kv_layer, part, problem.scale)
         limit = 1e-5 if dtype == torch.float32 else reference.TOLERANCES[dtype]
-        assert reference.relative_error(out, wanted(problem)) <= limit
+        assert reference.relative_error(out, problem.wanted()) <= limit
 
 
 def test_graph_replays_with_new_lengths() -> None:
