@@ -16,7 +16,8 @@ from nanopd_lab.engine.policies import plan_chunks
 from nanopd_lab.kv import blocks_for
 from nanopd_lab.lab import CheckFailedError, Session, SignatureError, Status, UnknownExerciseError
 from nanopd_lab.lab.store import standalone
-from tests.lab.wrong_versions import overshoots, recursive, rounds_down, shares_equally, with_ceil
+from tests.lab.wrong_versions.engine import overshoots, recursive, shares_equally
+from tests.lab.wrong_versions.kv import rounds_down, with_ceil
 
 PROMPTS = [list(range(1, 40)), [7, 8, 9], list(range(5, 30))]
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

@@ -14,7 +14,8 @@ import nbclient
 import nbformat
 import pytest
 
-from tests.lab.wrong_versions import RIGHT, WRONG, Version
+from tests.lab.wrong_versions import RIGHT, WRONG
+from tests.lab.wrong_versions.base import Version
 from tests.notebooks.test_hygiene import NOTEBOOKS, read, tags_of, text_of
 
 EXERCISES = [

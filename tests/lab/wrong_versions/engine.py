@@ -1,58 +1,8 @@
-"""Plausible mistakes. Each must FAIL at its check, with a message from which one sees what is wrong.
-
-WRONG maps an exercise to pairs (implementation, words that its report must contain). RIGHT holds
-independently written versions that must pass: a check may not insist on one way of writing.
-"""
+"""Versions of the exercises on the scheduler."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
-
-def rounds_down(tokens, block_size):
-    return tokens // block_size
-
-
-def always_one_more(tokens, block_size):
-    return tokens // block_size + 1
-
-
-def at_least_one(tokens, block_size):
-    return max(1, math.ceil(tokens / block_size))
-
-
-def a_float(tokens, block_size):
-    return math.floor(tokens / block_size) + (1.0 if tokens % block_size else 0.0)
-
-
-def always_sixteen(tokens, block_size):
-    return (tokens + 15) // 16
-
-
-def rounds_to_nearest(tokens, block_size):
-    return round(tokens / block_size)
-
-
-def adds_too_much(tokens, block_size):
-    return (tokens + block_size) // block_size
-
-
-def forgets_return(tokens, block_size):
-    -(-tokens // block_size)
-
-
-def swapped(tokens, block_size):
-    return -(-block_size // tokens)
-
-
-def never_ends(tokens, block_size):
-    count = 0
-    while tokens != 0:
-        tokens -= block_size
-        count += 1
-    return count
+from tests.lab.wrong_versions.base import Version
 
 
 def ignores_decodes(num_decodes, prefills, budget):
@@ -174,21 +124,22 @@ def breaks_on_none(num_decodes, prefills, budget):
     return [first, *(breaks_on_none(num_decodes + first, prefills[1:], budget) if prefills[1:] else [])]
 
 
-Version = Callable[..., Any]
+def recursive(num_decodes, prefills, budget):
+    if not prefills:
+        return []
+    first = min(prefills[0], budget - num_decodes)
+    return [first, *recursive(num_decodes + first, prefills[1:], budget)]
+
+
+def with_prefix_sums(num_decodes, prefills, budget, *, floor=0):
+    room, before, chunks = budget - num_decodes, 0, []
+    for remaining in prefills:
+        chunks.append(min(remaining, max(floor, room - before)))
+        before += remaining
+    return chunks
+
 
 WRONG: dict[str, list[tuple[Version, str]]] = {
-    "kv.blocks_for": [
-        (rounds_down, "what is left over (1) takes a block too"),
-        (always_one_more, "16 = 1 x 16: an exact fit"),
-        (at_least_one, "no tokens need no block"),
-        (a_float, "a number of blocks is an int"),
-        (always_sixteen, "block_size=1)"),
-        (rounds_to_nearest, "takes a block too"),
-        (adds_too_much, "an exact fit"),
-        (forgets_return, "is a `return` missing?"),
-        (swapped, "got   16"),
-        (never_ends, "is there a loop that never ends?"),
-    ],
     "engine.plan_chunks": [
         (ignores_decodes, "more than the budget of 8"),
         (takes_no_account, "more than the budget of 8"),
@@ -209,35 +160,6 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
     ],
 }
 
-
-def with_ceil(tokens, block_size):
-    return math.ceil(tokens / block_size)
-
-
-def counting(tokens, block_size):
-    count = 0
-    while tokens > 0:
-        tokens -= block_size
-        count += 1
-    return count
-
-
-def recursive(num_decodes, prefills, budget):
-    if not prefills:
-        return []
-    first = min(prefills[0], budget - num_decodes)
-    return [first, *recursive(num_decodes + first, prefills[1:], budget)]
-
-
-def with_prefix_sums(num_decodes, prefills, budget, *, floor=0):
-    room, before, chunks = budget - num_decodes, 0, []
-    for remaining in prefills:
-        chunks.append(min(remaining, max(floor, room - before)))
-        before += remaining
-    return chunks
-
-
 RIGHT: dict[str, list[Version]] = {
-    "kv.blocks_for": [with_ceil, counting],
     "engine.plan_chunks": [recursive, with_prefix_sums],
 }
