@@ -58,6 +58,7 @@ paged_prefill(T* out, const T* query, i64 query_stride, const T* kv, i64 block_s
     const int begin = query_start[sequence], length = query_start[sequence + 1] - begin;
     const int tile = (length + TOKENS - 1) / TOKENS - 1 - static_cast<int>(blockIdx.x);  // the longest first
     if (tile < 0) return;
+    if (context_lens[sequence] == 0) return;  // a sequence that another kernel serves, or padding
     const int context = context_lens[sequence], past = context - length;
     const int first_token = tile * TOKENS, end = min(context, past + first_token + TOKENS);  // keys that anyone sees
     const int* table = block_tables + static_cast<i64>(sequence) * table_stride;

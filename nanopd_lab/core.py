@@ -14,6 +14,7 @@ from typing import NamedTuple
 from nanopd_lab.errors import InvalidRequestError
 
 MAX_LOGPROBS = 64
+PENDING = -1  # stands for a token that a step under way is going to sample
 
 
 def _check(condition: bool, message: str) -> None:
@@ -169,8 +170,9 @@ class Request:
 class Sequence:
     """One sample of a request: its tokens, its blocks, and how far its KV has been computed.
 
-    The KV of tokens `[0, num_computed)` is in the cache (or scheduled in the step under way). A sequence
-    whose every token is computed has been sampled from, and is waiting for its next token to be appended.
+    The KV of tokens `[0, num_computed)` is in the cache, or will be once the steps planned so far have run. A
+    sequence whose every token is computed waits for what those steps sample. Where the next step can be planned
+    without knowing that token, `PENDING` stands in for it at the end of `tokens`; `pending` counts them.
     """
 
     request: Request
@@ -183,6 +185,8 @@ class Sequence:
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     last_served: int = -1
+    pending: int = 0
+    in_flight: int = 0  # steps that compute some of it, planned and not complete
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
@@ -201,12 +205,17 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def known_len(self) -> int:
+        """Tokens that are known; the pending ones behind them are not counted."""
+        return len(self.tokens) - self.pending
+
+    @property
     def output_len(self) -> int:
-        return len(self.tokens) - self.prompt_len
+        return self.known_len - self.prompt_len
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.tokens[self.prompt_len :]
+        return self.tokens[self.prompt_len : self.known_len]
 
     @property
     def remaining(self) -> int:
@@ -215,8 +224,8 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """One token to go, and it is an output token: a decode step."""
-        return self.remaining == 1 and self.output_len > 0
+        """One token to go, and it is an output token, known or pending: a decode step."""
+        return len(self.tokens) - self.num_computed == 1 and len(self.tokens) > self.prompt_len
 
     @property
     def finished(self) -> bool:

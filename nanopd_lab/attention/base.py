@@ -10,6 +10,24 @@ import torch
 
 
 @dataclass(frozen=True)
+class PackedLengths:
+    """Who attends to what, as one operator takes it: few tensors, of one dimension each and never of size 0 or 1,
+    so that torch.compile makes one piece of code for all batches.
+
+    lens:    int32 [4 S + 1]: query_start [S + 1], context_lens [S]; then the context of sequences with one query
+        token and 0 for the others, [S]; then the reverse, [S]
+    tables:  int32, the block tables, row after row
+    header:  int64 on the host: S; entries of a row of `tables`; 1 if the batch is decode steps by construction;
+        then S query lengths and S context lengths, or nothing where they will change from one replay of a graph
+        to the next
+    """
+
+    lens: torch.Tensor
+    tables: torch.Tensor
+    header: torch.Tensor
+
+
+@dataclass(frozen=True)
 class AttentionMetadata:
     """Everything that attention over a paged cache needs to know about one flat ("varlen") batch.
 
@@ -27,6 +45,8 @@ class AttentionMetadata:
     `query_lens_host` and `context_lens_host` repeat on the host what a backend would have to read back from
     the device; `scratch` keeps what a backend works out once for all layers of the step. Sequences are
     ordered by query length, so decode steps (one token each) come first: `num_decodes` of them.
+
+    `packed` says the same in few tensors, for backends that are compiled or captured in a CUDA graph.
     """
 
     slot_mapping: torch.Tensor
@@ -35,6 +55,7 @@ class AttentionMetadata:
     block_tables: torch.Tensor
     query_lens_host: tuple[int, ...]
     context_lens_host: tuple[int, ...]
+    packed: PackedLengths | None = None
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -82,3 +103,20 @@ class AttentionBackend(Protocol):
         Query head h reads KV head `h // (heads // kv_heads)`. `scale` multiplies the scores (1/sqrt(head_dim)).
         """
         ...
+
+
+def store_and_attend(
+    backend: AttentionBackend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_layer: torch.Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+) -> torch.Tensor:
+    """One layer's attention: `store`, then `attend`, or both at once where the backend has that."""
+    both = getattr(backend, "store_and_attend", None)
+    if both is not None and metadata.packed is not None:
+        return both(query, key, value, kv_layer, metadata, scale)
+    backend.store(key, value, kv_layer, metadata.slot_mapping)
+    return backend.attend(query, kv_layer, metadata, scale)

@@ -9,6 +9,9 @@ time.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -32,6 +35,121 @@ def sdpa_causal(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
+def attend_known(
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    workspace: torch.Tensor,
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    scale: float,
+) -> torch.Tensor:
+    """Attention of a batch whose lengths the host knows: each sequence by what is fastest for it."""
+    if not query.is_cuda:
+        found = reference.attend(
+            query, kv_layer, block_tables, context_lens, query_start, scale, torch.float32
+        )
+        return found.to(query.dtype)
+    sequences = len(lengths)
+    decodes = bisect_right(lengths, 1)
+    paged = decodes if kv_layer.dtype == torch.float32 else bisect_right(lengths, LONG_QUERY - 1)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if decodes:
+        ops.decode_into(
+            out[:decodes],
+            query[:decodes],
+            kv_layer,
+            block_tables[:decodes],
+            context_lens[:decodes],
+            workspace,
+            scale,
+        )
+    if decodes < paged:
+        # query_start is absolute, so the kernel fills these sequences' rows of the whole output.
+        few = slice(decodes, paged)
+        starts = query_start[decodes : paged + 1]
+        longest = max(lengths[few])
+        ops.prefill_into(out, query, kv_layer, block_tables[few], context_lens[few], starts, longest, scale)
+    first = sum(lengths[:paged])
+    for s in range(paged, sequences):
+        rows = slice(first, first + lengths[s])
+        keys, values = reference.pages_of(kv_layer, block_tables[s], contexts[s])
+        found = sdpa_causal(query[rows].transpose(0, 1)[None], keys[None], values[None], scale)
+        out[rows] = found[0].transpose(0, 1)
+        first += lengths[s]
+    return out
+
+
+def _unpack(
+    lens: torch.Tensor, tables: torch.Tensor, header: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(query_start, context_lens, decode_lens, prefill_lens, block_tables): views, see `PackedLengths`."""
+    sequences, width = header[:2]
+    starts, *three = lens.split([sequences + 1, sequences, sequences, sequences])
+    return starts, *three, tables[: sequences * width].view(sequences, width)  # type: ignore[return-value]
+
+
+def _attention_cuda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    lens: torch.Tensor,
+    tables: torch.Tensor,
+    header: torch.Tensor,
+    workspace: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    torch.ops.nanopd.kv_store(key, value, kv_layer, slot_mapping)
+    head = header.tolist()
+    sequences, decode_only = head[0], head[2]
+    query_start, context_lens, decode_lens, prefill_lens, block_tables = _unpack(lens, tables, head)
+    if len(head) > 3:
+        lengths, contexts = head[3 : 3 + sequences], head[3 + sequences :]
+        return attend_known(
+            query, kv_layer, query_start, context_lens, block_tables, workspace, lengths, contexts, scale
+        )
+    # Captured in a graph: which sequences decode, and how long they are, the kernels read on the device.
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    ops.decode_into(out[:sequences], query[:sequences], kv_layer, block_tables, decode_lens, workspace, scale)
+    if not decode_only:
+        # Its sequences' rows come behind those of all decode steps, and overwrite the zeros left there.
+        longest = query.shape[0]
+        ops.prefill_into(out, query, kv_layer, block_tables, prefill_lens, query_start, longest, scale)
+    return out
+
+
+def _attention_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    lens: torch.Tensor,
+    tables: torch.Tensor,
+    header: torch.Tensor,
+    workspace: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    reference.store(key, value, kv_layer, slot_mapping)
+    query_start, context_lens, _, _, block_tables = _unpack(lens, tables, header.tolist())
+    out = reference.attend(query, kv_layer, block_tables, context_lens, query_start, scale, torch.float32)
+    return out.to(query.dtype)
+
+
+_library = torch.library.Library("nanopd", "FRAGMENT")
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor(a!) kv_layer, Tensor slot_mapping, Tensor lens, "
+    "Tensor tables, Tensor header, Tensor workspace, float scale) -> Tensor"
+)
+_library.impl("attention", _attention_cuda, "CUDA")  # the header is on the host; CUDA goes before CPU
+_library.impl("attention", _attention_cpu, "CPU")
+torch.library.register_fake("nanopd::attention", lambda query, *_: query.new_empty(query.shape), lib=_library)
+
+
 class CudaBackend:
     """See `AttentionBackend`. Owns the decode kernels' workspace, so one instance serves one stream at a
     time.
@@ -51,8 +169,16 @@ class CudaBackend:
         """Raise KernelArgumentError (a ValueError) unless the kernels support this cache and head count."""
         AttentionShape(shape.dtype, num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size)
 
-    def _workspace_for(self, query: torch.Tensor, kv_layer: torch.Tensor) -> torch.Tensor:
+    def allocate(self, shape: KVShape, num_heads: int, device: torch.device) -> None:
+        """Allocate the workspace now: before a model is compiled or a graph captured."""
+        whole = AttentionShape(shape.dtype, num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size)
+        self._workspace = ops.make_workspace(whole, device)
+
+    def workspace(self, query: torch.Tensor, kv_layer: torch.Tensor) -> torch.Tensor:
+        """Scratch memory of the decode kernels; allocated by the first call at the latest."""
         if self._workspace is None or self._workspace.device != query.device:
+            if query.device.type != "cuda":
+                return query.new_empty(2)
             if query.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise KernelArgumentError(
                     "the first call of the CUDA backend allocates its workspace and must come before a graph "
@@ -69,46 +195,42 @@ class CudaBackend:
     def attend(
         self, query: torch.Tensor, kv_layer: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
-        tables, contexts = metadata.block_tables, metadata.context_lens
-        decodes, sequences = metadata.num_decodes, metadata.num_sequences
-        paged = sequences
-        if decodes < sequences:
-            paged = decodes if kv_layer.dtype == torch.float32 else metadata.num_few(LONG_QUERY - 1)
-        if decodes == sequences:
-            workspace = self._workspace_for(query, kv_layer)
-            return ops.paged_decode(
-                query, kv_layer, tables, contexts, workspace, scale, validate_values=self.validate_values
-            )
-        if decodes < paged:
-            # query_start is absolute, so the kernel fills these sequences' rows of a whole output.
-            out = ops.paged_prefill(
-                query,
-                kv_layer,
-                tables[decodes:paged],
-                contexts[decodes:paged],
-                metadata.query_start[decodes : paged + 1],
-                max(metadata.query_lens_host[decodes:paged]),
-                scale,
-                self.validate_values,
-            )
-        else:
-            out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        if decodes:
-            out[:decodes] = ops.paged_decode(
-                query[:decodes],
-                kv_layer,
-                tables[:decodes],
-                contexts[:decodes],
-                self._workspace_for(query, kv_layer),
-                scale,
-                validate_values=self.validate_values,
-            )
-        first = sum(metadata.query_lens_host[:paged])
-        for s in range(paged, sequences):
-            length, context = metadata.query_lens_host[s], metadata.context_lens_host[s]
-            rows = slice(first, first + length)
-            keys, values = reference.pages_of(kv_layer, tables[s], context)
-            found = sdpa_causal(query[rows].transpose(0, 1)[None], keys[None], values[None], scale)
-            out[rows] = found[0].transpose(0, 1)
-            first += length
-        return out
+        if self.validate_values:
+            validate.check_cache(kv_layer)
+            validate.check_values(kv_layer, metadata.block_tables, metadata.context_lens)
+            validate.check_query_start(query, metadata.query_start, metadata.context_lens)
+        return attend_known(
+            query,
+            kv_layer,
+            metadata.query_start,
+            metadata.context_lens,
+            metadata.block_tables,
+            self.workspace(query, kv_layer),
+            metadata.query_lens_host,
+            metadata.context_lens_host,
+            scale,
+        )
+
+    def store_and_attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_layer: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+    ) -> torch.Tensor:
+        """`store` and `attend` as one operator, for compiled models and CUDA graphs."""
+        assert metadata.packed is not None
+        return torch.ops.nanopd.attention(
+            query,
+            key,
+            value,
+            kv_layer,
+            metadata.slot_mapping,
+            metadata.packed.lens,
+            metadata.packed.tables,
+            metadata.packed.header,
+            self.workspace(query, kv_layer),
+            scale,
+        )

@@ -55,8 +55,9 @@ def create_backend(name: str, device: torch.device, shape: KVShape, num_heads: i
     if name == "cuda":
         from nanopd_lab.attention.cuda import CudaBackend
 
-        CudaBackend.check(shape, num_heads)
-        return CudaBackend()
+        backend = CudaBackend()
+        backend.allocate(shape, num_heads, device)
+        return backend
     from nanopd_lab.attention.torch_backend import TorchBackend
 
     return TorchBackend()

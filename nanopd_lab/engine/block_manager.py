@@ -71,15 +71,16 @@ class BlockManager:
         sequence.num_computed = len(sequence.blocks) * self.block_size
         sequence.tokens_cached += sequence.num_computed
 
-    def register(self, sequence: Sequence) -> None:
-        """Offer the blocks that have become full to the cache. Only after the step that filled them."""
-        full = sequence.num_computed // self.block_size
+    def register(self, sequence: Sequence, end: int) -> None:
+        """Offer the full blocks of tokens `[0, end)` to the cache. Only after the step that computed them."""
+        full = end // self.block_size
         self._extend_hashes(sequence, full)
         for position in range(sequence.num_registered, full):
             self.allocator.register(sequence.blocks[position], sequence.block_hashes[position])
         sequence.num_registered = full
 
     def _prefix(self, sequence: Sequence) -> list[bytes]:
+        assert not sequence.pending
         # Never all tokens: one must be computed, for its logits.
         usable = (len(sequence.tokens) - 1) // self.block_size
         self._extend_hashes(sequence, usable)

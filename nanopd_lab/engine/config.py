@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from nanopd_lab.attention.base import AttentionBackend
 
+COMPILATIONS = ("off", "default", "tuned")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -43,12 +44,18 @@ class EngineConfig:
     max_num_batched_tokens:  tokens a step may hold; longer prompts are prefilled in chunks
     max_num_seqs:            sequences that may run at once
     max_model_len:           longest prompt + output; None: what model and pool allow
-    kv_cache_memory_bytes:   size of the KV pool; None: 1 GiB on a CPU, 85 % of what is free on a GPU
+    kv_cache_memory_bytes:   size of the KV pool; None: 1 GiB on a CPU; on a GPU what `gpu_memory_utilization`
+                             leaves beside weights and a step, measured
+    gpu_memory_utilization:  share of the GPU's memory that weights, a step and the pool may take together
     enable_prefix_caching:   re-use the KV of prompts that start alike
     seed:                    of random weights and of requests that bring no seed
     device:                  "auto", "cpu", "cuda", "cuda:1"
     attention_backend:       "auto", "reference", "torch", "cpu", "cuda"
     optimise:                swap modules for faster ones with the same meaning (`model.inference`)
+    compilation:             "off", "default", "tuned" (`model.compilation`)
+    cuda_graphs:             on a GPU with the CUDA kernels, capture steps as graphs (`model.graphs`)
+    cuda_graph_sizes:        numbers of sequences to capture decode steps for; None: up to max_num_seqs
+    async_scheduling:        plan the next step while one runs; None: on a GPU
 
     Raises:
         ValueError: a setting is out of range.
@@ -66,6 +73,11 @@ class EngineConfig:
     device: str = "auto"
     attention_backend: str = "auto"
     optimise: bool = True
+    gpu_memory_utilization: float = 0.9
+    compilation: str = "off"
+    cuda_graphs: bool = True
+    cuda_graph_sizes: tuple[int, ...] | None = None
+    async_scheduling: bool | None = None
     parts: EngineParts = field(default_factory=EngineParts)
 
     def __post_init__(self) -> None:
@@ -81,6 +93,14 @@ class EngineConfig:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.compilation not in COMPILATIONS:
+            raise ValueError(f"compilation is {self.compilation!r}; choose one of {', '.join(COMPILATIONS)}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie in (0, 1]"
+            )
+        if self.cuda_graph_sizes is not None and not all(size >= 1 for size in self.cuda_graph_sizes):
+            raise ValueError(f"cuda_graph_sizes is {self.cuda_graph_sizes}; sizes are at least 1")
         if not self.model:
             raise ValueError('model is empty; name one, for example "smollm2"')
 

@@ -4,6 +4,9 @@
 
 `step()` is the whole loop; nothing happens between calls. The engine owns the model, the KV pool and the
 clock, the scheduler owns every decision.
+
+On a GPU the loop runs one step ahead: a call plans and launches step k + 1, and then takes in the tokens of
+step k, while the GPU is busy. The tokens are the same either way (`async_scheduling=False` is the simple loop).
 """
 
 from __future__ import annotations
@@ -26,15 +29,16 @@ from nanopd_lab.engine.scheduler import Scheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import AllocatorStats
 from nanopd_lab.kv.cache import KVCache, KVShape
+from nanopd_lab.model.compilation import compile_model
 from nanopd_lab.model.inference import optimise
 from nanopd_lab.model.loading import load_model
 from nanopd_lab.model.paged import register
-from nanopd_lab.model.runner import ModelRunner
+from nanopd_lab.model.runner import Launched, ModelRunner
+from nanopd_lab.model.startup import capture_graphs, measure_pool
 
 Prompt = str | Seq[int] | Mapping[str, Any]
 
 CPU_POOL_BYTES = 1 << 30
-GPU_POOL_FRACTION = 0.85
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Engine:
         self.clock = clock
         self.device = config.resolve_device()
         dtype = config.resolve_dtype(self.device)
+        gpu = self.device.type == "cuda"
         # Everything cheap that can be wrong is found out before the weights are read.
         check_backend(config.attention_backend, self.device)
         loaded = load_model(
@@ -99,12 +104,19 @@ class Engine:
         backend = config.parts.attention or create_backend(
             config.attention_backend, self.device, shape, geometry.num_heads
         )
+        compile_model(model, "off" if config.compilation == "off" else "default")
+        self.runner = ModelRunner(
+            model, KVCache(shape, 1, self.device), backend, loaded.eos_token_ids, config.seed
+        )
         num_blocks = self._count_blocks(shape)
         self.max_model_len = config.max_model_len or min(
             geometry.max_model_len, num_blocks * config.block_size
         )
         self.cache = KVCache(shape, num_blocks, self.device)
-        self.runner = ModelRunner(model, self.cache, backend, loaded.eos_token_ids, config.seed)
+        self.runner.use_cache(self.cache)
+        self.ahead = config.async_scheduling if config.async_scheduling is not None else gpu
+        if gpu and config.cuda_graphs:
+            capture_graphs(self.runner, config, self.max_model_len)
         self.scheduler = Scheduler(
             config.parts.allocator(num_blocks, config.enable_prefix_caching),
             block_size=config.block_size,
@@ -116,6 +128,7 @@ class Engine:
             victim_policy=config.parts.victim_policy,
         )
         self._tracked: dict[str, _Tracked] = {}
+        self._under_way: Launched | None = None
         self._computed_tokens = 0
 
     def _count_blocks(self, shape: KVShape) -> int:
@@ -124,7 +137,7 @@ class Engine:
         if budget is None:
             budget = CPU_POOL_BYTES
             if self.device.type == "cuda":
-                budget = int(GPU_POOL_FRACTION * torch.cuda.mem_get_info(self.device)[0])
+                budget = measure_pool(self.runner, shape, self.config)
         num_blocks = budget // shape.block_bytes
         if num_blocks < 1:
             raise ValueError(
@@ -222,29 +235,50 @@ class Engine:
 
     # ------------------------------------------------------------------ the loop
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, final_only: bool = False) -> list[RequestOutput]:
         """One step; returns the requests that got a token or ended. Empty if there is nothing to do.
 
         If the model raises, no request is lost: the step's sequences are queued again, and their blocks are
         given back, before the exception goes on to the caller.
+
+        Args:
+            final_only: return requests only when they have ended
         """
+        ready, self._under_way = self._under_way, self._launch()
+        if not self.ahead or (ready is None and self._under_way is None):
+            ready, self._under_way = self._under_way, None
+            if ready is None and self.has_unfinished:
+                raise RuntimeError("the chunk policy gives no tokens to any prompt; nothing can run")
+        return [] if ready is None else self._take_in(ready, final_only)
+
+    def _launch(self) -> Launched | None:
+        """Plan the next step and put it on the device's queue; None if there is none to plan yet."""
         plan = self.scheduler.schedule()
         if plan is None:
-            if self.has_unfinished:
-                raise RuntimeError("the chunk policy gives no tokens to any prompt; nothing can run")
-            return []
+            return None
         now = self.clock()
         for chunk in plan.chunks:
             metrics = self._tracked[chunk.sequence.request.request_id].metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = now
         try:
-            sampled = self.runner.execute(plan)
+            return self.runner.launch(plan)
         except BaseException:
             self.scheduler.roll_back(plan)
             raise
-        touched = self.scheduler.complete(plan, sampled)
-        self._computed_tokens += plan.num_tokens
+
+    def _take_in(self, launched: Launched, final_only: bool) -> list[RequestOutput]:
+        """Wait for a step's tokens and pass them on."""
+        try:
+            sampled = launched.result()
+        except BaseException:
+            for lost in (self._under_way, launched):
+                if lost is not None:
+                    self.scheduler.roll_back(lost.plan)
+            self._under_way = None
+            raise
+        touched = self.scheduler.complete(launched.plan, sampled)
+        self._computed_tokens += launched.plan.num_tokens
         now = self.clock()
         progressed: dict[str, _Tracked] = {}
         for sequence in touched:
@@ -255,7 +289,11 @@ class Engine:
                 tracked.metrics.first_token_time = now
             if not sequence.request.beam:
                 self._read(tracked, sequence)
-        return [self._output(tracked, now) for tracked in progressed.values()]
+        return [
+            self._output(tracked, now)
+            for tracked in progressed.values()
+            if not final_only or all(sequence.finished for sequence in tracked.sequences.values())
+        ]
 
     def _read(self, tracked: _Tracked, sequence: Sequence) -> None:
         """Turn a sample's newest token into text and end the sample at a stop string."""
@@ -274,7 +312,7 @@ class Engine:
         stopped = None
         # A stop token is part of token_ids but not of the text.
         if sequence.finish_reason not in (FinishReason.STOP, FinishReason.ERROR):
-            stopped = reader.push(sequence.tokens[-1])
+            stopped = reader.push(sequence.tokens[sequence.known_len - 1])
         if sequence.finished:
             stopped = stopped or reader.end()
         if stopped and sequence.output_len >= params.min_tokens:

@@ -48,6 +48,11 @@ class LLM:
         device: str = "auto",
         attention_backend: str = "auto",
         optimise: bool = True,
+        gpu_memory_utilization: float = 0.9,
+        compilation: str = "off",
+        cuda_graphs: bool = True,
+        cuda_graph_sizes: tuple[int, ...] | None = None,
+        async_scheduling: bool | None = None,
         parts: EngineParts | None = None,
     ) -> None:
         self.engine = Engine(
@@ -64,6 +69,11 @@ class LLM:
                 device=device,
                 attention_backend=attention_backend,
                 optimise=optimise,
+                gpu_memory_utilization=gpu_memory_utilization,
+                compilation=compilation,
+                cuda_graphs=cuda_graphs,
+                cuda_graph_sizes=cuda_graph_sizes,
+                async_scheduling=async_scheduling,
                 parts=parts or EngineParts(),
             )
         )
@@ -109,7 +119,7 @@ class LLM:
                 f"{len(batch)} prompts but {len(sampling_params)} sampling_params; give one, or one for each prompt"
             )
         ids = self._submit(batch, sampling_params)
-        outputs = {output.request_id: output for output in self._run(ids, use_tqdm) if output.finished}
+        outputs = {output.request_id: output for output in self._run(ids, use_tqdm, final_only=True)}
         for number, request_id in enumerate(ids):
             for sample in outputs[request_id].outputs:
                 if sample.finish_reason == FinishReason.ERROR.value:
@@ -177,7 +187,7 @@ class LLM:
             group = self.engine.scheduler.beam_group(request_id)
             assert group is not None
             groups[request_id] = group
-        outputs = {output.request_id: output for output in self._run(ids, use_tqdm) if output.finished}
+        outputs = {output.request_id: output for output in self._run(ids, use_tqdm, final_only=True)}
         return [self._beams(outputs[request_id], groups[request_id]) for request_id in ids]
 
     def _beams(self, output: RequestOutput, group: BeamGroup) -> BeamSearchOutput:
@@ -217,7 +227,7 @@ class LLM:
             self.engine.submit(request)
         return [request.request_id for request in requests]
 
-    def _run(self, ids: Seq[str], use_tqdm: bool) -> Iterator[RequestOutput]:
+    def _run(self, ids: Seq[str], use_tqdm: bool, final_only: bool = False) -> Iterator[RequestOutput]:
         """Step the engine until all of `ids` have finished; whatever ends the loop early aborts them."""
         pending = set(ids)
         bar = tqdm(
@@ -225,7 +235,7 @@ class LLM:
         )
         try:
             while pending:
-                for output in self.engine.step():
+                for output in self.engine.step(final_only):
                     if output.request_id not in pending:
                         continue
                     if output.finished:

@@ -3,6 +3,12 @@
 `schedule()` says what the next step computes, `complete()` takes what it sampled. No clock, no thread, no
 torch: the engine drives it in real time and the simulator in virtual time.
 
+The next step may be planned before the one under way is complete: a decoding sequence then goes on with a
+`PENDING` token, which `complete()` fills in. What needs the token itself (more samples, beams, the last token
+allowed) waits for it. If the token turns out to end the sequence, what the next step computes for it is
+dropped. Steps run in the order in which they were planned, so blocks that are given back may be handed on at
+once, even while an earlier step still uses them.
+
 The life of a sequence:
 
     waiting ──admit──► running ──────────────► finished
@@ -25,6 +31,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 
 from nanopd_lab.core import (
+    PENDING,
     BlockCopy,
     Chunk,
     FinishReason,
@@ -80,9 +87,8 @@ class Scheduler:
         self.num_preemptions = 0
         self._live: dict[str, list[Sequence]] = {}  # unfinished sequences of each request
         self._beams: dict[str, BeamGroup] = {}
-        self._in_flight: dict[int, Chunk] = {}  # by id(sequence), between schedule() and complete()
         self._next_serial = 0
-        self._serves = 0  # chunks completed; a sequence's last one orders decodes when the budget is short
+        self._serves = 0  # chunks planned; a sequence's last one orders decodes when the budget is short
 
     # ------------------------------------------------------------------ requests in and out
 
@@ -129,10 +135,7 @@ class Scheduler:
         return sequence
 
     def abort(self, request_id: str) -> list[Sequence]:
-        """End every unfinished sequence of a request; unknown or finished requests are ignored.
-
-        Blocks of a sequence that a step is computing right now are given back when that step completes.
-        """
+        """End every unfinished sequence of a request; unknown or finished requests are ignored."""
         ended = list(self._live.get(request_id, ()))
         for sequence in ended:
             self.finish(sequence, FinishReason.ABORT)
@@ -150,12 +153,13 @@ class Scheduler:
             return
         sequence.finish_reason, sequence.stop_reason, sequence.error = reason, stop_reason, error
         sequence.candidates = None
+        del sequence.tokens[sequence.known_len :]
+        sequence.pending = 0
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
-        if id(sequence) not in self._in_flight:
-            self.blocks.release(sequence)
+        self.blocks.release(sequence)
         siblings = self._live[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -174,9 +178,7 @@ class Scheduler:
     # ------------------------------------------------------------------ one step
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None if nothing can run. `complete` must follow before the next call."""
-        assert not self._in_flight, "complete() the previous step first"
-        self.num_steps += 1
+        """The next step, or None if nothing can run before an earlier one is complete."""
         chunks: dict[int, Chunk] = {}
         copies: dict[int, list[BlockCopy]] = {}
         preempted: list[Sequence] = []
@@ -186,7 +188,7 @@ class Scheduler:
         for sequence in decodes:
             if len(chunks) == self.budget:
                 break
-            if sequence not in self.running:  # lost its blocks to an older one in this loop
+            if preempted and sequence not in self.running:  # lost its blocks to an older one in this loop
                 continue
             if self._make_room(sequence, chunks, copies, preempted):
                 self._place(sequence, 1, chunks, copies)
@@ -200,7 +202,7 @@ class Scheduler:
         counts = self.chunk_policy(num_decodes, [s.remaining for s in prefills], self.budget)
         self._check_counts(counts, num_decodes, prefills)
         for sequence, count in zip(prefills, counts, strict=True):
-            if count == 0 or sequence not in self.running:
+            if count == 0 or (preempted and sequence not in self.running):
                 continue
             # Admission reserved room for every prompt, but decodes may have eaten into it since.
             if self._make_room(sequence, chunks, copies, preempted, count):
@@ -213,7 +215,9 @@ class Scheduler:
                     self._preempt(sequence, preempted)
                 return self.schedule() if preempted else None
             return None
-        self._in_flight = chunks
+        self.num_steps += 1
+        for chunk in chunks.values():
+            self._advance(chunk)
         return StepPlan(
             step=self.num_steps,
             chunks=tuple(chunks.values()),
@@ -227,18 +231,15 @@ class Scheduler:
         Returns the sequences that got a token or ended, new samples and beams included.
         """
         assert len(sampled) == len(plan.chunks)
-        self._in_flight = {}
         touched: list[Sequence] = []
         for chunk, tokens in zip(plan.chunks, sampled, strict=True):
             sequence = chunk.sequence
-            if sequence.finished:  # aborted while the step ran
-                self.blocks.release(sequence)
+            sequence.in_flight -= 1
+            if sequence.finished:  # since the step was planned
                 continue
-            sequence.num_computed = chunk.end
             sequence.tokens_computed += chunk.count
-            self._serves += 1
-            sequence.last_served = self._serves
-            self.blocks.register(sequence)
+            if sequence.num_computed >= chunk.end:  # not preempted since
+                self.blocks.register(sequence, chunk.end)
             if not chunk.samples:
                 continue
             assert len(tokens) == chunk.samples
@@ -259,18 +260,28 @@ class Scheduler:
         return touched
 
     def roll_back(self, plan: StepPlan) -> None:
-        """The step failed: queue its sequences again, to be computed anew. Nothing is lost or leaked."""
-        self._in_flight = {}
+        """The step failed: queue its sequences again, to be computed anew. Nothing is lost or leaked.
+
+        It must be the last one planned; an earlier one that is under way completes as usual.
+        """
         for chunk in plan.chunks:
-            if chunk.sequence.finished:
-                self.blocks.release(chunk.sequence)
-            else:
-                self._preempt(chunk.sequence, [])
+            sequence = chunk.sequence
+            sequence.in_flight -= 1
+            if sequence.finished:
+                continue
+            if sequence.pending and len(sequence.tokens) == chunk.end + 1:
+                sequence.tokens.pop()
+                sequence.pending -= 1
+            self._preempt(sequence, [])
 
     def append(self, sequence: Sequence, sampled: SampledToken) -> None:
         """Append a token and end the sequence if it is a stop token or the last one allowed."""
         params = sequence.request.params
-        sequence.tokens.append(sampled.token)
+        if sequence.pending:
+            sequence.tokens[-sequence.pending] = sampled.token
+            sequence.pending -= 1
+        else:
+            sequence.tokens.append(sampled.token)
         sequence.cumulative_logprob += sampled.logprob
         if sampled.top_logprobs is not None:
             sequence.logprobs.append(sampled.top_logprobs)
@@ -287,6 +298,7 @@ class Scheduler:
 
     def fork(self, parent: Sequence, index: int) -> Sequence:
         """A second sample or beam that shares all of its parent's blocks."""
+        assert not parent.pending
         child = Sequence(
             request=parent.request,
             index=index,
@@ -317,9 +329,21 @@ class Scheduler:
         copies[id(sequence)] = self.blocks.extend(sequence, count)
         samples = 0
         if count == sequence.remaining:
-            first_token = sequence.output_len == 0 and not sequence.request.beam
+            first_token = len(sequence.tokens) == sequence.prompt_len and not sequence.request.beam
             samples = sequence.request.params.n if first_token else 1
         chunks[id(sequence)] = Chunk(sequence, sequence.num_computed, count, samples)
+
+    def _advance(self, chunk: Chunk) -> None:
+        """The chunk is part of a plan: from here on its tokens count as computed."""
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.end
+        sequence.in_flight += 1
+        self._serves += 1
+        sequence.last_served = self._serves
+        more = len(sequence.tokens) + 1 - sequence.prompt_len < sequence.request.params.max_tokens
+        if chunk.samples == 1 and not sequence.request.beam and more:
+            sequence.tokens.append(PENDING)
+            sequence.pending += 1
 
     def _make_room(
         self,
@@ -349,6 +373,8 @@ class Scheduler:
 
     def _admit(self, room: int) -> None:
         """Move waiting sequences to running while the budget, the sequence cap and the pool allow."""
+        if not self.waiting or room <= 0:
+            return
         # A step serves at most `budget` sequences; admitting more would only make them wait inside.
         cap = min(self.max_num_seqs, self.budget)
         reserved = sum(self.blocks.missing(s, s.remaining) for s in self.running if s.remaining > 0)
@@ -356,6 +382,8 @@ class Scheduler:
         parked: list[Sequence] = []
         while self.waiting and room > 0:
             sequence = self.waiting[0]
+            if sequence.in_flight:  # preempted while a step computes it: that step may still give it a token
+                break
             if sequence.candidates is not None:  # a beam that waits for its siblings needs no blocks
                 parked.append(self.waiting.popleft())
                 continue

@@ -84,7 +84,8 @@ def _kv_store_cuda(
     gpu.execute(store_launch(shape, tokens), args, kv_layer.device)
 
 
-def _paged_decode_cuda(
+def decode_into(
+    out: torch.Tensor,
     query: torch.Tensor,
     kv_layer: torch.Tensor,
     block_tables: torch.Tensor,
@@ -92,16 +93,16 @@ def _paged_decode_cuda(
     workspace: torch.Tensor,
     scale: float,
     rung: str = "auto",
-) -> torch.Tensor:
+) -> None:
+    """Paged decode on a GPU, written to `out` (contiguous, the query's shape). See `paged_decode`."""
     shape = validate.check_attention(query, kv_layer, block_tables, context_lens)
     sequences = context_lens.shape[0]
     if query.shape[0] != sequences:
         raise KernelArgumentError(
             f"paged_decode takes one query row a sequence: {query.shape[0]} rows for {sequences} sequences"
         )
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if sequences == 0:
-        return out
+        return
     chosen = best_rung(shape) if rung == "auto" else rung
     limits = _limits(query)
     launch = decode_launch(chosen, shape, sequences, block_tables.shape[1] * shape.block_size, limits)
@@ -120,10 +121,24 @@ def _paged_decode_cuda(
     if chosen in SPLIT_RUNGS:
         args += [sequences, *split_workspace(workspace, shape, max_grid(limits))]
     gpu.execute(launch, args, query.device)
+
+
+def _paged_decode_cuda(
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    workspace: torch.Tensor,
+    scale: float,
+    rung: str = "auto",
+) -> torch.Tensor:
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    decode_into(out, query, kv_layer, block_tables, context_lens, workspace, scale, rung)
     return out
 
 
-def _paged_prefill_cuda(
+def prefill_into(
+    out: torch.Tensor,
     query: torch.Tensor,
     kv_layer: torch.Tensor,
     block_tables: torch.Tensor,
@@ -131,7 +146,9 @@ def _paged_prefill_cuda(
     query_start: torch.Tensor,
     max_query_len: int,
     scale: float,
-) -> torch.Tensor:
+) -> None:
+    """Paged prefill on a GPU, written to the rows of `out` that `query_start` names. A sequence whose context
+    is 0 is skipped: its rows stay as they are."""
     shape = validate.check_attention(query, kv_layer, block_tables, context_lens)
     validate.check_index("query_start", query_start, torch.int32, 1, query.device)
     sequences = context_lens.shape[0]
@@ -140,9 +157,8 @@ def _paged_prefill_cuda(
             f"query_start must have {sequences + 1} entries for {sequences} sequences, "
             f"got {query_start.shape[0]}"
         )
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if query.shape[0] == 0 or max_query_len == 0:
-        return out
+        return
     args = [
         out,
         query,
@@ -157,6 +173,19 @@ def _paged_prefill_cuda(
         float(scale),
     ]
     gpu.execute(prefill_launch(shape, sequences, max_query_len, _limits(query)), args, query.device)
+
+
+def _paged_prefill_cuda(
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_start: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+) -> torch.Tensor:
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    prefill_into(out, query, kv_layer, block_tables, context_lens, query_start, max_query_len, scale)
     return out
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from nanopd_lab.attention.base import AttentionBackend, AttentionMetadata
+from nanopd_lab.attention.base import AttentionBackend, AttentionMetadata, store_and_attend
 from nanopd_lab.kv.cache import KVCache
 
 NAME = "nanopd_lab"
@@ -22,11 +22,21 @@ NAME = "nanopd_lab"
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """What attention needs beside Q, K and V: where the pages are, and who attends to what."""
+    """What attention needs beside Q, K and V and the pages: who attends to what, and by which backend."""
 
     metadata: AttentionMetadata
-    cache: KVCache
     backend: AttentionBackend
+
+
+def bind_cache(model: torch.nn.Module, cache: KVCache) -> None:
+    """Give every attention module its layer of the pool, as `kv_layer`.
+
+    As an attribute, not through the layer's number: a compiled layer then takes the pages as an input like its
+    weights, and one compilation serves all layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "o_proj"):
+            module.kv_layer = cache.layer(module.layer_idx)  # type: ignore[arg-type,assignment]
 
 
 def paged_attention_forward(
@@ -50,12 +60,10 @@ def paged_attention_forward(
     if paged is None:
         raise ValueError("this model attends over pages: call it with paged=PagedBatch(...), or through LLM")
     assert attention_mask is None
-    kv_layer = paged.cache.layer(module.layer_idx)  # type: ignore[arg-type]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    paged.backend.store(
-        key[0].transpose(0, 1), value[0].transpose(0, 1), kv_layer, paged.metadata.slot_mapping
-    )
-    out = paged.backend.attend(query[0].transpose(0, 1), kv_layer, paged.metadata, scale)
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    kv_layer: torch.Tensor = module.kv_layer  # type: ignore[assignment]
+    out = store_and_attend(paged.backend, *rows, kv_layer, paged.metadata, scale)
     return out[None], None
 
 

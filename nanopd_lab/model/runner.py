@@ -1,8 +1,11 @@
-"""Executes a step plan: one flat batch through the model, logits only where a token is drawn."""
+"""Executes step plans: one flat batch through the model, logits only where a token is drawn.
+
+`launch` hands a plan to the device and returns at once; `Launched.result` waits for its tokens. The next plan may
+be launched before: where it goes on with a token that this one draws, it takes it from the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -10,29 +13,30 @@ from transformers import PreTrainedModel
 
 from nanopd_lab.attention.base import AttentionBackend, AttentionMetadata
 from nanopd_lab.core import Chunk, SampledToken, StepPlan
-from nanopd_lab.kv import blocks_for, slots
 from nanopd_lab.kv.cache import KVCache
-from nanopd_lab.model.paged import PagedBatch
-from nanopd_lab.model.sampling import SamplingRow, request_seed, sample
+from nanopd_lab.model.batch import Layout, metadata_of, order, pack
+from nanopd_lab.model.graphs import GraphSet
+from nanopd_lab.model.paged import PagedBatch, bind_cache
+from nanopd_lab.model.sampling import Drawn, SamplingRow, draw, request_seed
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A plan made ready for the device. Chunks are ordered by length, decode tokens first.
+class Launched:
+    """A plan that the device is working on."""
 
-    Shapes: input_ids, positions `[1, T]`; logits_index `[R]`, rows of the flat batch whose logits are needed.
-    """
-
+    plan: StepPlan
     chunks: tuple[Chunk, ...]
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    logits_index: torch.Tensor
-    metadata: AttentionMetadata
-    rows: tuple[SamplingRow, ...]
+    drawn: Drawn | None
+
+    def result(self) -> list[list[SampledToken]]:
+        """Element i holds the `samples` tokens drawn behind `plan.chunks[i]`. Waits for the device."""
+        tokens = iter(self.drawn.result() if self.drawn else ())
+        by_chunk = {id(chunk): [next(tokens) for _ in range(chunk.samples)] for chunk in self.chunks}
+        return [by_chunk[id(chunk)] for chunk in self.plan.chunks]
 
 
 class ModelRunner:
-    """Runs plans on one device.
+    """Runs plans on one device, in the order in which they are launched.
 
     Args:
         model: causal language model loaded with the attention implementation of `model.paged`
@@ -51,86 +55,101 @@ class ModelRunner:
         seed: int = 0,
     ) -> None:
         self.model = model
-        self.cache = cache
         self.backend = backend
         self.eos_token_ids = eos_token_ids
         self.seed = seed
+        self.graphs: GraphSet | None = None
+        self.use_cache(cache)
+
+    def use_cache(self, cache: KVCache) -> None:
+        """Work on this pool from now on."""
+        self.cache = cache
         self.device = cache.tensor.device
+        self.last_tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._sources: dict[int, int] = {}  # by id(sequence): its place in `last_tokens`
+        bind_cache(self.model, cache)
 
     def execute(self, plan: StepPlan) -> list[list[SampledToken]]:
-        """Run the plan; element i holds the `samples` tokens drawn behind `plan.chunks[i]`."""
-        self.cache.copy_blocks(plan.copies)
-        batch = self.prepare(plan.chunks)
-        logits = self.logits(batch)
-        drawn = iter(sample(logits, batch.rows) if batch.rows else [])
-        by_chunk = {id(chunk): [next(drawn) for _ in range(chunk.samples)] for chunk in batch.chunks}
-        return [by_chunk[id(chunk)] for chunk in plan.chunks]
+        """Run the plan and wait for it: `launch(plan).result()`."""
+        return self.launch(plan).result()
 
     @torch.inference_mode()
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """`[R, vocab]`, one row for each entry of `batch.logits_index`; stores the batch's K and V."""
-        paged = PagedBatch(batch.metadata, self.cache, self.backend)
-        if not len(batch.logits_index):  # only middles of prompts: no need for the vocabulary projection
-            self.model.base_model(
-                input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, paged=paged
-            )
-            return torch.empty(0, self.model.config.vocab_size, device=self.device)
-        out = self.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.positions,
-            use_cache=False,
-            logits_to_keep=batch.logits_index,
-            paged=paged,
-        )
-        return out.logits[0]
-
-    def prepare(self, chunks: Seq[Chunk]) -> Batch:
-        """Flatten chunks into one batch on the device."""
-        ordered = sorted(chunks, key=lambda chunk: chunk.count)
-        size = self.cache.shape.block_size
-        tokens: list[int] = []
-        positions: list[int] = []
-        slot_mapping: list[int] = []
-        query_start = [0]
-        logits_index: list[int] = []
+    def launch(self, plan: StepPlan) -> Launched:
+        """Put the plan on the device's queue."""
+        self.cache.copy_blocks(plan.copies)
+        chunks = order(plan.chunks)
+        logits = self.logits(chunks)
         rows: list[SamplingRow] = []
-        for chunk in ordered:
-            sequence = chunk.sequence
-            tokens.extend(sequence.tokens[chunk.start : chunk.end])
-            positions.extend(range(chunk.start, chunk.end))
-            slot_mapping.extend(slots(sequence.blocks, chunk.start, chunk.count, size))
-            query_start.append(len(tokens))
+        for chunk in chunks:
             if chunk.samples:
-                rows.extend(self._rows(chunk, len(logits_index)))
-                logits_index.append(len(tokens) - 1)
-        width = max(blocks_for(chunk.end, size) for chunk in ordered)
-        tables = [
-            chunk.sequence.blocks[:width] + [0] * (width - len(chunk.sequence.blocks)) for chunk in ordered
-        ]
-        contexts = tuple(chunk.end for chunk in ordered)
+                rows.extend(self._rows(chunk, 0 if not rows else rows[-1].logits_row + 1))
+        drawn = draw(logits, rows) if rows else None
+        self._remember(chunks, drawn)
+        return Launched(plan, chunks, drawn)
 
-        def tensor(values: object, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+    def logits(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
+        """`[R, vocab]`, a row for each chunk that ends in a sample; stores the batch's K and V."""
+        tokens, lengths = sum(chunk.count for chunk in chunks), len(chunks)
+        graph = self.graphs.find(tokens, lengths, decode_only=chunks[-1].count == 1) if self.graphs else None
+        layout = graph.layout if graph else Layout(tokens, lengths)
+        size = self.cache.shape.block_size
+        batch = pack(chunks, layout, size, self._sources, pinned=self.device.type == "cuda")
+        wanted = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        if graph:
+            return graph.run(batch, wanted)
+        packed = batch.packed.to(self.device, non_blocking=True)
+        fields = layout.views(packed)
+        tables = packed[layout.size :].view(lengths, batch.width)
+        metadata = metadata_of(fields, layout.lens(packed), tables, batch)
+        hidden = self.hidden(fields, metadata)
+        if len(wanted) == lengths:
+            return self.head(hidden, fields["logits_index"])
+        index = [sum(batch.lengths[: row + 1]) - 1 for row in wanted]
+        return self.head(hidden, torch.tensor(index, device=self.device))
 
-        return Batch(
-            chunks=tuple(ordered),
-            input_ids=tensor([tokens]),
-            positions=tensor([positions]),
-            logits_index=tensor(logits_index),
-            metadata=AttentionMetadata(
-                slot_mapping=tensor(slot_mapping),
-                query_start=tensor(query_start, torch.int32),
-                context_lens=tensor(contexts, torch.int32),
-                block_tables=tensor(tables, torch.int32),
-                query_lens_host=tuple(chunk.count for chunk in ordered),
-                context_lens_host=contexts,
-            ),
-            rows=tuple(rows),
+    def hidden(self, fields: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
+        """`[T, hidden_size]`, the last hidden states of a packed batch on the device."""
+        drawn = self.last_tokens[fields["source"].clamp(min=0)]
+        ids = torch.where(fields["source"] >= 0, drawn, fields["input_ids"])
+        out = self.model.base_model(
+            input_ids=ids[None],
+            position_ids=fields["positions"][None].long(),
+            use_cache=False,
+            paged=PagedBatch(metadata, self.backend),
         )
+        return out.last_hidden_state[0]
+
+    def head(self, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """`[R, vocab]` of rows `index` of the hidden states."""
+        if not len(index):  # only middles of prompts: no need for the vocabulary projection
+            return torch.empty(0, self.model.config.vocab_size, device=self.device)
+        return self.model.get_output_embeddings()(hidden.index_select(0, index))
+
+    def _remember(self, chunks: tuple[Chunk, ...], drawn: Drawn | None) -> None:
+        """Keep on the device what was drawn for sequences that go on: the next step's input."""
+        self._sources = {}
+        if drawn is None:
+            return
+        singles: list[int] = []
+        row = 0
+        for chunk in chunks:
+            if chunk.samples == 1:
+                self._sources[id(chunk.sequence)] = len(singles)
+                singles.append(row)
+            row += chunk.samples
+        tokens = drawn.tokens
+        if len(singles) != row:
+            tokens = tokens[torch.tensor(singles, dtype=torch.int64, device=self.device)]
+        # A row that was not finite drew -1; its sequence ends, and what goes on meanwhile is dropped.
+        tokens = tokens.clamp(min=0)
+        if self.graphs:
+            self.last_tokens[: len(singles)].copy_(tokens)
+        else:
+            self.last_tokens = tokens if singles else self.last_tokens
 
     def _rows(self, chunk: Chunk, logits_row: int) -> list[SamplingRow]:
         sequence = chunk.sequence
-        params, position = sequence.request.params, sequence.output_len
+        params, position = sequence.request.params, chunk.end - sequence.prompt_len
         seed = params.seed if params.seed is not None else request_seed(self.seed, sequence.request.serial)
         banned: tuple[int, ...] = ()
         if position + 1 < params.min_tokens:

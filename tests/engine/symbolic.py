@@ -7,7 +7,7 @@ something else (a block shared and overwritten, re-used too early, not copied, n
 
 from __future__ import annotations
 
-from nanopd_lab.core import Logprob, SampledToken, SamplingParams, Sequence, StepPlan
+from nanopd_lab.core import PENDING, Chunk, Logprob, SampledToken, SamplingParams, Sequence, StepPlan
 from nanopd_lab.kv import slots
 
 VOCAB = 50
@@ -41,11 +41,22 @@ def top_logprobs(tokens: list[int], width: int) -> dict[int, Logprob]:
 
 
 class SymbolicRunner:
-    """Executes plans on the digest cache."""
+    """Executes plans on the digest cache, in the order in which they were made.
+
+    Like a GPU it knows the tokens that it sampled itself: it fills in those that a plan has as `PENDING`.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.cache: list[int | None] = [None] * (num_blocks * block_size)
+        self.sampled: dict[int, int] = {}  # by id(sequence): what the latest plan drew for it
+
+    def _tokens(self, chunk: Chunk) -> list[int]:
+        tokens = chunk.sequence.tokens[: chunk.end]
+        if tokens[-1] == PENDING:
+            tokens[-1] = self.sampled[id(chunk.sequence)]
+        assert PENDING not in tokens, f"{chunk.sequence}: only the token of the step before may be unknown"
+        return tokens
 
     def execute(self, plan: StepPlan) -> list[list[SampledToken]]:
         size = self.block_size
@@ -61,22 +72,26 @@ class SymbolicRunner:
             ):
                 assert slot not in written, f"two sequences write slot {slot} in one step"
                 written.add(slot)
-                self.cache[slot] = digest(chunk.sequence.tokens, position + 1)
+                self.cache[slot] = digest(self._tokens(chunk), position + 1)
         results = []
+        drawn: dict[int, int] = {}
         for chunk in plan.chunks:
-            tokens = chunk.sequence.tokens
+            tokens = self._tokens(chunk)
             for position, slot in enumerate(self._slots(chunk.sequence, 0, chunk.end)):
                 assert self.cache[slot] == digest(tokens, position + 1), (
                     f"{chunk.sequence} reads a foreign slot at position {position}"
                 )
-            results.append([self._draw(chunk.sequence, offset) for offset in range(chunk.samples)])
+            results.append([self._draw(chunk.sequence, tokens, offset) for offset in range(chunk.samples)])
+            if chunk.samples:
+                drawn[id(chunk.sequence)] = results[-1][0].token
+        self.sampled = drawn
         return results
 
     def _slots(self, sequence: Sequence, start: int, count: int) -> list[int]:
         return slots(sequence.blocks, start, count, self.block_size)
 
-    def _draw(self, sequence: Sequence, offset: int) -> SampledToken:
+    def _draw(self, sequence: Sequence, tokens: list[int], offset: int) -> SampledToken:
         beam = sequence.request.beam
         if beam:
-            return SampledToken(0, 0.0, top_logprobs(sequence.tokens, 2 * beam.beam_width))
-        return SampledToken(next_token(sequence.tokens, sequence.index + offset))
+            return SampledToken(0, 0.0, top_logprobs(tokens, 2 * beam.beam_width))
+        return SampledToken(next_token(tokens, sequence.index + offset))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanopd_lab import LLM, BeamSearchParams, Engine, EngineConfig, EngineParts, SamplingParams
+from nanopd_lab.core import Chunk
 from nanopd_lab.engine.policies import plan_chunks
 from nanopd_lab.errors import InvalidRequestError, NonFiniteLogitsError
 from nanopd_lab.kv import BlockAllocator
@@ -239,11 +240,12 @@ def test_non_finite_logits_end_the_request_and_nothing_else(
 ) -> None:
     logits = ModelRunner.logits
 
-    def poisoned(self: ModelRunner, batch: Any) -> torch.Tensor:
-        out = logits(self, batch).clone()
-        for row in batch.rows:
-            if row.position == 2 and row.seed == 13:
-                out[row.logits_row] = float("nan")
+    def poisoned(self: ModelRunner, chunks: tuple[Chunk, ...]) -> torch.Tensor:
+        out = logits(self, chunks).clone()
+        sampled = [chunk for chunk in chunks if chunk.samples]
+        for row, chunk in enumerate(sampled):
+            if chunk.end == chunk.sequence.prompt_len + 2 and chunk.sequence.request.params.seed == 13:
+                out[row] = float("nan")
         return out
 
     monkeypatch.setattr(ModelRunner, "logits", poisoned)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopd_lab.core import BeamSearchParams, FinishReason, Request, SampledToken, SamplingParams, Sequence
+from nanopd_lab.core import (
+    PENDING,
+    BeamSearchParams,
+    FinishReason,
+    Request,
+    SampledToken,
+    SamplingParams,
+    Sequence,
+    StepPlan,
+)
 from nanopd_lab.engine.scheduler import Scheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import BlockAllocator, blocks_for
-from tests.engine.symbolic import EOS, SymbolicRunner, rollout, top_logprobs
+from tests.engine.symbolic import EOS, SymbolicRunner, next_token, rollout, top_logprobs
 
 
 def make(
@@ -32,16 +42,33 @@ def request(name: str, prompt: list[int], max_tokens: int = 4, n: int = 1, **mor
     return Request(name, prompt, SamplingParams(n=n, max_tokens=max_tokens, **more))  # type: ignore[arg-type]
 
 
-def drive(scheduler: Scheduler, runner: SymbolicRunner, done: dict[str, dict[int, Sequence]]) -> bool:
-    """One step, with every check; False if there was nothing to do."""
+UnderWay = deque[tuple[StepPlan, list[list[SampledToken]]]]
+
+
+def drive(
+    scheduler: Scheduler,
+    runner: SymbolicRunner,
+    done: dict[str, dict[int, Sequence]],
+    under_way: UnderWay | None = None,
+    ahead: int = 0,
+) -> bool:
+    """One step, with every check; False if there was nothing to do.
+
+    The step is completed at once, or, if it is to be planned `ahead`, when so many others have been planned.
+    """
+    under_way = deque() if under_way is None else under_way
     plan = scheduler.schedule()
-    if plan is None:
-        return False
-    assert 0 < plan.num_tokens <= scheduler.budget
-    assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks)
-    for sequence in scheduler.complete(plan, runner.execute(plan)):
-        done.setdefault(sequence.request.request_id, {})[sequence.index] = sequence
+    if plan is not None:
+        assert 0 < plan.num_tokens <= scheduler.budget
+        assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks)
+        under_way.append((plan, runner.execute(plan)))
     scheduler.check_integrity()
+    if not under_way:
+        return False
+    if plan is None or len(under_way) > ahead:
+        for sequence in scheduler.complete(*under_way.popleft()):
+            done.setdefault(sequence.request.request_id, {})[sequence.index] = sequence
+        scheduler.check_integrity()
     return True
 
 
@@ -67,6 +94,8 @@ def workloads(draw: st.DrawFn) -> list[tuple[int, Request]]:
     spare=st.integers(0, 30),
     caching=st.booleans(),
     aborts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=4),
+    failures=st.sets(st.integers(0, 40), max_size=3),
+    ahead=st.integers(0, 1),
 )
 def test_every_request_finishes_with_the_right_tokens(
     jobs: list[tuple[int, Request]],
@@ -76,6 +105,8 @@ def test_every_request_finishes_with_the_right_tokens(
     spare: int,
     caching: bool,
     aborts: list[tuple[int, int]],
+    failures: set[int],
+    ahead: int,
 ) -> None:
     # As small as it may be, so that preemption is common.
     longest = max(len(r.prompt_token_ids) + r.params.max_tokens for _, r in jobs)
@@ -83,6 +114,7 @@ def test_every_request_finishes_with_the_right_tokens(
     scheduler = make(num_blocks, block_size, budget, seqs, caching)
     runner = SymbolicRunner(num_blocks, block_size)
     done: dict[str, dict[int, Sequence]] = {}
+    under_way: UnderWay = deque()
     pending = sorted(jobs, key=lambda job: job[0])
     aborted: set[str] = set()
     for step in range(5000):
@@ -91,7 +123,9 @@ def test_every_request_finishes_with_the_right_tokens(
         for when, number in aborts:
             if when == step and scheduler.abort(f"r{number}"):
                 aborted.add(f"r{number}")
-        if not drive(scheduler, runner, done) and not pending:
+        if step in failures and (plan := scheduler.schedule()) is not None:
+            scheduler.roll_back(plan)
+        if not drive(scheduler, runner, done, under_way, ahead) and not pending:
             break
     assert not scheduler.has_unfinished, "somebody starved"
     assert scheduler.allocator.num_free == num_blocks, "a block leaked"
@@ -129,6 +163,7 @@ def beams_by_hand(prompt: list[int], params: BeamSearchParams) -> list[tuple[flo
     budget=st.sampled_from([1, 3, 16]),
     spare=st.integers(0, 12),
     ignore_eos=st.booleans(),
+    ahead=st.integers(0, 1),
 )
 def test_beam_search_under_pressure(
     prompts: list[list[int]],
@@ -138,6 +173,7 @@ def test_beam_search_under_pressure(
     budget: int,
     spare: int,
     ignore_eos: bool,
+    ahead: int,
 ) -> None:
     num_blocks = blocks_for(max(map(len, prompts)) + max_tokens, block_size) + spare
     scheduler, runner = make(num_blocks, block_size, budget), SymbolicRunner(num_blocks, block_size)
@@ -148,8 +184,9 @@ def test_beam_search_under_pressure(
         scheduler.add(Request(f"b{number}", prompt, sampling, beam=params))
         groups[number] = scheduler.beam_group(f"b{number}")
     done: dict[str, dict[int, Sequence]] = {}
+    under_way: UnderWay = deque()
     for _ in range(5000):
-        if not drive(scheduler, runner, done):
+        if not drive(scheduler, runner, done, under_way, ahead):
             break
     assert not scheduler.has_unfinished, "beams wait for each other for ever"
     assert scheduler.allocator.num_free == num_blocks, "a block leaked"
@@ -276,15 +313,19 @@ def test_a_failed_step_loses_nothing() -> None:
     assert scheduler.allocator.num_free == 32
 
 
-def test_abort_while_a_step_runs_gives_blocks_back_afterwards() -> None:
+def test_abort_while_a_step_runs_drops_what_it_brings() -> None:
     scheduler, runner = make(), SymbolicRunner(32, 4)
     scheduler.add(request("a", [1] * 6))
     plan = scheduler.schedule()
     assert plan is not None
-    scheduler.abort("a")
-    assert scheduler.allocator.num_free < 32, "the step under way still writes to them"
-    assert scheduler.complete(plan, runner.execute(plan)) == []
-    assert scheduler.allocator.num_free == 32
+    sampled = runner.execute(plan)
+    (ended,) = scheduler.abort("a")
+    assert scheduler.allocator.num_free == 32, (
+        "later steps run after this one: they may have the blocks at once"
+    )
+    assert scheduler.complete(plan, sampled) == []
+    assert ended.output_token_ids == []
+    assert ended.pending == 0
     scheduler.abort("a")  # again, and unknown: ignored
     scheduler.abort("nobody")
     scheduler.check_integrity()
@@ -312,6 +353,40 @@ def test_an_id_in_use_is_refused() -> None:
     scheduler.add(request("a", [1]))
     with pytest.raises(InvalidRequestError, match="'a' is already in use"):
         scheduler.add(request("a", [1]))
+
+
+def test_the_next_step_is_planned_before_the_token_is_known() -> None:
+    scheduler, runner = make(), SymbolicRunner(32, 4)
+    job = request("a", [1, 2, 3], max_tokens=3, ignore_eos=True)
+    sequence = scheduler.add(job)
+    plans = [scheduler.schedule(), scheduler.schedule(), scheduler.schedule()]
+    assert [(c.start, c.count) for plan in plans if plan for c in plan.chunks] == [(0, 3), (3, 1), (4, 1)]
+    assert sequence.tokens == [1, 2, 3, PENDING, PENDING]
+    assert sequence.output_token_ids == []
+    assert scheduler.schedule() is None, "the third token is the last, nothing can follow"
+    for number, plan in enumerate(plans, 1):
+        assert plan is not None
+        scheduler.complete(plan, runner.execute(plan))
+        assert sequence.output_len == number
+    assert sequence.output_token_ids == rollout(job.prompt_token_ids, job.params, 0)
+    assert sequence.finished
+
+
+def test_what_was_planned_behind_a_stop_token_is_dropped() -> None:
+    scheduler, runner = make(caching=False), SymbolicRunner(32, 4)
+    prompt = next([x, y, z] for x in range(1, 50) for y in range(50) for z in range(50)
+                  if next_token([x, y, z], 0) == EOS)  # fmt: skip
+    sequence = scheduler.add(request("a", prompt, max_tokens=9))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    sampled = runner.execute(first), runner.execute(second)
+    assert scheduler.complete(first, sampled[0]) == [sequence]
+    assert sequence.finish_reason == FinishReason.STOP
+    assert scheduler.complete(second, sampled[1]) == []
+    assert sequence.output_token_ids == [EOS]
+    assert scheduler.allocator.num_free == 32
+    assert not scheduler.has_unfinished
 
 
 @pytest.mark.parametrize("counts", [[100], [-1], [], [1, 1]])

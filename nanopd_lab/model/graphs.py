@@ -1,0 +1,148 @@
+"""Steps captured as CUDA graphs: a step is then one replay, whatever its number of kernels.
+
+A graph replays the same kernels on the same addresses, so it is captured for a capacity and fed through one
+packed buffer (`model.batch`); a step takes the smallest graph it fits in, and what is over is padding. The
+kernels read on the device who decodes, who prefills and how long everybody is. Two kinds:
+
+    decode   one token a sequence, by number of sequences; the vocabulary projection included
+    mixed    chunks and decode steps together, by number of tokens; logits behind the graph, only where needed
+
+All graphs share one memory pool: they never run at the same time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanopd_lab.core import Chunk, Request, SamplingParams, Sequence
+from nanopd_lab.model.batch import Layout, PackedBatch, metadata_of, pack
+
+if TYPE_CHECKING:
+    from nanopd_lab.model.runner import ModelRunner
+
+DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+MIXED_SIZES = (64, 128, 256, 384, 512, 768, 1024)
+
+
+def sizes_up_to(sizes: Iterable[int], largest: int) -> list[int]:
+    """Those below `largest`, and `largest` itself."""
+    return [*(size for size in sizes if size < largest), largest]
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """One graph and its buffers."""
+
+    layout: Layout
+    graph: torch.cuda.CUDAGraph
+    packed: torch.Tensor
+    tables: torch.Tensor
+    output: torch.Tensor
+    head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
+
+    def run(self, batch: PackedBatch, wanted: list[int]) -> torch.Tensor:
+        """`[R, vocab]` logits of the sequences `wanted`."""
+        self.packed[: len(batch.packed)].copy_(batch.packed, non_blocking=True)
+        rows = len(batch.chunks)
+        given = self.packed[self.layout.size : len(batch.packed)].view(rows, batch.width)
+        self.tables[:rows, : batch.width].copy_(given)
+        self.graph.replay()
+        if self.head is None:
+            return self.output[:rows]
+        index = self.layout.views(self.packed)["logits_index"]
+        if wanted == list(range(rows)):
+            return self.head(self.output, index[:rows])
+        places = torch.tensor(wanted, dtype=torch.int64).pin_memory().to(index.device, non_blocking=True)
+        return self.head(self.output, index[places])
+
+
+class GraphSet:
+    """The captured steps of one runner, whose pool and backend must be in place.
+
+    Args:
+        runner: whose model to capture
+        max_blocks: longest block table
+        max_num_seqs: sequences that a step may hold
+        max_num_batched_tokens: tokens that any step may hold, also one without a graph
+        largest: tokens of the largest graph
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        max_blocks: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        largest: int,
+    ) -> None:
+        self.runner = runner
+        self.max_num_seqs = max_num_seqs
+        rows = max(max_num_seqs, largest)
+        size = Layout(largest, rows).size + rows * max_blocks
+        self._packed = torch.zeros(size, dtype=torch.int32, device=runner.device)
+        self._tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=runner.device)
+        runner.last_tokens = torch.zeros(
+            max(rows, max_num_batched_tokens), dtype=torch.int64, device=runner.device
+        )
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(runner.device)
+        self.decode: list[CapturedStep] = []
+        self.mixed: list[CapturedStep] = []
+
+    def capture_mixed(self, sizes: Iterable[int]) -> None:
+        """Capture steps of chunks and decodes, by tokens. The largest first: the others re-use its memory."""
+        for size in sorted(sizes, reverse=True):
+            layout = Layout(size, min(size, self.max_num_seqs))
+            self.mixed.insert(0, self._capture(layout, decode_only=False))
+
+    def capture_decode(self, sizes: Iterable[int]) -> None:
+        """Capture decode steps, by sequences."""
+        for size in sorted(sizes, reverse=True):
+            self.decode.insert(0, self._capture(Layout(size, size), decode_only=True))
+
+    def find(self, tokens: int, sequences: int, decode_only: bool) -> CapturedStep | None:
+        """The smallest graph that holds such a step, or None."""
+        if decode_only and self.decode and sequences <= self.decode[-1].layout.sequences:
+            return self.decode[bisect_left(self.decode, sequences, key=lambda step: step.layout.sequences)]
+        first = bisect_left(self.mixed, tokens, key=lambda step: step.layout.tokens)
+        return next((s for s in self.mixed[first:] if s.layout.sequences >= sequences), None)
+
+    def _capture(self, layout: Layout, decode_only: bool) -> CapturedStep:
+        runner = self.runner
+        fields = layout.views(self._packed)
+        tables = self._tables[: layout.sequences]
+        lens = layout.lens(self._packed)
+        self._fill(layout, decode_only)
+
+        def step() -> torch.Tensor:
+            metadata = metadata_of(fields, lens, tables, decode_only=decode_only)
+            hidden = runner.hidden(fields, metadata)
+            return runner.head(hidden, fields["logits_index"]) if decode_only else hidden
+
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), torch.inference_mode():
+            for _ in range(2):  # compiles what is compiled on first use, and fills the caches
+                step()
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                output = step()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        head = None if decode_only else runner.head
+        return CapturedStep(layout, graph, self._packed, self._tables, output, head)
+
+    def _fill(self, layout: Layout, decode_only: bool) -> None:
+        """A plausible batch for the warm-up: every sequence in block 0, which nobody uses yet."""
+        size = self.runner.cache.shape.block_size
+        count = 1 if decode_only else min(size, layout.tokens // layout.sequences)
+        sequence = Sequence(Request("warm-up", [0] * size, SamplingParams()), blocks=[0])
+        chunks = tuple(Chunk(sequence, 0, count, 0) for _ in range(layout.sequences))
+        batch = pack(chunks, layout, size, {}, pinned=False)
+        self._packed[: len(batch.packed)].copy_(batch.packed)
+        self._tables.zero_()

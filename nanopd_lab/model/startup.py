@@ -1,0 +1,106 @@
+"""What happens on a GPU before the first request: measure what a step needs, size the pool, capture graphs."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanopd_lab.core import Chunk, Request, SamplingParams, Sequence, StepPlan
+from nanopd_lab.kv import blocks_for
+from nanopd_lab.kv.cache import KVCache, KVShape
+from nanopd_lab.model.compilation import compile_model
+from nanopd_lab.model.graphs import DECODE_SIZES, MIXED_SIZES, GraphSet, sizes_up_to
+
+if TYPE_CHECKING:
+    from nanopd_lab.engine.config import EngineConfig
+    from nanopd_lab.model.runner import ModelRunner
+
+GIB = 1 << 30
+
+
+class OutOfGPUMemoryError(ValueError):
+    """The weights and one step leave no room for the KV pool."""
+
+
+def widest_step(config: EngineConfig, block_size: int) -> tuple[StepPlan, int]:
+    """A step of as many tokens and sequences as the settings allow, and the blocks that it takes.
+
+    It samples with top_p, which takes the most memory behind the model.
+    """
+    tokens = config.max_num_batched_tokens
+    count = min(config.max_num_seqs, tokens)
+    params = SamplingParams(top_p=0.9, seed=0)
+    chunks, used = [], 0
+    for number in range(count):
+        length = tokens // count + (number < tokens % count)
+        blocks = list(range(used, used + blocks_for(length, block_size)))
+        used += len(blocks)
+        sequence = Sequence(Request(f"warm-up-{number}", [0] * length, params), blocks=blocks)
+        chunks.append(Chunk(sequence, 0, length, 1))
+    return StepPlan(0, tuple(chunks)), used
+
+
+def measure_pool(runner: ModelRunner, shape: KVShape, config: EngineConfig) -> int:
+    """Bytes for the KV pool: `gpu_memory_utilization` of the GPU, less what is in use beside a real step.
+
+    Raises:
+        OutOfGPUMemoryError: nothing is left; the message says what takes how much and what to lower.
+    """
+    device = runner.device
+    plan, blocks = widest_step(config, shape.block_size)
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(config.gpu_memory_utilization * total)
+    try:
+        runner.use_cache(KVCache(shape, blocks, device))
+        runner.launch(plan).result()  # compiles, loads kernels, and makes the libraries' workspaces
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        runner.launch(plan).result()
+        step = torch.cuda.max_memory_allocated(device) - before
+    except torch.OutOfMemoryError as error:
+        raise OutOfGPUMemoryError(
+            f"one step of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} sequences does not fit: "
+            f"{free / GIB:.1f} GiB of {total / GIB:.1f} were free behind the weights. Lower max_num_batched_tokens or "
+            "max_num_seqs, or take a smaller model or dtype"
+        ) from error
+    finally:
+        runner.use_cache(KVCache(shape, 1, device))
+        gc.collect()
+        torch.cuda.empty_cache()
+    used = total - torch.cuda.mem_get_info(device)[0]
+    pool = share - used - step
+    if pool < shape.block_bytes:
+        raise OutOfGPUMemoryError(
+            f"gpu_memory_utilization = {config.gpu_memory_utilization} of {total / GIB:.1f} GiB is "
+            f"{share / GIB:.1f} GiB; {used / GIB:.1f} GiB are in use (weights, and whatever else runs on this GPU) "
+            f"and a step takes {step / GIB:.1f} GiB, which leaves no room for the KV pool. Raise "
+            "gpu_memory_utilization, or lower max_num_batched_tokens or max_num_seqs"
+        )
+    return pool
+
+
+def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
+    """Capture the steps that `GraphSet` describes; with tuned compilation, decode steps are tuned each."""
+    decode = list(config.cuda_graph_sizes or sizes_up_to(DECODE_SIZES, config.max_num_seqs))
+    halves = runner.cache.shape.dtype != torch.float32  # the paged prefill kernel takes 16-bit types
+    fits = halves and getattr(runner.backend, "name", "") == "cuda"
+    if not fits and runner.backend.name != "cuda":
+        return
+    mixed = [size for size in MIXED_SIZES if size <= config.max_num_batched_tokens] if fits else []
+    graphs = GraphSet(
+        runner,
+        max_blocks=max(2, blocks_for(max_model_len, runner.cache.shape.block_size)),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        largest=max([*decode, *mixed]),
+    )
+    graphs.capture_mixed(mixed)
+    if config.compilation == "tuned":
+        compile_model(runner.model, "tuned")
+    graphs.capture_decode(decode)
+    if config.compilation == "tuned":  # other sizes go on with symbolic ones
+        compile_model(runner.model, "default")
+    runner.graphs = graphs
