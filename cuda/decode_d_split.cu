@@ -23,6 +23,8 @@ paged_decode_split(T* out, const T* query, i64 query_stride, const T* kv, i64 bl
     T* mine = stages + warp * STAGES * STAGE_ROWS * HEAD_DIM;
 
     prefetch_tables(batch);
+    begin_dependents();
+    wait_for_previous();
     const Share share = plan(batch);
     const int tiles = share.end - share.begin;
     Cursor loading = share.start, at = share.start;

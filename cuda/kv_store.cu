@@ -11,6 +11,8 @@ constexpr int PER_THREAD = 2;
 extern "C" __global__ void __launch_bounds__(256)
 kv_store(T* kv, i64 block_stride, const T* key, i64 key_stride, const T* value, i64 value_stride, const i64* slots,
          int tokens, int kv_heads) {
+    begin_dependents();
+    wait_for_previous();
     const int per_token = kv_heads * PIECES;
     const i64 pieces = static_cast<i64>(tokens) * per_token;
     const i64 first = static_cast<i64>(blockIdx.x) * blockDim.x * PER_THREAD + threadIdx.x;

@@ -120,6 +120,30 @@ DEVICE float2 load_of_others(const float2* p) { return *p; }
 DEVICE void prefetch_l2(const void*) {}
 #endif
 
+// ---- a kernel and the one before it (programmatic dependent launch, sm_90) -----------------------------------
+// A kernel that was launched so may begin while the one before it still runs. It must not touch what that one writes
+// (or reads, if it writes there itself) before `wait_for_previous`, which every block must call: the kernel after this
+// one relies on it. `begin_dependents` lets that one begin, once all blocks have called it or ended.
+#if defined(NANOPD_GPU) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void begin_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+DEVICE void wait_for_previous() {}
+DEVICE void begin_dependents() {}
+#endif
+
+// 16 bytes that nobody needs again: they leave the first-level cache to others.
+#ifdef NANOPD_GPU
+DEVICE uint4 load_once(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+#else
+DEVICE uint4 load_once(const void* p) { return load16(p); }
+#endif
+
 DEVICE void store4(float* p, float a, float b, float c, float d) {
     *reinterpret_cast<float4*>(p) = make_float4(a, b, c, d);
 }

@@ -49,6 +49,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 paged_prefill(T* out, const T* query, i64 query_stride, const T* kv, i64 block_stride, const int* block_tables,
               int table_stride, const int* context_lens, const int* query_start, int kv_heads, float scale) {
     extern __shared__ __align__(128) T shared[];
+    begin_dependents();
+    wait_for_previous();
     T* queries = shared;
     T* keys = shared + ROWS * HEAD_DIM;       // two tiles, one being read while the other is filled
     T* values = keys + 2 * KEYS * HEAD_DIM;   // likewise

@@ -10,7 +10,8 @@ time.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,15 @@ def attend_known(
     lengths: Sequence[int],
     contexts: Sequence[int],
     scale: float,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of a batch whose lengths the host knows: each sequence by what is fastest for it."""
+    """Attention of a batch whose lengths the host knows: each sequence by what is fastest for it.
+
+    Args:
+        fresh: K and V of the batch's own tokens; a sequence without a past need not look for them in pages
+        out: where to write; rows behind the batch's last are left alone
+    """
     if not query.is_cuda:
         found = reference.attend(
             query, kv_layer, block_tables, context_lens, query_start, scale, torch.float32
@@ -55,7 +63,8 @@ def attend_known(
     sequences = len(lengths)
     decodes = bisect_right(lengths, 1)
     paged = decodes if kv_layer.dtype == torch.float32 else bisect_right(lengths, LONG_QUERY - 1)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if decodes:
         ops.decode_into(
             out[:decodes],
@@ -75,11 +84,33 @@ def attend_known(
     first = sum(lengths[:paged])
     for s in range(paged, sequences):
         rows = slice(first, first + lengths[s])
-        keys, values = reference.pages_of(kv_layer, block_tables[s], contexts[s])
+        if fresh is not None and contexts[s] == lengths[s]:
+            keys, values = (x[rows].transpose(0, 1) for x in fresh)
+        else:
+            keys, values = reference.pages_of(kv_layer, block_tables[s], contexts[s])
         found = sdpa_causal(query[rows].transpose(0, 1)[None], keys[None], values[None], scale)
         out[rows] = found[0].transpose(0, 1)
         first += lengths[s]
     return out
+
+
+Cut = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+_cut: Cut | None = None
+
+
+@contextmanager
+def cutting(cut: Cut) -> Iterator[None]:
+    """Have `cut(query, key, value, kv_layer, workspace, scale)` called in place of every layer's attention.
+
+    For capturing a model in pieces around it (`model.graphs`): the operator is the only place in a compiled layer
+    where Python code of ours runs.
+    """
+    global _cut
+    _cut = cut
+    try:
+        yield
+    finally:
+        _cut = None
 
 
 def _unpack(
@@ -103,6 +134,8 @@ def _attention_cuda(
     workspace: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
+    if _cut is not None:
+        return _cut(query, key, value, kv_layer, workspace, scale)
     torch.ops.nanopd.kv_store(key, value, kv_layer, slot_mapping)
     head = header.tolist()
     sequences, decode_only = head[0], head[2]
@@ -110,7 +143,16 @@ def _attention_cuda(
     if len(head) > 3:
         lengths, contexts = head[3 : 3 + sequences], head[3 + sequences :]
         return attend_known(
-            query, kv_layer, query_start, context_lens, block_tables, workspace, lengths, contexts, scale
+            query,
+            kv_layer,
+            query_start,
+            context_lens,
+            block_tables,
+            workspace,
+            lengths,
+            contexts,
+            scale,
+            fresh=(key, value),
         )
     # Captured in a graph: which sequences decode, and how long they are, the kernels read on the device.
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)

@@ -111,9 +111,7 @@ class LoadedKernel:
 @functools.lru_cache(maxsize=1)
 def _driver() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
-    library.cuLaunchKernel.argtypes = [
-        ctypes.c_void_p, *([ctypes.c_uint] * 7), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
-    ]  # fmt: skip
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     return library
 
 
@@ -163,6 +161,29 @@ def _load_launch(
     return _load((cuda_dir() / file).read_text(), kernel, tuple(sorted(defines)), file, index, shared_bytes)
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: which one, and a union of 64 bytes that holds its value."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"grid_{axis}", ctypes.c_uint) for axis in "xyz"),
+        *((f"block_{axis}", ctypes.c_uint) for axis in "xyz"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed
+_OVERLAP = (_Attribute * 1)(_Attribute(id=6, pad=0, value=(ctypes.c_int * 16)(1)))
+
+
 def launch_raw(
     kernel: LoadedKernel,
     grid: Sequence[int],
@@ -170,22 +191,12 @@ def launch_raw(
     shared_bytes: int,
     args: Sequence[Any],
     stream: int,
+    overlaps: bool = False,
 ) -> None:
     """Enqueue. args: ctypes values, one a parameter. Raises RuntimeError when the driver refuses."""
     pointers = (ctypes.c_void_p * max(1, len(args)))(*(ctypes.addressof(arg) for arg in args))
-    error = _driver().cuLaunchKernel(
-        kernel.handle,
-        grid[0],
-        grid[1],
-        grid[2],
-        block[0],
-        block[1],
-        block[2],
-        shared_bytes,
-        stream,
-        pointers,
-        None,
-    )
+    config = _Config(*grid, *block, shared_bytes, stream, _OVERLAP, int(overlaps))
+    error = _driver().cuLaunchKernelEx(ctypes.byref(config), kernel.handle, pointers, None)
     if error:
         raise RuntimeError(
             f"launch of {kernel.name} failed: CUDA error {error} (grid {tuple(grid)}, block {tuple(block)}, "
@@ -214,9 +225,14 @@ def execute(launch: Launch, args: Sequence[Any], device: torch.device) -> None:
     """Launch on torch's current stream of `device`. Reads no device memory: safe inside a CUDA graph."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     stream = torch.cuda.current_stream(index).cuda_stream
-    launch_raw(
-        load(launch, index), launch.grid, (launch.threads, 1, 1), launch.shared_bytes, pack(args), stream
-    )
+    overlaps = launch.overlaps and _can_overlap(index)
+    block = (launch.threads, 1, 1)
+    launch_raw(load(launch, index), launch.grid, block, launch.shared_bytes, pack(args), stream, overlaps)
+
+
+@functools.lru_cache(maxsize=16)
+def _can_overlap(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 _SCALARS: dict[str, dict[int, Any]] = {

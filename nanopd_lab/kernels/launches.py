@@ -103,6 +103,9 @@ class Launch:
     threads: int
     shared_bytes: int = 0
     defines: Mapping[str, object] = field(default_factory=dict)
+    overlaps: bool = (
+        False  # it calls `wait_for_previous`, so it may begin before the kernel before it has ended
+    )
 
     @property
     def source(self) -> str:
@@ -206,7 +209,7 @@ def decode_launch(
             "STAGES": chosen.stages,
         }
         return Launch(
-            FILES[rung], kernel, (grid, 1, 1), 32 * chosen.warps, chosen.shared_bytes(shape), defines
+            FILES[rung], kernel, (grid, 1, 1), 32 * chosen.warps, chosen.shared_bytes(shape), defines, True
         )
     heads = shape.kv_heads if rung == "gqa" else shape.heads
     shared = 0
@@ -284,13 +287,14 @@ def prefill_launch(
         32 * warps,
         shared,
         {**shape.defines, "WARPS": warps, "KEYS": keys},
+        overlaps=True,
     )
 
 
 def store_launch(shape: AttentionShape, tokens: int) -> Launch:
     """Launch of the KV store for `tokens` rows."""
     pieces = tokens * shape.kv_heads * shape.head_dim * shape.element_bytes // 16
-    return Launch("kv_store.cu", "kv_store", (max(1, -(-pieces // 512)), 1, 1), 256, 0, shape.defines)
+    return Launch("kv_store.cu", "kv_store", (max(1, -(-pieces // 512)), 1, 1), 256, 0, shape.defines, True)
 
 
 def move_launch(blocks: int, block_bytes: int, limits: DeviceLimits | None = None) -> Launch:
@@ -299,3 +303,30 @@ def move_launch(blocks: int, block_bytes: int, limits: DeviceLimits | None = Non
     by_size = -(-block_bytes // 16384)
     wanted = -(-16 * limits.multiprocessors // max(1, blocks))
     return Launch("move_blocks.cu", "move_blocks", (max(1, min(by_size, wanted)), blocks, 1), 256)
+
+
+ROWS_TILE, ROWS_TURN = 16, 32
+MOST_ROWS = 16
+MOST_COLUMNS = 32  # the kernel takes more rows, but cuBLAS is faster then
+
+
+def few_rows_fits(dtype: torch.dtype, rows: int, n: int, k: int) -> bool:
+    """True if `few_rows_launch` takes such a product."""
+    halves = dtype in (torch.float16, torch.bfloat16)
+    return halves and 1 <= rows <= MOST_COLUMNS and n % ROWS_TILE == 0 and k % ROWS_TURN == 0
+
+
+def few_rows_launch(dtype: torch.dtype, rows: int, n: int, k: int, warps: int = 8, ahead: int = 4) -> Launch:
+    """Launch of y [rows, n] = x [rows, k] times the transpose of W [n, k].
+
+    Raises KernelArgumentError unless `few_rows_fits`.
+    """
+    if not few_rows_fits(dtype, rows, n, k):
+        raise KernelArgumentError(
+            f"few_rows takes float16 or bfloat16, 1 to {MOST_COLUMNS} rows, n in multiples of {ROWS_TILE} and k of "
+            f"{ROWS_TURN}; got {dtype}, rows={rows}, n={n}, k={k}: use torch.nn.functional.linear"
+        )
+    columns = next(c for c in (8, 16, 32) if rows <= c)
+    defines = {"ELEMENT": ELEMENTS[dtype], "COLUMNS": columns, "WARPS": warps, "AHEAD": ahead}
+    grid = (n // ROWS_TILE, 1, 1)
+    return Launch("few_rows.cu", "few_rows", grid, 32 * warps, 0, defines, overlaps=True)

@@ -26,13 +26,13 @@ def compile_model(model: Any, mode: str) -> None:
     torch.fx.experimental._config.use_duck_shape = False
     # One compilation for one row and one for more; tuned ones for every captured size besides.
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-    options: dict[str, Any] = {"dynamic": mode == "default"}
+    inductor: dict[str, Any] = {}
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        # A kernel's launch and first instructions overlap the end of the one before it, as with our own kernels.
+        inductor["triton.enable_pdl"] = True
     if mode == "tuned":
-        options["options"] = {
-            "max_autotune": True,
-            "coordinate_descent_tuning": True,
-            "triton.cudagraphs": False,
-        }
+        inductor |= {"max_autotune": True, "coordinate_descent_tuning": True}
+    options: dict[str, Any] = {"dynamic": mode == "default", "options": inductor or None}
     parts: list[nn.Module] = [*model.base_model.layers, model.base_model.norm]
     if mode == "tuned":
         parts.append(model.get_output_embeddings())

@@ -6,6 +6,8 @@ kernels read on the device who decodes, who prefills and how long everybody is. 
 
     decode   one token a sequence, by number of sequences; the vocabulary projection included
     mixed    chunks and decode steps together, by number of tokens; logits behind the graph, only where needed
+    pieces   the same for more tokens: one graph from each layer's attention to the next one's, and the attention
+             itself launched between them, since the best kernel for a long chunk depends on its lengths
 
 All graphs share one memory pool: they never run at the same time.
 """
@@ -15,10 +17,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from nanopd_lab.attention.cuda import attend_known, cutting
 from nanopd_lab.core import Chunk, Request, SamplingParams, Sequence
 from nanopd_lab.model.batch import Layout, PackedBatch, metadata_of, pack
 
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
     from nanopd_lab.model.runner import ModelRunner
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-MIXED_SIZES = (64, 128, 256, 384, 512, 768, 1024)
+WHOLE_SIZES = (64, 128, 256, 384, 512)
+PIECE_SIZES = (768, 1024, 1536, 2048)
+LEAST_FILL = 0.6  # a step that would be padded by more is launched without a graph
 
 
 def sizes_up_to(sizes: Iterable[int], largest: int) -> list[int]:
@@ -34,12 +39,77 @@ def sizes_up_to(sizes: Iterable[int], largest: int) -> list[int]:
     return [*(size for size in sizes if size < largest), largest]
 
 
+class Replay(Protocol):
+    """What has been captured of a step."""
+
+    def __call__(self, batch: PackedBatch) -> None:
+        """Run it on the batch that lies in the buffers."""
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """One graph, attention included; the device knows all that it needs."""
+
+    graph: torch.cuda.CUDAGraph
+
+    def __call__(self, batch: PackedBatch) -> None:
+        self.graph.replay()
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention between two pieces. The tensors are the pool's memory, which they do not own: it is
+    used for other things too, before and after."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    out: torch.Tensor
+    kv_layer: torch.Tensor
+    workspace: torch.Tensor
+    scale: float
+
+    def __call__(self, batch: PackedBatch, fields: dict[str, torch.Tensor], tables: torch.Tensor) -> None:
+        tokens, sequences = batch.num_tokens, len(batch.lengths)
+        query, key, value = self.query[:tokens], self.key[:tokens], self.value[:tokens]
+        torch.ops.nanopd.kv_store(key, value, self.kv_layer, fields["slot_mapping"][:tokens])
+        attend_known(
+            query,
+            self.kv_layer,
+            fields["query_start"][: sequences + 1],
+            fields["context_lens"][:sequences],
+            tables[:sequences],
+            self.workspace,
+            batch.lengths,
+            batch.contexts,
+            self.scale,
+            fresh=(key, value),
+            out=self.out,
+        )
+
+
+@dataclass(frozen=True)
+class StepInPieces:
+    """Graphs with each layer's attention between them; `fields` with the slots as int64."""
+
+    graphs: list[torch.cuda.CUDAGraph]
+    calls: list[AttentionCall]
+    fields: dict[str, torch.Tensor]
+    tables: torch.Tensor
+
+    def __call__(self, batch: PackedBatch) -> None:
+        self.graphs[0].replay()
+        for call, graph in zip(self.calls, self.graphs[1:], strict=True):
+            call(batch, self.fields, self.tables)
+            graph.replay()
+
+
 @dataclass(frozen=True)
 class CapturedStep:
-    """One graph and its buffers."""
+    """One captured step and its buffers."""
 
     layout: Layout
-    graph: torch.cuda.CUDAGraph
+    replay: Replay
     packed: torch.Tensor
     tables: torch.Tensor
     output: torch.Tensor
@@ -51,7 +121,7 @@ class CapturedStep:
         rows = len(batch.chunks)
         given = self.packed[self.layout.size : len(batch.packed)].view(rows, batch.width)
         self.tables[:rows, : batch.width].copy_(given)
-        self.graph.replay()
+        self.replay(batch)
         if self.head is None:
             return self.output[:rows]
         index = self.layout.views(self.packed)["logits_index"]
@@ -59,6 +129,21 @@ class CapturedStep:
             return self.head(self.output, index[:rows])
         places = torch.tensor(wanted, dtype=torch.int64).pin_memory().to(index.device, non_blocking=True)
         return self.head(self.output, index[places])
+
+
+def borrow(tensor: torch.Tensor) -> torch.Tensor:
+    """A second tensor over the same GPU memory that does not keep it from being re-used."""
+
+    class Interface:
+        __cuda_array_interface__ = {  # noqa: RUF012
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * tensor.element_size() for stride in tensor.stride()),
+            "typestr": f"<i{tensor.element_size()}",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+    return torch.as_tensor(Interface(), device=tensor.device).view(tensor.dtype)
 
 
 class GraphSet:
@@ -95,9 +180,14 @@ class GraphSet:
         self.decode: list[CapturedStep] = []
         self.mixed: list[CapturedStep] = []
 
-    def capture_mixed(self, sizes: Iterable[int]) -> None:
-        """Capture steps of chunks and decodes, by tokens. The largest first: the others re-use its memory."""
-        for size in sorted(sizes, reverse=True):
+    def capture_mixed(self, whole: Iterable[int], pieces: Iterable[int]) -> None:
+        """Capture steps of chunks and decodes, by tokens: the smaller ones whole, the larger ones in pieces.
+
+        The largest first: the others re-use its memory.
+        """
+        for size in sorted(pieces, reverse=True):
+            self.mixed.insert(0, self._capture_pieces(Layout(size, min(size, self.max_num_seqs))))
+        for size in sorted(whole, reverse=True):
             layout = Layout(size, min(size, self.max_num_seqs))
             self.mixed.insert(0, self._capture(layout, decode_only=False))
 
@@ -111,7 +201,8 @@ class GraphSet:
         if decode_only and self.decode and sequences <= self.decode[-1].layout.sequences:
             return self.decode[bisect_left(self.decode, sequences, key=lambda step: step.layout.sequences)]
         first = bisect_left(self.mixed, tokens, key=lambda step: step.layout.tokens)
-        return next((s for s in self.mixed[first:] if s.layout.sequences >= sequences), None)
+        fits = (step for step in self.mixed[first:] if step.layout.sequences >= sequences)
+        return next((step for step in fits if tokens >= LEAST_FILL * step.layout.tokens), None)
 
     def _capture(self, layout: Layout, decode_only: bool) -> CapturedStep:
         runner = self.runner
@@ -135,7 +226,50 @@ class GraphSet:
                 output = step()
         torch.cuda.current_stream().wait_stream(self._stream)
         head = None if decode_only else runner.head
-        return CapturedStep(layout, graph, self._packed, self._tables, output, head)
+        return CapturedStep(layout, WholeStep(graph), self._packed, self._tables, output, head)
+
+    def _capture_pieces(self, layout: Layout) -> CapturedStep:
+        runner = self.runner
+        fields = layout.views(self._packed)
+        tables = self._tables[: layout.sequences]
+        self._fill(layout, decode_only=False)
+        graphs: list[torch.cuda.CUDAGraph] = []
+        calls: list[AttentionCall] = []
+
+        def begin() -> None:
+            graphs.append(torch.cuda.CUDAGraph())
+            graphs[-1].capture_begin(pool=self._pool)
+
+        def cut(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_layer: torch.Tensor,
+            workspace: torch.Tensor,
+            scale: float,
+        ) -> torch.Tensor:
+            out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+            graphs[-1].capture_end()
+            lent = [borrow(tensor) for tensor in (query, key, value, out)]
+            calls.append(AttentionCall(*lent, kv_layer, workspace, scale))
+            begin()
+            return out
+
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), torch.inference_mode():
+            metadata = metadata_of(fields, layout.lens(self._packed), tables)
+            runner.hidden(fields, metadata)
+            torch.cuda.synchronize()
+            begin()
+            # Captured too, so that the slots of every replay are widened.
+            metadata = metadata_of(fields, layout.lens(self._packed), tables)
+            slots = metadata.slot_mapping
+            with cutting(cut):
+                output = runner.hidden(fields, metadata)
+            graphs[-1].capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        replay = StepInPieces(graphs, calls, {**fields, "slot_mapping": slots}, self._tables)
+        return CapturedStep(layout, replay, self._packed, self._tables, output, runner.head)
 
     def _fill(self, layout: Layout, decode_only: bool) -> None:
         """A plausible batch for the warm-up: every sequence in block 0, which nobody uses yet."""

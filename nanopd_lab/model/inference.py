@@ -1,13 +1,14 @@
 """Modules of a loaded model swapped for faster ones with the same meaning; the modelling code stays as it is.
 
 q, k, v (and gate, up)   read the same input: their weights are stacked and multiplied once
-nn.Linear on a CPU       few rows: our kernel, which streams the weights once at the memory's speed
+nn.Linear                few rows: our kernels, which stream the weights once at the memory's speed
 RMSNorm on a CPU         one call instead of eight
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +39,14 @@ class InferenceLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().contiguous(), requires_grad=False)
         fits = self.in_features % 32 == 0 and self.out_features % 16 == 0
         self._native = library.load().dense_linear if native and fits else None
+        # On a GPU one operator that chooses by the number of rows, so that a compiled layer needs no branch.
+        self.choose = weight.is_cuda and bias is None and find_spec("cuda") is not None
         # Without a matrix unit a bf16 product runs at half the speed of a float32 one: widen, multiply, round.
         self._widen = native and weight.dtype == torch.bfloat16 and not has_bf16_matrix_unit()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.choose:
+            return torch.ops.nanopd.linear(x, self.weight)
         rows = x.numel() // self.in_features
         if self._native is None or rows > FEW_ROWS or rows == 0:
             if self._widen:
@@ -122,16 +127,19 @@ def optimise(model: nn.Module, *, fuse: bool = True) -> None:
     """
     parameter = next(model.parameters())
     native = parameter.device.type == "cpu" and parameter.dtype in library.DTYPES and library.available()
+    gpu = parameter.device.type == "cuda"
+    if gpu:
+        from nanopd_lab.kernels import ops  # noqa: F401  - registers the operators
     for module in list(model.modules()):
         if fuse:
             for names in SIBLINGS:
                 _fuse(module, names, native)
-        if not native:
-            continue
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and (native or gpu):
                 setattr(module, name, InferenceLinear(child.weight, child.bias, native))
-            elif type(child).__name__.endswith("RMSNorm") and isinstance(child.weight, torch.Tensor):
+            elif (
+                native and type(child).__name__.endswith("RMSNorm") and isinstance(child.weight, torch.Tensor)
+            ):
                 setattr(module, name, InferenceRMSNorm(child.weight, float(child.variance_epsilon)))  # type: ignore[arg-type]
 
 

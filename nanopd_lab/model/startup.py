@@ -11,7 +11,7 @@ from nanopd_lab.core import Chunk, Request, SamplingParams, Sequence, StepPlan
 from nanopd_lab.kv import blocks_for
 from nanopd_lab.kv.cache import KVCache, KVShape
 from nanopd_lab.model.compilation import compile_model
-from nanopd_lab.model.graphs import DECODE_SIZES, MIXED_SIZES, GraphSet, sizes_up_to
+from nanopd_lab.model.graphs import DECODE_SIZES, PIECE_SIZES, WHOLE_SIZES, GraphSet, sizes_up_to
 
 if TYPE_CHECKING:
     from nanopd_lab.engine.config import EngineConfig
@@ -85,19 +85,21 @@ def measure_pool(runner: ModelRunner, shape: KVShape, config: EngineConfig) -> i
 def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
     """Capture the steps that `GraphSet` describes; with tuned compilation, decode steps are tuned each."""
     decode = list(config.cuda_graph_sizes or sizes_up_to(DECODE_SIZES, config.max_num_seqs))
-    halves = runner.cache.shape.dtype != torch.float32  # the paged prefill kernel takes 16-bit types
-    fits = halves and getattr(runner.backend, "name", "") == "cuda"
-    if not fits and runner.backend.name != "cuda":
+    if runner.backend.name != "cuda":  # other backends read lengths on the host
         return
-    mixed = [size for size in MIXED_SIZES if size <= config.max_num_batched_tokens] if fits else []
+    budget = config.max_num_batched_tokens
+    whole, pieces = [], []
+    if runner.cache.shape.dtype != torch.float32:  # the paged prefill kernel takes 16-bit types
+        whole = [size for size in WHOLE_SIZES if size <= budget]
+        pieces = [size for size in PIECE_SIZES if size <= budget]
     graphs = GraphSet(
         runner,
         max_blocks=max(2, blocks_for(max_model_len, runner.cache.shape.block_size)),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        largest=max([*decode, *mixed]),
+        largest=max([*decode, *whole, *pieces]),
     )
-    graphs.capture_mixed(mixed)
+    graphs.capture_mixed(whole, pieces)
     if config.compilation == "tuned":
         compile_model(runner.model, "tuned")
     graphs.capture_decode(decode)
