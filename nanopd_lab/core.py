@@ -143,8 +143,7 @@ class Logprob(NamedTuple):
     decoded_token: str | None = None
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """What the runner returns for one sequence: `logprob` of the token and, if asked for, the top ones."""
 
     token: int
@@ -197,12 +196,9 @@ class Sequence:
     preemptions: int = 0
 
     def __post_init__(self) -> None:
+        self.prompt_len = len(self.request.prompt_token_ids)
         if not self.tokens:
             self.tokens = list(self.request.prompt_token_ids)
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def known_len(self) -> int:
@@ -243,8 +239,7 @@ class Sequence:
         )
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens `[start, start + count)` of one sequence, computed in one step.
 
     `samples` is how many tokens to draw behind the last one: 0 in the middle of a prompt, 1 in a decode

@@ -168,16 +168,17 @@ class Engine:
             prompt = prompt.tolist()
         ids = list(prompt)
         vocab = self.loaded.geometry.vocab_size
-        for position, token in enumerate(ids):
-            if (
-                not hasattr(token, "__index__")
-                or isinstance(token, bool)
-                or not 0 <= token.__index__() < vocab
-            ):
-                raise InvalidRequestError(
-                    f"prompt token {position} is {token!r}; token ids are integers from 0 to {vocab - 1}"
-                )
-        return text, [token.__index__() for token in ids]
+        if not all(type(token) is int for token in ids) or (ids and not 0 <= min(ids) <= max(ids) < vocab):
+            ids = [self._checked(token, position, vocab) for position, token in enumerate(ids)]
+        return text, ids
+
+    @staticmethod
+    def _checked(token: Any, position: int, vocab: int) -> int:
+        if not hasattr(token, "__index__") or isinstance(token, bool) or not 0 <= token.__index__() < vocab:
+            raise InvalidRequestError(
+                f"prompt token {position} is {token!r}; token ids are integers from 0 to {vocab - 1}"
+            )
+        return int(token.__index__())
 
     def make_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None

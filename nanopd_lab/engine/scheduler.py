@@ -354,6 +354,9 @@ class Scheduler:
         count: int = 1,
     ) -> bool:
         """Preempt until `sequence` can have its blocks; False if it lost its own."""
+        # Writing `count` tokens touches at most so many blocks: nothing to look at while there are plenty.
+        if self.allocator.num_free > blocks_for(count, self.block_size):
+            return True
         while self.blocks.missing(sequence, count) > self.allocator.num_free:
             victim = self.victim_policy(self.running)
             chunks.pop(id(victim), None)

@@ -305,28 +305,51 @@ def move_launch(blocks: int, block_bytes: int, limits: DeviceLimits | None = Non
     return Launch("move_blocks.cu", "move_blocks", (max(1, min(by_size, wanted)), blocks, 1), 256)
 
 
-ROWS_TILE, ROWS_TURN = 16, 32
-MOST_ROWS = 16
-MOST_COLUMNS = 32  # the kernel takes more rows, but cuBLAS is faster then
+@dataclass(frozen=True)
+class RowsTuning:
+    """Constants of `cuda/few_rows.cu`: warps a block, turns that W and x are asked for ahead, tiles of 16 rows."""
+
+    warps: int
+    ahead: int
+    x_ahead: int
+    row_tiles: int
+
+
+# By the most rows of x. Measured on an H100 over the products of Qwen3-8B in one graph.
+ROWS_TUNINGS = {
+    8: RowsTuning(8, 6, 6, 1),
+    16: RowsTuning(8, 4, 4, 1),
+    32: RowsTuning(4, 4, 4, 1),
+    64: RowsTuning(4, 4, 0, 2),
+}
+MOST_ROWS = 32  # the kernel takes 64, but cuBLAS is faster then
+ROWS_TURN = 32
 
 
 def few_rows_fits(dtype: torch.dtype, rows: int, n: int, k: int) -> bool:
     """True if `few_rows_launch` takes such a product."""
-    halves = dtype in (torch.float16, torch.bfloat16)
-    return halves and 1 <= rows <= MOST_COLUMNS and n % ROWS_TILE == 0 and k % ROWS_TURN == 0
+    if dtype not in (torch.float16, torch.bfloat16) or not 1 <= rows <= max(ROWS_TUNINGS):
+        return False
+    return n % 32 == 0 and k % ROWS_TURN == 0
 
 
-def few_rows_launch(dtype: torch.dtype, rows: int, n: int, k: int, warps: int = 8, ahead: int = 4) -> Launch:
+def few_rows_launch(
+    dtype: torch.dtype, rows: int, n: int, k: int, tuning: RowsTuning | None = None
+) -> Launch:
     """Launch of y [rows, n] = x [rows, k] times the transpose of W [n, k].
 
     Raises KernelArgumentError unless `few_rows_fits`.
     """
     if not few_rows_fits(dtype, rows, n, k):
         raise KernelArgumentError(
-            f"few_rows takes float16 or bfloat16, 1 to {MOST_COLUMNS} rows, n in multiples of {ROWS_TILE} and k of "
-            f"{ROWS_TURN}; got {dtype}, rows={rows}, n={n}, k={k}: use torch.nn.functional.linear"
+            f"few_rows takes float16 or bfloat16, 1 to {max(ROWS_TUNINGS)} rows, n and k in multiples of 32; got "
+            f"{dtype}, rows={rows}, n={n}, k={k}: use torch.nn.functional.linear"
         )
-    columns = next(c for c in (8, 16, 32) if rows <= c)
-    defines = {"ELEMENT": ELEMENTS[dtype], "COLUMNS": columns, "WARPS": warps, "AHEAD": ahead}
-    grid = (n // ROWS_TILE, 1, 1)
-    return Launch("few_rows.cu", "few_rows", grid, 32 * warps, 0, defines, overlaps=True)
+    columns = next(c for c in ROWS_TUNINGS if rows <= c)
+    chosen = tuning or ROWS_TUNINGS[columns]
+    defines = {
+        "ELEMENT": ELEMENTS[dtype], "COLUMNS": columns, "WARPS": chosen.warps, "AHEAD": chosen.ahead,
+        "X_AHEAD": chosen.x_ahead, "ROW_TILES": chosen.row_tiles,
+    }  # fmt: skip
+    grid = (n // (16 * chosen.row_tiles), 1, 1)
+    return Launch("few_rows.cu", "few_rows", grid, 32 * chosen.warps, 0, defines, overlaps=True)

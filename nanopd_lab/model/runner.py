@@ -150,7 +150,9 @@ class ModelRunner:
     def _rows(self, chunk: Chunk, logits_row: int) -> list[SamplingRow]:
         sequence = chunk.sequence
         params, position = sequence.request.params, chunk.end - sequence.prompt_len
-        seed = params.seed if params.seed is not None else request_seed(self.seed, sequence.request.serial)
+        seed = params.seed
+        if seed is None:
+            seed = 0 if params.greedy else request_seed(self.seed, sequence.request.serial)
         banned: tuple[int, ...] = ()
         if position + 1 < params.min_tokens:
             ends = frozenset() if params.ignore_eos else self.eos_token_ids

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +24,7 @@ TOP_P_SHORTLIST = 1024
 _MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class SamplingRow:
+class SamplingRow(NamedTuple):
     """One draw: from row `logits_row` of the logits, for output position `position` of sample `sample`."""
 
     params: SamplingParams

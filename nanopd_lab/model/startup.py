@@ -100,9 +100,7 @@ def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int
         largest=max([*decode, *whole, *pieces]),
     )
     graphs.capture_mixed(whole, pieces)
-    if config.compilation == "tuned":
-        compile_model(runner.model, "tuned")
+    compile_model(runner.model, config.compilation, decode=True)
     graphs.capture_decode(decode)
-    if config.compilation == "tuned":  # other sizes go on with symbolic ones
-        compile_model(runner.model, "default")
+    compile_model(runner.model, "off" if config.compilation == "off" else "default")
     runner.graphs = graphs

@@ -12,6 +12,7 @@ from nanopd_lab.kv import slots
 
 VOCAB = 50
 EOS = 0
+PRIME = 2**31 - 1  # so many scores that beams do not tie
 
 
 def digest(tokens: list[int], end: int) -> int:
@@ -35,7 +36,7 @@ def rollout(prompt: list[int], params: SamplingParams, sample: int) -> list[int]
 def top_logprobs(tokens: list[int], width: int) -> dict[int, Logprob]:
     """Distinct, deterministic log-probabilities for beam search."""
     scored = sorted(
-        ((-(hash((tuple(tokens), t)) % 10_007) / 10_007 - 0.1, t) for t in range(VOCAB)), reverse=True
+        ((-(hash((tuple(tokens), t)) % PRIME) / PRIME - 0.1, t) for t in range(VOCAB)), reverse=True
     )
     return {token: Logprob(score, rank + 1) for rank, (score, token) in enumerate(scored[:width])}
 
