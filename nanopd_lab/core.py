@@ -239,7 +239,8 @@ class Sequence:
         )
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True)
+class Chunk:
     """Tokens `[start, start + count)` of one sequence, computed in one step.
 
     `samples` is how many tokens to draw behind the last one: 0 in the middle of a prompt, 1 in a decode

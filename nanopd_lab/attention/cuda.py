@@ -119,7 +119,7 @@ def _unpack(
     """(query_start, context_lens, decode_lens, prefill_lens, block_tables): views, see `PackedLengths`."""
     sequences, width = header[:2]
     starts, *three = lens.split([sequences + 1, sequences, sequences, sequences])
-    return starts, *three, tables[: sequences * width].view(sequences, width)  # type: ignore[return-value]
+    return starts, *three, tables[: sequences * width].view(sequences, width)
 
 
 def _attention_cuda(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
 from nanopd_lab.attention.base import AttentionBackend
@@ -68,7 +66,9 @@ def _fastest(device: torch.device, shape: KVShape, num_heads: int) -> str:
         from nanopd_lab.cpu import library
 
         return "cpu" if library.available() else "torch"
-    if find_spec("cuda") is None or find_spec("cuda.core") is None:
+    from nanopd_lab.kernels.gpu import can_compile
+
+    if not can_compile():
         return "torch"
     from nanopd_lab.attention.cuda import CudaBackend
 

@@ -12,6 +12,7 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,11 @@ def _cuda_core() -> Any:
             f"(cuda-core[cu13] or [cu12], to match torch {torch.version.cuda}); {error}"
         ) from error
     return core
+
+
+def can_compile() -> bool:
+    """True if cuda-core is installed."""
+    return find_spec("cuda") is not None and find_spec("cuda.core") is not None
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from nanopd_lab.model.inference import InferenceLinear
 
-def compile_model(model: Any, mode: str, *, decode: bool = False) -> None:
+
+def compile_model(model: Any, mode: str, *, few_rows: bool = False) -> None:
     """Have the decoder layers, the final norm and, when tuned, the vocabulary projection compiled on first use.
 
     Args:
         mode: "off", "default" or "tuned"
-        decode: for steps of few tokens, whose kernels are so short that how one follows the other counts
+        few_rows: for steps that our product kernel serves: it adds the residual, and since kernels are short then,
+            each begins while the one before it ends (programmatic dependent launch)
     """
     if mode == "off":
         return
@@ -32,15 +35,19 @@ def compile_model(model: Any, mode: str, *, decode: bool = False) -> None:
     torch.fx.experimental._config.use_duck_shape = False
     # One compilation for one row and one for more; tuned ones for every captured size besides.
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-    inductor: dict[str, Any] = {"post_grad_custom_post_pass": add_in_products()}
-    if decode and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
-        # A kernel's launch and first instructions overlap the end of the one before it, as with our own kernels.
-        inductor["triton.enable_pdl"] = True
+    inductor: dict[str, Any] = {}
+    if few_rows:
+        inductor["post_grad_custom_post_pass"] = add_in_products()
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+            inductor["triton.enable_pdl"] = True
     if mode == "tuned":
         inductor |= {"max_autotune": True, "coordinate_descent_tuning": True}
     parts: list[nn.Module] = [*model.base_model.layers, model.base_model.norm]
     if mode == "tuned":
         parts.append(model.get_output_embeddings())
+    for module in model.modules():
+        if isinstance(module, InferenceLinear):
+            module.search = mode == "tuned"
     for part in parts:
         part.compile(dynamic=mode == "default", options=inductor)
 
@@ -67,7 +74,7 @@ def _merge(graph: torch.fx.Graph, add: torch.fx.Node) -> None:
         views = []
         while isinstance(product, torch.fx.Node) and product.target is torch.ops.aten.view.default:
             views.append(product)
-            product = product.args[0]  # type: ignore[assignment]
+            product = product.args[0]
         if (
             not isinstance(product, torch.fx.Node)
             or not isinstance(residual, torch.fx.Node)

@@ -250,7 +250,7 @@ class GraphSet:
         ) -> torch.Tensor:
             out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
             graphs[-1].capture_end()
-            lent = [borrow(tensor) for tensor in (query, key, value, out)]
+            lent = (borrow(query), borrow(key), borrow(value), borrow(out))
             calls.append(AttentionCall(*lent, kv_layer, workspace, scale))
             begin()
             return out

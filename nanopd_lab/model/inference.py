@@ -8,7 +8,6 @@ RMSNorm on a CPU         one call instead of eight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,8 @@ from torch import nn
 
 from nanopd_lab.cpu import library
 from nanopd_lab.cpu.features import has_bf16_matrix_unit
+from nanopd_lab.kernels.gpu import can_compile
+from nanopd_lab.kernels.launches import MOST_ROWS
 
 # Sibling projections that read the same input, by attribute name.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -40,14 +41,15 @@ class InferenceLinear(nn.Module):
         fits = self.in_features % 32 == 0 and self.out_features % 16 == 0
         self._native = library.load().dense_linear if native and fits else None
         # On a GPU one operator that chooses by the number of rows, so that a compiled layer needs no branch.
-        self.choose = weight.is_cuda and bias is None and find_spec("cuda") is not None
+        self.choose = weight.is_cuda and bias is None and can_compile()
+        self.search = False  # leave products of more rows to torch.compile's search
         # Without a matrix unit a bf16 product runs at half the speed of a float32 one: widen, multiply, round.
         self._widen = native and weight.dtype == torch.bfloat16 and not has_bf16_matrix_unit()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.choose:
-            return torch.ops.nanopd.linear(x, self.weight)
         rows = x.numel() // self.in_features
+        if self.choose and not (self.search and rows > MOST_ROWS):
+            return torch.ops.nanopd.linear(x, self.weight)
         if self._native is None or rows > FEW_ROWS or rows == 0:
             if self._widen:
                 bias = None if self.bias is None else self.bias.float()

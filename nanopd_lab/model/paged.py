@@ -36,7 +36,7 @@ def bind_cache(model: torch.nn.Module, cache: KVCache) -> None:
     """
     for module in model.modules():
         if hasattr(module, "layer_idx") and hasattr(module, "o_proj"):
-            module.kv_layer = cache.layer(module.layer_idx)  # type: ignore[arg-type,assignment]
+            module.kv_layer = cache.layer(module.layer_idx)  # type: ignore[arg-type]
 
 
 def paged_attention_forward(
@@ -61,9 +61,9 @@ def paged_attention_forward(
         raise ValueError("this model attends over pages: call it with paged=PagedBatch(...), or through LLM")
     assert attention_mask is None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     kv_layer: torch.Tensor = module.kv_layer  # type: ignore[assignment]
-    out = store_and_attend(paged.backend, *rows, kv_layer, paged.metadata, scale)
+    out = store_and_attend(paged.backend, q, k, v, kv_layer, paged.metadata, scale)
     return out[None], None
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanopd_lab.core import Chunk, Request, SamplingParams, Sequence, StepPlan
+from nanopd_lab.kernels.launches import MOST_ROWS
 from nanopd_lab.kv import blocks_for
 from nanopd_lab.kv.cache import KVCache, KVShape
 from nanopd_lab.model.compilation import compile_model
@@ -83,7 +84,7 @@ def measure_pool(runner: ModelRunner, shape: KVShape, config: EngineConfig) -> i
 
 
 def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
-    """Capture the steps that `GraphSet` describes; with tuned compilation, decode steps are tuned each."""
+    """Capture the steps that `GraphSet` describes. Decode steps are compiled for their sizes, if so configured."""
     decode = list(config.cuda_graph_sizes or sizes_up_to(DECODE_SIZES, config.max_num_seqs))
     if runner.backend.name != "cuda":  # other backends read lengths on the host
         return
@@ -100,7 +101,10 @@ def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int
         largest=max([*decode, *whole, *pieces]),
     )
     graphs.capture_mixed(whole, pieces)
-    compile_model(runner.model, config.compilation, decode=True)
-    graphs.capture_decode(decode)
-    compile_model(runner.model, "off" if config.compilation == "off" else "default")
+    mode = config.compilation
+    for few_rows in (False, True):
+        compile_model(runner.model, mode, few_rows=few_rows)
+        graphs.capture_decode(size for size in decode if (size <= MOST_ROWS) == few_rows)
+    # What is not captured goes on with symbolic sizes.
+    compile_model(runner.model, "off" if mode == "off" else "default")
     runner.graphs = graphs
