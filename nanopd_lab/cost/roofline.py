@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 
-class ChunkShape(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class ChunkShape:
     """One sequence's part of a step: `count` new tokens behind `past` tokens whose KV is in the cache.
 
     A decode step is `(1, past)`, a whole prompt `(length, 0)`. `samples` is 1 if a token is drawn behind the
