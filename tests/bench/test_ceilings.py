@@ -39,4 +39,4 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def test_records_can_be_read(file) -> None:  # type: ignore[no-untyped-def]
     record = json.loads(file.read_text())
     assert Ceilings.from_record(record).roof("bfloat16").ridge > 1
-    assert record["provenance"]["command"].startswith("nanopd-lab ceilings")
+    assert "nanopd-lab ceilings" in record["provenance"]["command"]
