@@ -225,7 +225,7 @@ def tires(running):
 
 
 def needs_two(running):
-    oldest, *_, youngest = running
+    _, *_, youngest = running
     return youngest
 
 
