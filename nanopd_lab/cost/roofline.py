@@ -178,16 +178,18 @@ class Roof:
 
 def step_flops(model: ModelDims, chunks: Seq[ChunkShape]) -> int:
     """FLOPs of one step: matrix products, and attention over the pairs that the causal mask leaves."""
-    return _gemm_flops(model, chunks) + _attention_flops(model, chunks)
+    return gemm_flops(model, chunks) + attention_flops(model, chunks)
 
 
-def _gemm_flops(model: ModelDims, chunks: Seq[ChunkShape]) -> int:
+def gemm_flops(model: ModelDims, chunks: Seq[ChunkShape]) -> int:
+    """FLOPs of the matrix products: each token with all layers, each row that draws one with the vocabulary."""
     tokens = sum(chunk.count for chunk in chunks)
     drawn = sum(chunk.samples > 0 for chunk in chunks)
     return 2 * tokens * model.token_weights + 2 * drawn * model.vocab_weights
 
 
-def _attention_flops(model: ModelDims, chunks: Seq[ChunkShape]) -> int:
+def attention_flops(model: ModelDims, chunks: Seq[ChunkShape]) -> int:
+    """FLOPs of attention: what is behind the causal mask is not counted."""
     pairs = sum(chunk.pairs for chunk in chunks)
     # For each pair and query head a dot product with K, and as much again to add up V.
     return pairs * model.num_layers * model.num_heads * 2 * (2 * model.head_dim)
@@ -211,8 +213,8 @@ def step_cost(model: ModelDims, chunks: Seq[ChunkShape]) -> StepCost:
     weights = model.token_weights + (model.vocab_weights if drawn else 0)
     return StepCost(
         tokens=tokens,
-        gemm_flops=_gemm_flops(model, chunks),
-        attention_flops=_attention_flops(model, chunks),
+        gemm_flops=gemm_flops(model, chunks),
+        attention_flops=attention_flops(model, chunks),
         weight_bytes=weights * model.weight_itemsize,
         kv_read_bytes=context * model.kv_bytes_per_token,
         kv_write_bytes=tokens * model.kv_bytes_per_token,

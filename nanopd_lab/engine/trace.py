@@ -77,6 +77,16 @@ class Trace:
         times = self.token_times_s(request)
         return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
 
+    def gaps_while_reading_s(self, newcomer: int, readers: Seq[int]) -> list[float]:
+        """Gaps before those tokens of `readers` that came between the newcomer's arrival and its first token."""
+        begin, end = self.arrivals_s[newcomer], self.token_times_s(newcomer)[0]
+        return [
+            gap
+            for reader in readers
+            for time, gap in zip(self.token_times_s(reader)[1:], self.itl_s(reader), strict=True)
+            if begin < time <= end
+        ]
+
 
 def run_traced(
     engine: Engine,
@@ -143,23 +153,19 @@ def _step(
     began = engine.clock()
     ended = {int(output.request_id): output for output in engine.step() if output.finished}
     seconds = engine.clock() - began
-    work = tuple(
-        Work(
-            request=int(s.request.request_id),
-            phase=phase,
-            tokens=s.tokens_computed - computed,
-            past=s.num_computed - (s.tokens_computed - computed),
-            sampled=len(s.tokens) > length,
-        )
-        for s, computed, length, _, phase in before
-        if s.tokens_computed > computed
-    )
+    work = []
+    for s, computed, length, _, phase in before:
+        if count := s.tokens_computed - computed:
+            sampled = len(s.tokens) > length
+            # A sequence that has ended no longer says how far it was computed: to its last known token.
+            past = (length if sampled else s.num_computed) - count
+            work.append(Work(int(s.request.request_id), phase, count, past, sampled))
     preempted = tuple(int(s.request.request_id) for s, _, _, times, _ in before if s.preemptions > times)
     stats = engine.stats()
     record = StepRecord(
         start_s=began - start,
         seconds=seconds,
-        work=work,
+        work=tuple(work),
         waiting=stats.waiting + queued,
         running=stats.running,
         finished=finished + len(ended),
