@@ -59,9 +59,9 @@ class Ceilings:
 
 
 def measure_ceilings(
-    device: torch.device | str = "cpu", dtypes: Sequence[str] = ("float32",), rounds: int = 5
+    device: torch.device | str = "cpu", dtypes: Sequence[str] = ("float32",), rounds: int = 10
 ) -> Ceilings:
-    """Measure a device. On two CPU cores it takes about a second.
+    """Measure a device. On two CPU cores it takes a second or two.
 
     Args:
         device: "cpu" or a CUDA device, which should do nothing else meanwhile

@@ -171,6 +171,14 @@ class Roof:
         """The most that work of this intensity can reach."""
         return min(self.peak_flops_per_s, intensity * self.bandwidth_bytes_per_s)
 
+    def raised(self, other: Roof) -> Roof:
+        """The higher of each ceiling: of two measurements of one machine, the less disturbed."""
+        return Roof(
+            max(self.bandwidth_bytes_per_s, other.bandwidth_bytes_per_s),
+            max(self.peak_flops_per_s, other.peak_flops_per_s),
+            self.name,
+        )
+
     def seconds(self, cost: StepCost) -> float:
         """The least time that the step can take."""
         return max(cost.bytes / self.bandwidth_bytes_per_s, cost.flops / self.peak_flops_per_s)

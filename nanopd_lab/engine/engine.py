@@ -88,7 +88,11 @@ class Engine:
         fresh = loaded is None
         if loaded is None:
             loaded = load_model(
-                config.model, dtype=dtype, device=self.device, seed=config.seed, attn_implementation=register()
+                config.model,
+                dtype=dtype,
+                device=self.device,
+                seed=config.seed,
+                attn_implementation=register(),
             )
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer

@@ -5,6 +5,7 @@ It only looks: it compares what the scheduler's sequences say before and after e
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Trace:
     def itl_s(self, request: int) -> list[float]:
         """Inter-token latencies of a request: the gap before each token but the first, in seconds."""
         times = self.token_times_s(request)
-        return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        return [later - earlier for earlier, later in itertools.pairwise(times)]
 
     def gaps_while_reading_s(self, newcomer: int, readers: Seq[int]) -> list[float]:
         """Gaps before those tokens of `readers` that came between the newcomer's arrival and its first token."""

@@ -99,7 +99,9 @@ def budget_tradeoff(rows: Sequence[Tradeoff], chosen: int | None = None) -> LabF
         )
     ax.set_xlim(0, 1.2 * max(row.gap_ms for row in rows))
     ax.set_ylim(0, 1.2 * max(row.ttft_ms for row in rows))
-    ax.set_xlabel("gap between tokens of the others while the newcomer's prompt is read (ms): better to the left")
+    ax.set_xlabel(
+        "gap between tokens of the others while the newcomer's prompt is read (ms): better to the left"
+    )
     ax.set_ylabel("newcomer's TTFT (ms): better below")
     ax.grid(True, alpha=0.25, which="both")
     ax.spines[["top", "right"]].set_visible(False)

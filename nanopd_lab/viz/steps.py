@@ -39,7 +39,15 @@ def step_gantt(
     ]
     if any(step.preempted for trace in runs.values() for step in trace.steps):
         legend.append(
-            Line2D([], [], color=ALERT, marker="X", linestyle="none", markersize=9, label="preempted: blocks lost")
+            Line2D(
+                [],
+                [],
+                color=ALERT,
+                marker="X",
+                linestyle="none",
+                markersize=9,
+                label="preempted: blocks lost",
+            )
         )
     fig.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=10)
     return fig
@@ -54,9 +62,12 @@ def _panel(ax: Axes, trace: Trace, names: Sequence[str]) -> None:
         for work in step.work:
             _cell(ax, step, work.request, work.phase, work.tokens)
         for row in step.preempted:
-            ax.plot(step.start_s, row, marker="X", color=ALERT, markersize=9, markeredgecolor="white", zorder=4)
+            ax.plot(
+                step.start_s, row, marker="X", color=ALERT, markersize=9, markeredgecolor="white", zorder=4
+            )
     ax.set_ylim(len(trace.outputs) - 0.5, -0.5)
     ax.set_yticks(range(len(names)), names)
+    ax.set_ylabel("request")
     ax.tick_params(labelsize=9)
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -76,4 +87,6 @@ def _cell(ax: Axes, step: StepRecord, row: int, phase: str, tokens: int) -> None
     wide = ax.get_xlim()[1] / 960 * 9.5 * len(str(tokens))  # what the number needs
     if phase == "prefill" and step.seconds > wide:
         middle = step.start_s + step.seconds / 2
-        ax.text(middle, row, str(tokens), ha="center", va="center", fontsize=9, color=INK, zorder=3, clip_on=True)
+        ax.text(
+            middle, row, str(tokens), ha="center", va="center", fontsize=9, color=INK, zorder=3, clip_on=True
+        )

@@ -131,6 +131,7 @@ def test_decode_meets_the_ridge_where_it_should() -> None:
     assert roof.ridge == 5
     assert roof.flops_per_s(3) == 300
     assert roof.flops_per_s(50) == 500
+    assert roof.raised(Roof(50.0, 700.0)) == Roof(100.0, 700.0)
     below, above = step_cost(TOY, [ChunkShape(1)]), step_cost(TOY, [ChunkShape(200)])
     assert below.intensity < 5 < above.intensity
     assert roof.seconds(below) == below.bytes / 100
