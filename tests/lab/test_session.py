@@ -318,3 +318,15 @@ def test_a_source_text_is_kept_as_it_is() -> None:
     namespace: dict[str, Any] = {}
     exec(standalone(text, "kernels.copy"), namespace)
     assert namespace["PART"] == text
+
+
+def test_a_notebooks_variable_named_like_an_argument_is_not_needed(session: Session, tmp_path: Path) -> None:
+    text = "tokens = block_size = count = object()\nOFFSET = 0\n"
+    text += "@session.exercise('kv.blocks_for')\ndef f(tokens, block_size):\n"
+    text += "    def up():\n        return -(-tokens // block_size)\n"
+    text += "    count = sum(up() for _ in range(1))\n    return count + OFFSET\n"
+    run_notebook(session, tmp_path, text)
+    session.check("kv.blocks_for")
+    assert session.save() == "kept in kept: kv.blocks_for"
+    assert "OFFSET = 0" in (session.folder / "kv.blocks_for.py").read_text()
+    assert Session(mode="learner", folder=session.folder).load() == "PASS  kv.blocks_for"
