@@ -60,6 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=_info)
 
+    ceilings = commands.add_parser("ceilings", help="measure this machine's memory bandwidth and matmul peak")
+    ceilings.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    ceilings.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    ceilings.add_argument("--rounds", type=int, default=15, help="the best of so many counts")
+    ceilings.add_argument("--result-filename", type=Path, help="write a record with its provenance, as JSON")
+    ceilings.set_defaults(run=_ceilings)
+
     offline = commands.add_parser("bench-offline", help="throughput beside Hugging Face, in one run")
     offline.add_argument("--model", default="smollm2")
     offline.add_argument("--dtype", default="bfloat16")
@@ -142,6 +149,21 @@ def _info(args: argparse.Namespace) -> int:
         width = max(map(len, report))
         for name, value in report.items():
             print(f"{name:{width}}  {value}")
+    return 0
+
+
+def _ceilings(args: argparse.Namespace) -> int:
+    import torch
+
+    from nanopd_lab.bench.ceilings import format_ceilings, measure_ceilings, record_of
+
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = measure_ceilings(device, args.dtypes, args.rounds)
+    print(format_ceilings(found))
+    if args.result_filename:
+        args.result_filename.write_text(json.dumps(record_of(found), indent=1) + "\n")
     return 0
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from nanopd_lab import LLM, SamplingParams
+from nanopd_lab.bench.ceilings import read_bytes_per_s
 from nanopd_lab.bench.provenance import provenance
 
 PEERS = ("hf-padded", "hf-continuous", "hf-sequential")
@@ -175,17 +176,6 @@ def decode_step_ms(llm: LLM, contexts: list[int], steps: int = 20) -> float:
     return statistics.median(times) * 1e3
 
 
-def read_bandwidth(nbytes: int = 1 << 30) -> float:
-    """Bytes a second that this machine's cores read from memory, over a buffer larger than its caches."""
-    buffer = torch.ones(nbytes // 8, dtype=torch.int64)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        buffer.sum()
-        times.append(time.perf_counter() - start)
-    return nbytes / min(times)
-
-
 def run_offline(
     model: str,
     *,
@@ -241,7 +231,7 @@ def run_offline(
 
     weights = llm.engine.loaded.geometry.weight_bytes
     skewed, short, long = (decode_step_ms(llm, c, 12) for c in ([64] * 15 + [2048], [64] * 15, [2048]))
-    bandwidth = read_bandwidth() if llm.engine.device.type == "cpu" else None
+    bandwidth = read_bytes_per_s() if llm.engine.device.type == "cpu" else None
     return {
         "schema": SCHEMA,
         "provenance": provenance(),

@@ -31,7 +31,7 @@ from nanopd_lab.kv import AllocatorStats
 from nanopd_lab.kv.cache import KVCache, KVShape
 from nanopd_lab.model.compilation import compile_model
 from nanopd_lab.model.inference import optimise
-from nanopd_lab.model.loading import load_model
+from nanopd_lab.model.loading import LoadedModel, load_model
 from nanopd_lab.model.paged import register
 from nanopd_lab.model.runner import Launched, ModelRunner
 from nanopd_lab.model.startup import capture_graphs, measure_pool
@@ -70,13 +70,19 @@ class Engine:
     Args:
         config: see `EngineConfig`
         clock: seconds, for the metrics
+        loaded: another engine's model, to share its weights; it must be what `config` asks for
 
     Raises:
         ValueError: unknown or unsupported model, impossible sizes; before anything large is allocated where
             that can be known.
     """
 
-    def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+        loaded: LoadedModel | None = None,
+    ) -> None:
         self.config = config
         self.clock = clock
         self.device = config.resolve_device()
@@ -84,9 +90,15 @@ class Engine:
         gpu = self.device.type == "cuda"
         # Everything cheap that can be wrong is found out before the weights are read.
         check_backend(config.attention_backend, self.device)
-        loaded = load_model(
-            config.model, dtype=dtype, device=self.device, seed=config.seed, attn_implementation=register()
-        )
+        fresh = loaded is None
+        if loaded is None:
+            loaded = load_model(
+                config.model,
+                dtype=dtype,
+                device=self.device,
+                seed=config.seed,
+                attn_implementation=register(),
+            )
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
         geometry = loaded.geometry
@@ -96,7 +108,7 @@ class Engine:
                 "positions; lower it or leave it out"
             )
         model = loaded.model
-        if config.optimise:
+        if fresh and config.optimise:
             optimise(model)
         shape = KVShape(
             geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, config.block_size, dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from nanopd_lab.engine.outputs import BeamSearchOutput, BeamSearchSequence, Requ
 from nanopd_lab.errors import InvalidRequestError, NonFiniteLogitsError
 
 Messages = Seq[Mapping[str, Any]]
+# What the weights in memory depend on.
+WEIGHT_SETTINGS = frozenset({"model", "dtype", "device", "seed", "optimise"})
 
 
 class LLM:
@@ -78,6 +81,24 @@ class LLM:
             )
         )
         self._numbers = itertools.count()
+
+    def reconfigured(self, **changes: Any) -> LLM:
+        """Another engine on the same weights, with a scheduler and a KV pool of its own and some settings changed.
+
+        Takes no time and no memory for weights: for comparing settings.
+
+        Raises:
+            ValueError: a setting that does not exist, that the weights depend on, or that is out of range.
+        """
+        config = self.engine.config
+        names = {field.name for field in fields(config)}
+        if wrong := sorted(set(changes) - names | set(changes) & WEIGHT_SETTINGS):
+            free = ", ".join(sorted(names - WEIGHT_SETTINGS))
+            raise ValueError(f"{wrong[0]} cannot be changed on loaded weights; these can: {free}")
+        other = LLM.__new__(LLM)
+        other.engine = Engine(replace(config, **changes), loaded=self.engine.loaded)
+        other._numbers = itertools.count()
+        return other
 
     @property
     def model_path(self) -> Path | None:

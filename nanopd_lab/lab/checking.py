@@ -134,6 +134,8 @@ def expect(condition: bool, why: str, want: Any, got: Any = _UNSET) -> None:
 
 def same(left: Any, right: Any) -> bool:
     """Equal in value, also for tensors and for containers of them."""
+    if left is right:
+        return True
     if type(left) is not type(right):
         return False
     if isinstance(left, dict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
 import importlib
 import json
 import linecache
@@ -97,8 +98,7 @@ def _collect(thing: Any, exercise: str, imports: set[str], definitions: dict[str
     definitions[thing.__name__] = ""  # a function that calls itself ends here
     node, text = _definition(thing)
     namespace = _globals(thing)
-    used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    for name in sorted(used & set(namespace)):
+    for name in sorted(_names(thing, node) & set(namespace)):
         value = namespace[name]
         module = getattr(value, "__module__", None)
         if value is thing or name in ("__name__", "__file__"):
@@ -120,6 +120,23 @@ def _collect(thing: Any, exercise: str, imports: set[str], definitions: dict[str
             )
     del definitions[thing.__name__]  # after what it uses
     definitions[thing.__name__] = text
+
+
+def _names(thing: Any, node: ast.stmt) -> set[str]:
+    """Names in `thing` that may stand for something outside it: not its own arguments and variables.
+
+    A notebook often has a variable of the same name as an argument.
+    """
+    used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    own = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    own |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    is_function = isinstance(thing, types.FunctionType)
+    codes = [m.__code__ for m in ([thing] if is_function else vars(thing).values()) if hasattr(m, "__code__")]
+    while codes:
+        code = codes.pop()
+        own -= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+        codes.extend(inner for inner in code.co_consts if isinstance(inner, types.CodeType))
+    return used - own
 
 
 def _importable(value: Any, module: str | None) -> bool:

@@ -300,3 +300,21 @@ def test_kv_memory_is_one_allocation_of_the_size_asked_for() -> None:
     assert cache.num_bytes <= 1_000_000 < cache.num_bytes + cache.shape.block_bytes
     assert cache.tensor.is_contiguous()
     assert cache.layer(1).untyped_storage().data_ptr() == cache.tensor.untyped_storage().data_ptr()
+
+
+def test_another_engine_on_the_same_weights() -> None:
+    llm = LLM("random:tiny", device="cpu")
+    small = llm.reconfigured(max_num_batched_tokens=5, kv_cache_memory_bytes=1 << 18)
+    assert small.engine.loaded is llm.engine.loaded
+    assert small.engine.scheduler.budget == 5
+    assert small.engine.cache.num_blocks < llm.engine.cache.num_blocks
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    prompts = [list(range(1, 30)), [3, 4]]
+    here, there = (engine.generate(prompts, params, use_tqdm=False) for engine in (llm, small))
+    assert [o.outputs[0].token_ids for o in here] == [o.outputs[0].token_ids for o in there]
+    with pytest.raises(ValueError, match="dtype cannot be changed on loaded weights; these can: "):
+        llm.reconfigured(dtype="bfloat16")
+    with pytest.raises(ValueError, match="budget cannot be changed"):
+        llm.reconfigured(budget=3)
+    with pytest.raises(ValueError, match="block_size is 0"):
+        llm.reconfigured(block_size=0)

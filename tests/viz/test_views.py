@@ -10,8 +10,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from nanopd_lab import LLM, SamplingParams
+from nanopd_lab.cost.roofline import ChunkShape, ModelDims, Roof, step_cost
 from nanopd_lab.engine.trace import Trace, run_traced
 from nanopd_lab.viz.explorer import Explorer
+from nanopd_lab.viz.latency import Tradeoff, budget_tradeoff, itl_spikes
+from nanopd_lab.viz.roofline import Point, decode_budget, roofline
+from nanopd_lab.viz.steps import step_gantt
 from nanopd_lab.viz.style import figure, png
 from nanopd_lab.viz.system import system_map
 from nanopd_lab.viz.timeline import request_timeline
@@ -27,6 +31,15 @@ def runs() -> dict[str, Trace]:
         "one at a time": run_traced(llm.engine, PROMPTS, PARAMS[0], one_at_a_time=True),
         "all at once": run_traced(llm.engine, PROMPTS, PARAMS[0]),
     }
+
+
+@pytest.fixture(scope="module")
+def busy() -> Trace:
+    """Two answers under way, and a prompt of 40 tokens that comes after 3 steps and is read in chunks."""
+    llm = LLM("random:tiny", device="cpu", max_num_batched_tokens=16, enable_prefix_caching=False)
+    prompts = [[1, 2, 3], [4, 5], list(range(1, 41))]
+    each = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (12, 9, 3)]
+    return run_traced(llm.engine, prompts, each, after_steps=[0, 0, 3])
 
 
 def texts(fig: Figure) -> list[str]:
@@ -137,3 +150,124 @@ def test_an_error_at_the_start_is_raised() -> None:
     with pytest.raises(RuntimeError, match="no"):
         Explorer(broken, x=ipywidgets.IntSlider())
     assert figure()._repr_png_()[:4] == b"\x89PNG"
+
+
+# ---------------------------------------------------------------------- traces with arrivals, batches, preemption
+
+
+def test_a_request_arrives_after_its_steps(busy: Trace) -> None:
+    first = next(i for i, step in enumerate(busy.steps) if any(w.request == 2 for w in step.work))
+    assert first == 3
+    assert busy.arrivals_s[0] == pytest.approx(busy.arrivals_s[1], abs=0.1)
+    assert busy.steps[2].end_s <= busy.arrivals_s[2] <= busy.steps[3].start_s
+    assert [w.past for step in busy.steps for w in step.work if w.request == 2] == [0, 14, 28, 40, 41]
+    for number, length in enumerate((12, 9, 3)):
+        times = busy.token_times_s(number)
+        assert len(times) == length == len(busy.outputs[number].outputs[0].token_ids)
+        assert times == sorted(times)
+        assert len(busy.itl_s(number)) == length - 1
+        assert sum(busy.itl_s(number)) == pytest.approx(times[-1] - times[0])
+    # The prompt takes three steps, in each of which both readers get a token.
+    assert len(busy.gaps_while_reading_s(2, [0, 1])) == 6
+
+
+def test_every_step_costs_something_and_the_past_is_right(busy: Trace, runs: dict[str, Trace]) -> None:
+    for trace in (busy, *runs.values()):
+        known = dict.fromkeys(range(3), 0)
+        for step in trace.steps:
+            for work in step.work:
+                assert work.past == known[work.request]
+                known[work.request] += work.tokens
+
+
+def test_a_static_batch_waits_for_its_slowest() -> None:
+    llm = LLM("random:tiny", device="cpu", enable_prefix_caching=False)
+    each = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 8, 3, 3)]
+    prompts = [[1, 2, 3]] * 4
+    static = run_traced(llm.engine, prompts, each, static_batch=2)
+    continuous = run_traced(llm.reconfigured(max_num_seqs=2).engine, prompts, each)
+    assert (len(static.steps), len(continuous.steps)) == (11, 8)  # as worked by hand in notebook 05
+    assert static.steps[0].waiting == 2
+    assert {output.metrics.arrival_time for output in static.outputs} == {
+        static.outputs[0].metrics.arrival_time
+    }
+
+
+@pytest.fixture(scope="module")
+def tight() -> Trace:
+    llm = LLM("random:tiny", device="cpu", enable_prefix_caching=False)
+    pool = 5 * llm.engine.cache.shape.block_bytes
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    trace = run_traced(llm.reconfigured(kv_cache_memory_bytes=pool).engine, [[1] * 20, [2] * 20], params)
+    assert [o.outputs[0].token_ids for o in trace.outputs] == [
+        o.outputs[0].token_ids for o in run_traced(llm.engine, [[1] * 20, [2] * 20], params).outputs
+    ]
+    return trace
+
+
+def test_preemptions_are_recorded(tight: Trace) -> None:
+    lost = [number for step in tight.steps for number in step.preempted]
+    assert lost == [1]
+    assert tight.outputs[1].metrics.num_preemptions == 1
+    again = [w for step in tight.steps for w in step.work if w.request == 1 and w.phase == "prefill"]
+    assert again[0].past == again[1].past == 0
+    assert again[1].tokens > 20  # the answer so far is computed again with the prompt
+
+
+def test_the_gantt_has_a_cell_for_each_piece_of_work(busy: Trace, tight: Trace) -> None:
+    fig = step_gantt({"one": busy, "two": tight})
+    for ax, trace in zip(fig.axes, (busy, tight), strict=True):
+        work = sum(len(step.work) for step in trace.steps)
+        assert len(ax.patches) == work + len(trace.outputs)  # and one bar behind each request
+        assert ax.get_ylabel() == "request"
+        crosses = [line for line in ax.lines if line.get_marker() == "X"]
+        assert len(crosses) == sum(len(step.preempted) for step in trace.steps)
+    assert "preempted: blocks lost" in [text.get_text() for text in fig.legends[0].get_texts()]
+    assert "preempted: blocks lost" not in str(
+        [text.get_text() for text in step_gantt({"one": busy}).legends[0].get_texts()]
+    )
+    assert png(step_gantt({"one": busy}, names=["a", "b", "new"])) != png(step_gantt({"one": busy}))
+
+
+def test_spikes_are_as_high_as_the_gaps(busy: Trace) -> None:
+    fig = itl_spikes({"run": busy}, readers=[0, 1], newcomer=2)
+    (ax,) = fig.axes
+    drawn = [value for line in ax.lines for value in line.get_ydata()]  # type: ignore[union-attr]
+    assert drawn == pytest.approx([1e3 * gap for reader in (0, 1) for gap in busy.itl_s(reader)])
+    longest = max(drawn)
+    assert f"longest gap {longest:.0f} ms" in ax.get_title(loc="left")
+    assert ax.get_ylabel() == "gap (ms)"
+    assert ax.get_xlabel() == "time (s)"
+
+
+def test_the_tradeoff_points_out_the_chosen_budget() -> None:
+    rows = [Tradeoff(32, 900.0, 50.0), Tradeoff(1024, 300.0, 280.0)]
+    plain, chosen = budget_tradeoff(rows), budget_tradeoff(rows, chosen=32)
+    assert texts(plain) == ["32 tokens", "1,024 tokens"]
+    assert png(plain) != png(chosen)
+
+
+def test_the_roofline_shows_both_ceilings_and_every_point() -> None:
+    roof = Roof(10e9, 100e9, "a machine")
+    points = [Point("decode", "1", 0.5, 4e9), Point("prefill", "256", 60.0, 8e10)]
+    fig = roofline(roof, points)
+    shown = " ".join(texts(fig))
+    for words in ("10 GB/s", "100 GFLOP/s", "ridge: 10.0 FLOP/byte", "256"):
+        assert words in shown
+    (ax,) = fig.axes
+    line = ax.lines[0]
+    assert max(line.get_ydata()) == 100e9  # type: ignore[arg-type]
+    assert ax.get_title(loc="left") == "Roofline of a machine"
+    assert len(roofline(roof).axes[0].lines) < len(ax.lines)
+
+
+def test_a_decode_step_is_as_long_as_its_longer_bar() -> None:
+    model = ModelDims("toy", 2, 4, 8, 2, 1, 2, 10, True, 4, 4)
+    roof = Roof(1e6, 1e6, "a machine")
+    for batch, context in ((1, 3), (64, 3), (8, 2000)):
+        seconds = roof.seconds(step_cost(model, [ChunkShape(1, context)] * batch))
+        right = decode_budget(model, roof, batch, context).axes[1]
+        bars = [bar.get_x() + bar.get_width() for bar in right.patches]  # type: ignore[attr-defined]
+        assert max(bars) == pytest.approx(1e3 * seconds)
+        assert right.get_xlim()[1] > max(bars)
+        assert f"batch {batch}, context {context:,}" in right.get_title(loc="left")

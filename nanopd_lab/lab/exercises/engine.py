@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-from nanopd_lab.engine.policies import ChunkPolicy, plan_chunks
+from nanopd_lab.core import Request, SampledToken, SamplingParams, Sequence
+from nanopd_lab.engine.policies import ChunkPolicy, VictimPolicy, choose_victim, plan_chunks
+from nanopd_lab.engine.scheduler import Scheduler
+from nanopd_lab.kv import BlockAllocator
 from nanopd_lab.lab.checking import call, expect
 from nanopd_lab.lab.registry import Exercise
 
@@ -64,6 +69,136 @@ def _chunk_cases() -> Iterator[Case]:
         yield num_decodes, [100, 700, 30], budget
         yield num_decodes, [448, 1, 1, 4000], budget
         yield num_decodes, [33] * 20, budget
+    for budget in (16_384, 131_072):
+        yield 64, [40_000, 3, 90_000], budget
+
+
+def check_choose_victim(impl: VictimPolicy) -> int:
+    """Hand-made batches in which only the order of admission tells right from wrong; then real ones.
+
+    The real ones come from the scheduler itself, which runs short of blocks again and again while requests
+    keep arriving, with the implementation as its policy.
+    """
+    count = 0
+    for running in _batches():
+        _examine_choice(impl, running)
+        count += 1
+    for seed in range(4):
+        count += _run_short_of_blocks(impl, seed)
+    return count
+
+
+def _examine_choice(impl: VictimPolicy, running: Seq[Sequence]) -> int:
+    """The index of the sequence that was chosen, if it is the right one."""
+
+    def chosen(running: Seq[Sequence]) -> tuple[int | None, object]:
+        answer = impl(running)
+        # By identity: the scheduler takes the answer out of its own list.
+        found = (index for index, sequence in enumerate(running) if sequence is answer)
+        return next(found, None), answer
+
+    want = choose_victim(running)
+    name = str(getattr(impl, "__name__", type(impl).__name__))
+    index, answer = call(chosen, called=name, running=list(running))
+    if index is None:
+        kind = "not its index" if isinstance(answer, int) else "not something made from it"
+        got = _Made(answer) if isinstance(answer, Sequence) else answer
+        expect(False, f"return one of the sequences in `running` itself, {kind}", want, got)
+    ages = ", ".join(str(sequence.priority) for sequence in running)
+    expect(
+        running[index] is want,
+        f"of the priorities {ages} the youngest, {want.priority}, gives way: so the oldest always finishes",
+        want,
+        running[index],
+    )
+    return int(index)
+
+
+class _Made:
+    """A sequence that looks like one of those that are running, and is none of them."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = sequence
+
+    def __repr__(self) -> str:
+        return f"a new {self.sequence!r}"
+
+
+def _batches() -> Iterator[list[Sequence]]:
+    """Oldest first, as the scheduler keeps them."""
+    yield [_sequence("a", 0), _sequence("b", 1)]
+    yield [_sequence("b", 0, blocks=4), _sequence("a", 1)]
+    yield [_sequence("a", 3), _sequence("b", 5, blocks=4)]
+    yield [_sequence("a", 0, arrival=2.0), _sequence("b", 1, arrival=1.0)]
+    yield [_sequence("a", 0, output=1), _sequence("b", 1, output=30)]
+    yield [_sequence("a", 0, served=9), _sequence("b", 1, served=8)]
+    yield [_sequence("a", 0), _sequence("b", 1, preemptions=3)]
+    yield [_sequence("a", 2), _sequence("a", 2, index=1), _sequence("a", 2, index=2)]
+    yield [_sequence("only", 7)]
+    rng = random.Random(0)
+    for _ in range(120):
+        serials = sorted(rng.sample(range(40), rng.randint(1, 9)))
+        yield [
+            _sequence(
+                f"r{rng.randrange(1000)}",
+                serial,
+                blocks=rng.randint(1, 9),
+                output=rng.randint(0, 30),
+                arrival=rng.choice((0.0, rng.random())),
+                served=rng.randint(-1, 50),
+                preemptions=rng.randint(0, 3),
+            )
+            for serial in serials
+        ]
+
+
+def _sequence(
+    name: str,
+    serial: int,
+    index: int = 0,
+    blocks: int = 2,
+    output: int = 4,
+    arrival: float = 0.0,
+    served: int = 5,
+    preemptions: int = 0,
+) -> Sequence:
+    """A running sequence as the scheduler would hand it over."""
+    length = max(1, 16 * blocks - output)
+    request = Request(name, [1] * length, SamplingParams(max_tokens=64), arrival, serial=serial)
+    sequence = Sequence(request, index, tokens=[1] * (length + output), num_computed=length + output - 1)
+    sequence.blocks = list(range(blocks))
+    sequence.last_served, sequence.preemptions = served, preemptions
+    return sequence
+
+
+def _run_short_of_blocks(impl: VictimPolicy, seed: int) -> int:
+    """Run the scheduler on too few blocks for all; the number of victims that it asked for."""
+    rng = random.Random(seed)
+    asked = 0
+
+    def policy(running: Seq[Sequence]) -> Sequence:
+        nonlocal asked
+        asked += 1
+        return running[_examine_choice(impl, running)]
+
+    scheduler = Scheduler(
+        BlockAllocator(12, enable_prefix_caching=False),
+        block_size=4,
+        max_num_batched_tokens=24,
+        max_num_seqs=8,
+        max_model_len=48,
+        victim_policy=policy,
+    )
+    left = 16
+    while left or scheduler.has_unfinished:
+        if left and rng.random() < 0.5:
+            params = SamplingParams(max_tokens=rng.randint(8, 24), ignore_eos=True)
+            scheduler.add(Request(f"r{left}", [1] * rng.randint(1, 20), params))
+            left -= 1
+        plan = scheduler.schedule()
+        if plan is not None:
+            scheduler.complete(plan, [[SampledToken(1)] * chunk.samples for chunk in plan.chunks])
+    return asked
 
 
 EXERCISES = (
@@ -82,5 +217,19 @@ EXERCISES = (
             "`prefills`; return `chunks`.",
         ),
         plug=lambda parts, impl: replace(parts, chunk_policy=impl),
+    ),
+    Exercise(
+        name="engine.choose_victim",
+        notebook="05",
+        reference=choose_victim,
+        check=check_choose_victim,
+        hints=(
+            "Whoever loses its blocks has to compute its KV again. To whom should that never happen, so that "
+            "at least one sequence is sure to get on, whatever else is going on?",
+            "The oldest must be safe, and the youngest has been promised least. `sequence.priority` is a pair "
+            "(order of admission, number of the sample); the larger, the younger.",
+            "`max` takes a `key`: a function that says what to compare. Here that is `sequence.priority`.",
+        ),
+        plug=lambda parts, impl: replace(parts, victim_policy=impl),
     ),
 )

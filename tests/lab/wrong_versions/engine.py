@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from tests.lab.wrong_versions.base import Version
 
 
@@ -139,6 +141,115 @@ def with_prefix_sums(num_decodes, prefills, budget, *, floor=0):
     return chunks
 
 
+def the_oldest(running):
+    return running[0]
+
+
+def the_oldest_by_priority(running):
+    return min(running, key=lambda sequence: sequence.priority)
+
+
+def most_blocks(running):
+    return max(running, key=lambda sequence: len(sequence.blocks))
+
+
+def fewest_blocks(running):
+    return min(running, key=lambda sequence: len(sequence.blocks))
+
+
+def most_blocks_but_never_the_oldest(running):
+    return max(running[1:] or running, key=lambda sequence: len(sequence.blocks))
+
+
+def latest_arrival(running):
+    return max(running, key=lambda sequence: sequence.request.arrival)
+
+
+def ignores_samples(running):
+    return max(running, key=lambda sequence: sequence.request.serial)
+
+
+def least_written(running):
+    return min(running, key=lambda sequence: sequence.output_len)
+
+
+def served_last(running):
+    return max(running, key=lambda sequence: sequence.last_served)
+
+
+def takes_turns(running):
+    return min(running, key=lambda sequence: sequence.preemptions)
+
+
+def by_name(running):
+    return max(running, key=lambda sequence: sequence.request.request_id)
+
+
+def last_but_one(running):
+    return running[-2] if len(running) > 1 else running[0]
+
+
+def an_index(running):
+    return len(running) - 1
+
+
+def a_request(running):
+    return max(running, key=lambda sequence: sequence.priority).request
+
+
+def a_copy(running):
+    return copy.copy(running[-1])
+
+
+def a_list(running):
+    return sorted(running, key=lambda sequence: sequence.priority, reverse=True)[:1]
+
+
+def takes_it_out(running):
+    return running.pop()
+
+
+def frees_it_itself(running):
+    victim = running[-1]
+    victim.blocks.clear()
+    victim.num_computed = 0
+    return victim
+
+
+_calls = []
+
+
+def tires(running):
+    _calls.append(None)
+    return running[-1] if len(_calls) < 100 else running[0]
+
+
+def needs_two(running):
+    _, *_, youngest = running
+    return youngest
+
+
+def sorts_in_place(running):
+    running.sort(key=lambda sequence: sequence.priority, reverse=True)
+    return running[0]
+
+
+def the_last(running):
+    return running[-1]
+
+
+def by_loop(running):
+    victim = None
+    for sequence in running:
+        if victim is None or sequence.priority > victim.priority:
+            victim = sequence
+    return victim
+
+
+def by_sorting(running):
+    return sorted(running, key=lambda sequence: (sequence.request.serial, sequence.index))[-1]
+
+
 WRONG: dict[str, list[tuple[Version, str]]] = {
     "engine.plan_chunks": [
         (ignores_decodes, "more than the budget of 8"),
@@ -158,8 +269,32 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (a_tuple, "return a list of ints"),
         (breaks_on_none, "IndexError"),
     ],
+    "engine.choose_victim": [
+        (the_oldest, "the oldest always finishes"),
+        (the_oldest_by_priority, "the oldest always finishes"),
+        (most_blocks, "the youngest, (1, 0), gives way"),
+        (fewest_blocks, "gives way"),
+        (most_blocks_but_never_the_oldest, "gives way"),
+        (latest_arrival, "the youngest, (1, 0), gives way"),
+        (ignores_samples, "the youngest, (2, 2), gives way"),
+        (least_written, "gives way"),
+        (served_last, "gives way"),
+        (takes_turns, "gives way"),
+        (by_name, "gives way"),
+        (last_but_one, "gives way"),
+        (an_index, "not its index"),
+        (a_request, "one of the sequences in `running` itself"),
+        (a_copy, "one of the sequences in `running` itself"),
+        (a_list, "one of the sequences in `running` itself"),
+        (takes_it_out, "the caller still needs running"),
+        (frees_it_itself, "the caller still needs running"),
+        (tires, "the oldest always finishes"),
+        (needs_two, "ValueError"),
+        (sorts_in_place, "the caller still needs running"),
+    ],
 }
 
 RIGHT: dict[str, list[Version]] = {
     "engine.plan_chunks": [recursive, with_prefix_sums],
+    "engine.choose_victim": [by_loop, the_last, by_sorting],
 }
