@@ -13,6 +13,8 @@ from nanopd_lab import lab
 from nanopd_lab.lab.checking import call, expect, same
 from tests.lab.wrong_versions import RIGHT, WRONG
 
+# Exercises whose counterexamples hold all inputs, and the result as it is; others describe them.
+SAY_ALL = {"kv.blocks_for", "engine.plan_chunks"}
 NAMES = [exercise.name for exercise in lab.all_exercises()]
 
 
@@ -61,11 +63,11 @@ def test_a_wrong_version_fails_and_is_told_why(name: str, impl: Callable[..., An
     found = report.counterexample
     assert found is not None
     assert words in str(report)
+    assert found.want != found.got
     # The counterexample is real: the reference gives what was wanted, the wrong version what was got.
-    reference = lab.find(name).reference
-    if found.want not in ("an answer", "prefills as it was"):
-        assert repr(reference(**found.inputs)) == found.want != found.got
-    assert len(str(report)) < 700
+    if name in SAY_ALL and found.want not in ("an answer", "prefills as it was"):
+        assert repr(lab.find(name).reference(**found.inputs)) == found.want
+    assert len(str(report)) < 900
     assert all(len(line) < 160 for line in str(report).splitlines())
 
 
