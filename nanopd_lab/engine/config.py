@@ -50,7 +50,7 @@ class EngineConfig:
     enable_prefix_caching:   re-use the KV of prompts that start alike
     seed:                    of random weights and of requests that bring no seed
     device:                  "auto", "cpu", "cuda", "cuda:1"
-    attention_backend:       "auto", "reference", "torch", "cpu", "cuda"
+    attention_backend:       "auto", "reference", "online", "torch", "cpu", "cuda"
     optimise:                swap modules for faster ones with the same meaning (`model.inference`)
 
     Raises:
