@@ -10,6 +10,7 @@ from nanopd_lab.kv.cache import KVShape
 DEVICES: dict[str, tuple[str, ...]] = {
     "auto": ("cpu", "cuda"),
     "reference": ("cpu", "cuda"),
+    "online": ("cpu", "cuda"),
     "torch": ("cpu", "cuda"),
     "cpu": ("cpu",),
     "cuda": ("cuda",),
@@ -46,6 +47,10 @@ def create_backend(name: str, device: torch.device, shape: KVShape, num_heads: i
         from nanopd_lab.attention.reference import ReferenceBackend
 
         return ReferenceBackend()
+    if name == "online":
+        from nanopd_lab.attention.online import OnlineBackend
+
+        return OnlineBackend()
     if name == "cpu":
         from nanopd_lab.attention.cpu import CpuBackend
 

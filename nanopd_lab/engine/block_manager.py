@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nanopd_lab.core import BlockCopy, Sequence
-from nanopd_lab.kv import Allocator, blocks_for, hash_block
+from nanopd_lab.kv import Allocator, blocks_for, grow_table, hash_block, prefix_hashes
 
 
 class BlockManager:
@@ -15,7 +15,12 @@ class BlockManager:
     Args:
         allocator: the pool; this is its only user
         block_size: tokens a block
+
+    A subclass may replace `grow_table` and `prefix_hashes`, as functions with the same meaning.
     """
+
+    grow_table = staticmethod(grow_table)
+    prefix_hashes = staticmethod(prefix_hashes)
 
     def __init__(self, allocator: Allocator, block_size: int) -> None:
         self.allocator = allocator
@@ -43,9 +48,7 @@ class BlockManager:
             if self.allocator.is_shared(block):
                 sequence.blocks[position] = fresh = self.allocator.copy_on_write(block)
                 copies.append(BlockCopy(block, fresh))
-        new = blocks_for(sequence.num_computed + count, self.block_size) - len(sequence.blocks)
-        if new > 0:
-            sequence.blocks.extend(self.allocator.allocate(new))
+        self.grow_table(sequence.blocks, sequence.num_computed + count, self.block_size, self.allocator)
         return copies
 
     def fork(self, parent: Sequence) -> list[int]:
@@ -83,7 +86,8 @@ class BlockManager:
         assert not sequence.pending
         # Never all tokens: one must be computed, for its logits.
         usable = (len(sequence.tokens) - 1) // self.block_size
-        self._extend_hashes(sequence, usable)
+        if len(sequence.block_hashes) < usable:  # it is asked in every step that the sequence waits
+            sequence.block_hashes = self.prefix_hashes(sequence.tokens, self.block_size)
         return sequence.block_hashes[:usable]
 
     def _extend_hashes(self, sequence: Sequence, count: int) -> None:

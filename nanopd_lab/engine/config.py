@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from nanopd_lab.engine.block_manager import BlockManager
 from nanopd_lab.engine.policies import ChunkPolicy, VictimPolicy, choose_victim, plan_chunks
 from nanopd_lab.kv.allocator import Allocator, BlockAllocator
 
@@ -23,12 +24,14 @@ class EngineParts:
     """The exchangeable parts of an engine; each default is the package's own.
 
     allocator:     called with (num_blocks, enable_prefix_caching), returns an `Allocator`
+    block_manager: called with (allocator, block_size), returns a `BlockManager`
     attention:     an `AttentionBackend`, or None to choose by name and device
     chunk_policy:  how a step's tokens are divided among prompts
     victim_policy: which sequence is preempted when blocks run out
     """
 
     allocator: Callable[[int, bool], Allocator] = BlockAllocator
+    block_manager: Callable[[Allocator, int], BlockManager] = BlockManager
     attention: AttentionBackend | None = None
     chunk_policy: ChunkPolicy = plan_chunks
     victim_policy: VictimPolicy = choose_victim
@@ -50,7 +53,7 @@ class EngineConfig:
     enable_prefix_caching:   re-use the KV of prompts that start alike
     seed:                    of random weights and of requests that bring no seed
     device:                  "auto", "cpu", "cuda", "cuda:1"
-    attention_backend:       "auto", "reference", "torch", "cpu", "cuda"
+    attention_backend:       "auto", "reference", "online", "torch", "cpu", "cuda"
     optimise:                swap modules for faster ones with the same meaning (`model.inference`)
     compilation:             "off", "default", "tuned" (`model.compilation`)
     cuda_graphs:             on a GPU with the CUDA kernels, capture steps as graphs (`model.graphs`)

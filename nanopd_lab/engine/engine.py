@@ -138,6 +138,7 @@ class Engine:
             eos_token_ids=loaded.eos_token_ids,
             chunk_policy=config.parts.chunk_policy,
             victim_policy=config.parts.victim_policy,
+            block_manager=config.parts.block_manager,
         )
         self._tracked: dict[str, _Tracked] = {}
         self._under_way: Launched | None = None

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from nanopd_lab.core import (
@@ -58,6 +59,7 @@ class Scheduler:
         max_model_len: longest prompt + output
         eos_token_ids: tokens that end a sequence unless the request says `ignore_eos`
         chunk_policy, victim_policy: see `nanopd_lab.engine.policies`
+        block_manager: called with (allocator, block_size)
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class Scheduler:
         eos_token_ids: frozenset[int] = frozenset(),
         chunk_policy: ChunkPolicy = plan_chunks,
         victim_policy: VictimPolicy = choose_victim,
+        block_manager: Callable[[Allocator, int], BlockManager] = BlockManager,
     ) -> None:
         self.allocator = allocator
-        self.blocks = BlockManager(allocator, block_size)
+        self.blocks = block_manager(allocator, block_size)
         self.block_size = block_size
         self.budget = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from nanopd_lab.core import SamplingParams
+from nanopd_lab.core import SamplingParams, Sequence
 from nanopd_lab.engine.engine import Engine, Prompt
 from nanopd_lab.engine.outputs import RequestOutput
 
@@ -31,10 +31,22 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Table:
+    """One sequence's memory: its blocks in order, the tokens in them, and the most that it may ever hold."""
+
+    request: int
+    sample: int
+    blocks: tuple[int, ...]
+    tokens: int
+    most_tokens: int
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One step. `start_s` counts from the start of the run; queues and blocks are as the step left them.
 
-    `preempted` are the requests that lost their blocks when the step was planned.
+    `preempted` are the requests that lost their blocks when the step was planned; `cached` are the blocks without an
+    owner whose content can still be found (if the allocator shows them).
     """
 
     start_s: float
@@ -45,6 +57,8 @@ class StepRecord:
     finished: int
     blocks_used: int
     preempted: tuple[int, ...] = ()
+    tables: tuple[Table, ...] = ()
+    cached: tuple[int, ...] = ()
 
     @property
     def end_s(self) -> float:
@@ -59,11 +73,12 @@ class Trace:
     outputs: tuple[RequestOutput, ...]
     seconds: float
     num_blocks: int
+    block_size: int
     arrivals_s: tuple[float, ...] = ()
 
     @property
     def output_tokens(self) -> int:
-        return sum(len(output.outputs[0].token_ids) for output in self.outputs)
+        return sum(len(sample.token_ids) for output in self.outputs for sample in output.outputs)
 
     @property
     def tokens_per_s(self) -> float:
@@ -114,6 +129,8 @@ def run_traced(
     batch = 1 if one_at_a_time else static_batch
     due = list(after_steps or [0] * len(prompts))
     outside = deque(sorted(range(len(prompts)), key=lambda number: due[number]))
+    # A step is what is recorded, so each is completed before the next is planned.
+    ahead, engine.ahead = engine.ahead, False
     start = engine.clock()
     steps: list[StepRecord] = []
     outputs: dict[int, RequestOutput] = {}
@@ -134,11 +151,13 @@ def run_traced(
         step, ended = _step(engine, start, queued, len(outputs))
         steps.append(step)
         outputs |= ended
+    engine.ahead = ahead
     return Trace(
         steps=tuple(steps),
         outputs=tuple(outputs[number] for number in range(len(prompts))),
         seconds=engine.clock() - start,
         num_blocks=engine.stats().blocks.num_blocks,
+        block_size=engine.config.block_size,
         arrivals_s=tuple(arrivals[number] - start for number in range(len(prompts))),
     )
 
@@ -172,5 +191,14 @@ def _step(
         finished=finished + len(ended),
         blocks_used=stats.blocks.used,
         preempted=preempted,
+        tables=tuple(_table(sequence) for sequence in engine.scheduler.running),
+        cached=tuple(getattr(engine.scheduler.allocator, "evictable", ())),
     )
     return record, ended
+
+
+def _table(sequence: Sequence) -> Table:
+    most = sequence.prompt_len + sequence.request.params.max_tokens
+    return Table(
+        int(sequence.request.request_id), sequence.index, tuple(sequence.blocks), sequence.num_computed, most
+    )

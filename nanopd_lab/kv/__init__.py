@@ -2,5 +2,15 @@
 
 from nanopd_lab.kv.allocator import Allocator, AllocatorStats, BlockAllocator
 from nanopd_lab.kv.blocks import blocks_for, hash_block, slots
+from nanopd_lab.kv.tables import grow_table, prefix_hashes
 
-__all__ = ["Allocator", "AllocatorStats", "BlockAllocator", "blocks_for", "hash_block", "slots"]
+__all__ = [
+    "Allocator",
+    "AllocatorStats",
+    "BlockAllocator",
+    "blocks_for",
+    "grow_table",
+    "hash_block",
+    "prefix_hashes",
+    "slots",
+]

@@ -93,6 +93,15 @@ class BlockAllocator:
     Args:
         num_blocks: size of the pool; ids are 0 … num_blocks - 1
         enable_prefix_caching: keep released full blocks findable by content until they are needed
+
+    State, which only the methods change, and a subclass that replaces some of them:
+        free:         ids on the free list, taken from the left
+        refs:         owners of each block
+        generations:  how often each block has been handed out for new content, so that a late reader can tell
+        contents:     the hash under which each block is registered, or None
+        block_of:     the registered block of a hash
+        evictable:    registered blocks without an owner, oldest release first
+        hits, copies, evictions: counts for `stats`
     """
 
     def __init__(self, num_blocks: int, enable_prefix_caching: bool = True) -> None:
@@ -100,24 +109,24 @@ class BlockAllocator:
             raise ValueError(f"num_blocks is {num_blocks}; a pool needs at least 1 block")
         self.num_blocks = num_blocks
         self.enable_prefix_caching = enable_prefix_caching
-        self._free: deque[int] = deque(range(num_blocks))
-        self._refs = [0] * num_blocks
-        # Bumped whenever a block is handed out for new content, so that a late reader can tell.
-        self._generation = [0] * num_blocks
-        self._content: list[bytes | None] = [None] * num_blocks
-        self._block_of: dict[bytes, int] = {}
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # oldest release first
-        self._allocated = self._hits = self._evictions = self._copies = self._peak_used = 0
+        self.free: deque[int] = deque(range(num_blocks))
+        self.refs = [0] * num_blocks
+        self.generations = [0] * num_blocks
+        self.contents: list[bytes | None] = [None] * num_blocks
+        self.block_of: dict[bytes, int] = {}
+        self.evictable: OrderedDict[int, None] = OrderedDict()
+        self.hits = self.copies = self.evictions = 0
+        self._peak_used = 0
 
     # ------------------------------------------------------------------ taking and giving back
 
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` can hand out now, evictable ones included."""
-        return len(self._free) + len(self._evictable)
+        return len(self.free) + len(self.evictable)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks, each with reference count 1.
+        """Take `count` blocks, each with reference count 1. Free blocks go first, evicted ones after them.
 
         Raises:
             OutOfBlocks: fewer than `count` are free; nothing has been taken.
@@ -127,20 +136,22 @@ class BlockAllocator:
                 f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free; "
                 "release some or raise kv_cache_memory_bytes"
             )
-        taken = [self._free.popleft() if self._free else self._evict() for _ in range(count)]
+        taken = [self.free.popleft() if self.free else self.evict() for _ in range(count)]
         for block in taken:
-            self._refs[block] = 1
-            self._generation[block] += 1
-        self._allocated += count
-        self._peak_used = max(self._peak_used, self.num_blocks - self.num_free)
+            self.refs[block] = 1
+            self.generations[block] += 1
         return taken
 
     def fork(self, blocks: Sequence[int]) -> list[int]:
-        """Share all of `blocks` with one more owner; returns that owner's table."""
+        """Share all of `blocks` with one more owner; returns that owner's table.
+
+        Raises:
+            ValueError: a block is not in use; nothing has changed.
+        """
         for block in blocks:
-            self._require_used(block, "fork")
+            self.require_used(block, "fork")
         for block in blocks:
-            self._refs[block] += 1
+            self.refs[block] += 1
         return list(blocks)
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -152,32 +163,33 @@ class BlockAllocator:
         Raises:
             ValueError: a block is not in use (released twice); nothing has been released.
         """
+        self._note_peak()  # use falls nowhere else
         need: dict[int, int] = {}
         for block in blocks:
             need[block] = need.get(block, 0) + 1
         for block, times in need.items():
-            self._require_used(block, "release", times)
+            self.require_used(block, "release", times)
         for block in reversed(blocks):
-            self._refs[block] -= 1
-            if self._refs[block] == 0:
-                if self._content[block] is None:
-                    self._free.append(block)
+            self.refs[block] -= 1
+            if self.refs[block] == 0:
+                if self.contents[block] is None:
+                    self.free.append(block)
                 else:
-                    self._evictable[block] = None
+                    self.evictable[block] = None
 
     # ------------------------------------------------------------------ sharing
 
     def ref_count(self, block: int) -> int:
         """Owners of the block."""
-        return self._refs[block]
+        return self.refs[block]
 
     def generation(self, block: int) -> int:
         """How often the block has been handed out for new content."""
-        return self._generation[block]
+        return self.generations[block]
 
     def is_shared(self, block: int) -> bool:
         """True if more than one owner holds the block, so that it must not be written."""
-        return self._refs[block] > 1
+        return self.refs[block] > 1
 
     def copy_on_write(self, block: int) -> int:
         """Swap one reference to a shared block for a fresh block, whose content the caller must copy.
@@ -187,10 +199,10 @@ class BlockAllocator:
             OutOfBlocks: no block is free; nothing has changed.
         """
         if not self.is_shared(block):
-            raise ValueError(f"block {block} has {self._refs[block]} owner(s); only a shared block is copied")
+            raise ValueError(f"block {block} has {self.refs[block]} owner(s); only a shared block is copied")
         (fresh,) = self.allocate(1)
-        self._refs[block] -= 1
-        self._copies += 1
+        self.refs[block] -= 1
+        self.copies += 1
         return fresh
 
     # ------------------------------------------------------------------ prefix cache
@@ -199,26 +211,25 @@ class BlockAllocator:
         """(leading hashes that are cached, how many of those blocks are evictable now); takes nothing."""
         matched = evictable = 0
         for content in hashes:
-            block = self._block_of.get(content)
+            block = self.block_of.get(content)
             if block is None:
                 break
             matched += 1
-            evictable += self._refs[block] == 0
+            evictable += self.refs[block] == 0
         return matched, evictable
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """Take a reference to each leading cached block, up to the first miss."""
         taken = []
         for content in hashes:
-            block = self._block_of.get(content)
+            block = self.block_of.get(content)
             if block is None:
                 break
-            if self._refs[block] == 0:
-                del self._evictable[block]
-            self._refs[block] += 1
+            if self.refs[block] == 0:
+                del self.evictable[block]
+            self.refs[block] += 1
             taken.append(block)
-        self._hits += len(taken)
-        self._peak_used = max(self._peak_used, self.num_blocks - self.num_free)
+        self.hits += len(taken)
         return taken
 
     def register(self, block: int, content: bytes) -> None:
@@ -226,57 +237,63 @@ class BlockAllocator:
 
         The first block with a content stays the cached one; a second copy is freed on release as usual.
         """
-        self._require_used(block, "register")
-        if self.enable_prefix_caching and self._content[block] is None and content not in self._block_of:
-            self._content[block] = content
-            self._block_of[content] = block
+        self.require_used(block, "register")
+        if self.enable_prefix_caching and self.contents[block] is None and content not in self.block_of:
+            self.contents[block] = content
+            self.block_of[content] = block
 
-    def _evict(self) -> int:
-        block, _ = self._evictable.popitem(last=False)
-        content = self._content[block]
+    def evict(self) -> int:
+        """Forget the content of the block that was released longest ago, and take it."""
+        block, _ = self.evictable.popitem(last=False)
+        content = self.contents[block]
         assert content is not None
-        del self._block_of[content]
-        self._content[block] = None
-        self._evictions += 1
+        del self.block_of[content]
+        self.contents[block] = None
+        self.evictions += 1
         return block
 
     # ------------------------------------------------------------------ looking after itself
 
     def stats(self) -> AllocatorStats:
         """Where the blocks are now, and what has happened so far."""
+        self._note_peak()
         return AllocatorStats(
             num_blocks=self.num_blocks,
-            free=len(self._free),
-            evictable=len(self._evictable),
+            free=len(self.free),
+            evictable=len(self.evictable),
             used=self.num_blocks - self.num_free,
-            allocated_total=self._allocated,
-            prefix_hits_total=self._hits,
-            evictions_total=self._evictions,
-            copies_total=self._copies,
+            allocated_total=sum(self.generations),
+            prefix_hits_total=self.hits,
+            evictions_total=self.evictions,
+            copies_total=self.copies,
             peak_used=self._peak_used,
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a block is in two states or none, or the cache's two maps disagree."""
-        free, evictable = set(self._free), set(self._evictable)
-        assert len(free) == len(self._free), "a block is on the free list twice"
+        free, evictable = set(self.free), set(self.evictable)
+        assert len(free) == len(self.free), "a block is on the free list twice"
         assert not free & evictable, f"blocks {free & evictable} are both free and evictable"
-        for block, refs in enumerate(self._refs):
+        for block, refs in enumerate(self.refs):
             states = (block in free) + (block in evictable) + (refs > 0)
             assert states == 1, f"block {block} is in {states} states (refs {refs})"
-            assert (block in evictable) <= (self._content[block] is not None), (
+            assert (block in evictable) <= (self.contents[block] is not None), (
                 f"block {block} evictable, uncached"
             )
-            assert not (block in free and self._content[block] is not None), (
+            assert not (block in free and self.contents[block] is not None), (
                 f"block {block} is free but cached"
             )
-        cached = {content: block for block, content in enumerate(self._content) if content is not None}
-        assert cached == self._block_of, "the prefix cache's maps disagree"
+        cached = {content: block for block, content in enumerate(self.contents) if content is not None}
+        assert cached == self.block_of, "the prefix cache's maps disagree"
 
-    def _require_used(self, block: int, verb: str, times: int = 1) -> None:
+    def _note_peak(self) -> None:
+        self._peak_used = max(self._peak_used, self.num_blocks - self.num_free)
+
+    def require_used(self, block: int, verb: str, times: int = 1) -> None:
+        """Raise ValueError unless the block exists and has at least `times` owners."""
         if not 0 <= block < self.num_blocks:
             raise ValueError(f"cannot {verb} block {block}; ids run from 0 to {self.num_blocks - 1}")
-        if self._refs[block] < times:
+        if self.refs[block] < times:
             raise ValueError(
-                f"cannot {verb} block {block} {'twice' if times > 1 else ''}: it has {self._refs[block]} owner(s)"
+                f"cannot {verb} block {block} {'twice' if times > 1 else ''}: it has {self.refs[block]} owner(s)"
             )

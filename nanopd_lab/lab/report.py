@@ -35,7 +35,9 @@ class Report:
     def line(self) -> str:
         """Everything that matters on one line."""
         found = self.counterexample
-        what = f"{found.call} gave {found.got}, want {found.want}" if found else self.message
+        what = self.message
+        if found:
+            what = "; ".join([*found.before, f"{found.call} gave {found.got}, want {found.want}"])
         return f"{self.status} {self.exercise}: {what}"
 
     def __str__(self) -> str:

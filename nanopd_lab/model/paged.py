@@ -29,14 +29,17 @@ class PagedBatch:
 
 
 def bind_cache(model: torch.nn.Module, cache: KVCache) -> None:
-    """Give every attention module its layer of the pool, as `kv_layer`.
+    """Give every attention module its layer of the pool, as `kv_layer`, unless it has that already.
 
     As an attribute, not through the layer's number: a compiled layer then takes the pages as an input like its
-    weights, and one compilation serves all layers.
+    weights, and one compilation serves all layers. Engines may share a model, so it is bound before each step.
     """
+    if getattr(model, "bound_cache", None) is cache:
+        return
     for module in model.modules():
         if hasattr(module, "layer_idx") and hasattr(module, "o_proj"):
             module.kv_layer = cache.layer(module.layer_idx)  # type: ignore[arg-type]
+    model.bound_cache = cache  # type: ignore[assignment]
 
 
 def paged_attention_forward(

@@ -109,6 +109,7 @@ class ModelRunner:
 
     def hidden(self, fields: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
         """`[T, hidden_size]`, the last hidden states of a packed batch on the device."""
+        bind_cache(self.model, self.cache)
         drawn = self.last_tokens[fields["source"].clamp(min=0)]
         ids = torch.where(fields["source"] >= 0, drawn, fields["input_ids"])
         out = self.model.base_model(

@@ -51,3 +51,13 @@ class Explorer(ipywidgets.VBox):
             self.error.value = ""
         except Exception as error:  # a callback's error would only reach the log console
             self.error.value = f"{type(error).__name__}: {error}"
+
+
+def player(view: Callable[..., Figure], *, last: int, start: int = 0, interval_ms: int = 700) -> Explorer:
+    """An `Explorer` with the slider `step` from 0 to `last`, and buttons that run it."""
+    slider = ipywidgets.IntSlider(value=start, min=0, max=last, description="step")
+    buttons = ipywidgets.Play(value=start, min=0, max=last, interval=interval_ms)
+    ipywidgets.jslink((buttons, "value"), (slider, "value"))
+    explorer = Explorer(view, step=slider)
+    explorer.children = (buttons, *explorer.children)
+    return explorer

@@ -21,6 +21,9 @@ DECODE = "#0072B2"
 KV = "#009E73"
 ALERT = "#D55E00"
 
+# Where requests are told apart; figures write their letter too. Dark ones carry white text.
+REQUESTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#7F7F7F")
+
 DPI = 100
 
 

@@ -63,9 +63,9 @@ def build(
 
 
 def backends(device: str, shape: KVShape, heads: int) -> list[str]:
-    """The generic backend, and the one that `auto` would take."""
+    """The generic backends, and the one that `auto` would take."""
     fastest = create_backend("auto", torch.device(device), shape, heads).name
-    return sorted({"torch", fastest})
+    return sorted({"torch", "online", fastest})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -136,7 +136,7 @@ def test_a_sequence_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize(
     ("name", "device", "message"),
     [
-        ("flash", "cpu", "'flash' is unknown; choose one of auto, reference, torch, cpu, cuda"),
+        ("flash", "cpu", "'flash' is unknown; choose one of auto, reference, online, torch, cpu, cuda"),
         ("cpu", "cuda:0", "'cpu' cannot run on cuda:0; use 'torch'"),
         ("cuda", "cpu", "'cuda' cannot run on cpu; use 'torch'"),
     ],

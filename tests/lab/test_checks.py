@@ -13,6 +13,9 @@ from nanopd_lab import lab
 from nanopd_lab.lab.checking import call, expect, same
 from tests.lab.wrong_versions import RIGHT, WRONG
 
+# Exercises whose counterexamples hold all inputs, and the result as it is; others describe them.
+SAY_ALL = {"kv.blocks_for", "engine.plan_chunks", "engine.choose_victim"}
+SAY_ALL |= {"cost.arithmetic_intensity", "cost.time_per_output_token"}
 NAMES = [exercise.name for exercise in lab.all_exercises()]
 
 
@@ -61,12 +64,13 @@ def test_a_wrong_version_fails_and_is_told_why(name: str, impl: Callable[..., An
     found = report.counterexample
     assert found is not None
     assert words in str(report)
+    assert found.want != found.got
     # The counterexample is real: the reference gives what was wanted, the wrong version what was got.
-    reference = lab.find(name).reference
-    if found.want != "an answer" and not found.want.endswith(" as it was"):
-        assert repr(reference(**found.inputs)) == found.want != found.got
-    assert len(str(report)) < 700
-    assert all(len(line) < 160 for line in str(report).splitlines())
+    plain = found.want != "an answer" and not found.want.endswith(" as it was")
+    if name in SAY_ALL and plain:
+        assert repr(lab.find(name).reference(**found.inputs)) == found.want
+    assert len(str(report)) < 900
+    assert all(len(line) < 200 for line in str(report).splitlines())
 
 
 def test_a_hole_in_one_branch_is_todo_and_a_mistake_before_it_is_not_hidden() -> None:

@@ -10,9 +10,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from nanopd_lab import LLM, SamplingParams
+from nanopd_lab.attention.capture import CaptureBackend
+from nanopd_lab.attention.torch_backend import TorchBackend
 from nanopd_lab.cost.roofline import ChunkShape, ModelDims, Roof, step_cost
+from nanopd_lab.engine.config import EngineParts
 from nanopd_lab.engine.trace import Trace, run_traced
-from nanopd_lab.viz.explorer import Explorer
+from nanopd_lab.viz.accumulation import accumulate, accumulation_view, error_by_pages, error_view
+from nanopd_lab.viz.blocks import block_view, filled, owners, reserved_slots, used_share, waste_view
+from nanopd_lab.viz.explorer import Explorer, player
 from nanopd_lab.viz.latency import Tradeoff, budget_tradeoff, itl_spikes
 from nanopd_lab.viz.roofline import Point, decode_budget, roofline
 from nanopd_lab.viz.steps import step_gantt
@@ -271,3 +276,84 @@ def test_a_decode_step_is_as_long_as_its_longer_bar() -> None:
         assert max(bars) == pytest.approx(1e3 * seconds)
         assert right.get_xlim()[1] > max(bars)
         assert f"batch {batch}, context {context:,}" in right.get_title(loc="left")
+
+
+# ---------------------------------------------------------------------- blocks
+
+
+@pytest.fixture(scope="module")
+def forked() -> Trace:
+    """Three samples of a prompt of 29 tokens in blocks of 8, and two plain requests."""
+    llm = LLM("random:tiny", device="cpu", block_size=8, max_num_batched_tokens=32)
+    params = [SamplingParams(temperature=1, seed=1, n=n, max_tokens=9, ignore_eos=True) for n in (3, 1, 1)]
+    return run_traced(llm.engine, PROMPTS, params)
+
+
+def test_a_trace_knows_who_owns_which_block(forked: Trace) -> None:
+    assert forked.output_tokens == 5 * 9
+    for record in forked.steps:
+        assert len(owners(record)) == record.blocks_used
+        assert all(1 <= tokens <= 8 for tokens in filled(record, 8).values())
+        for table in record.tables:
+            assert len(table.blocks) == -(-table.tokens // 8)
+            assert table.most_tokens == len(PROMPTS[table.request]) + 9
+    # After the fork the samples share the prompt's four blocks; then only the three full ones.
+    most = [max(map(len, owners(record).values()), default=0) for record in forked.steps]
+    assert max(most) == 3
+    last = [record for record in forked.steps if sum(table.request == 0 for table in record.tables) == 3][-1]
+    assert sum(len(who) == 3 for who in owners(last).values()) == 3
+
+
+def test_the_block_view_shows_owners_sharing_and_the_empty_pool(forked: Trace) -> None:
+    shared = next(n for n, r in enumerate(forked.steps, 1) if max(map(len, owners(r).values())) == 3)
+    shown = texts(block_view(forked, shared))
+    assert "A×3" in shown
+    assert {"A.1", "A.2", "A.3"} <= set(shown)
+    assert "A×3" not in texts(block_view(forked, 0))
+    fig = block_view(forked, len(forked.steps))
+    assert fig.axes[0].get_title(loc="left").startswith(f"pool: 0 of {forked.num_blocks} blocks in use")
+    assert png(block_view(forked, 2)) == png(block_view(forked, 2)) != png(block_view(forked, 3))
+    with pytest.raises(ValueError, match="this run has steps 1 to"):
+        block_view(forked, 99)
+
+
+def test_the_player_steps_through_the_run(forked: Trace) -> None:
+    explorer = player(lambda step: block_view(forked, step), last=len(forked.steps), start=1)
+    assert explorer.image.value == png(block_view(forked, 1))
+    explorer.controls["step"].value = 4
+    assert explorer.image.value == png(block_view(forked, 4))
+    assert isinstance(explorer.children[0], ipywidgets.Play)
+
+
+def test_reserved_memory_is_counted_for_the_same_sequences(runs: dict[str, Trace]) -> None:
+    trace = runs["all at once"]
+    slots = reserved_slots(trace, max_model_len=100)
+    first = trace.steps[0]
+    assert slots["the model's limit"][0] == 100 * len(first.tables)
+    assert slots["prompt + max_tokens"][0] == sum(len(PROMPTS[t.request]) + 4 for t in first.tables)
+    assert slots["paged"] == [16 * record.blocks_used for record in trace.steps]
+    assert slots["tokens"] == [sum(table.tokens for table in record.tables) for record in trace.steps]
+    share = used_share(slots)
+    assert 0 < share["the model's limit"] < share["paged"] <= 1
+    assert len(waste_view(trace, 100).axes) == 2
+
+
+# ---------------------------------------------------------------------- accumulation
+
+
+def test_the_accumulation_ends_at_the_dense_answer() -> None:
+    camera = CaptureBackend(TorchBackend())
+    llm = LLM("random:tiny", device="cpu", block_size=4, parts=EngineParts(attention=camera))
+    llm.generate([PROMPTS[0]], PARAMS[0], use_tqdm=False)
+    found = accumulate(camera.layers[1], head=2)
+    assert found.pages == 8  # 29 + 3 tokens
+    assert found.errors[-1] < 1e-6 < found.errors[0]
+    assert found.maxima == sorted(found.maxima)
+    assert found.maxima[-1] == pytest.approx(found.scores.max().item())
+    errors = error_by_pages(camera.layers)
+    assert max(map(max, errors["rescaled"].values())) < 1e-5
+    assert errors["not rescaled"][1] == errors["rescaled"][1]  # one page needs no factor
+    first, last = (accumulation_view(camera.layers, 1, 2, page) for page in (0, 7))
+    assert first.axes[0].get_title(loc="left").endswith("after page 1 of 8")
+    assert png(first) != png(last) == png(accumulation_view(camera.layers, 1, 2, 99))
+    assert "float64" in error_view(camera.layers).axes[0].get_ylabel()

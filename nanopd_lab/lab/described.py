@@ -1,0 +1,72 @@
+"""Checks on tensors: the case in words in place of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanopd_lab.lab.checking import Counterexample, call
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is called, in words, and how to say that it went wrong."""
+
+    name: str
+    lines: tuple[str, ...]
+    written: str
+
+    def call(self, impl: Callable[..., Any], **inputs: Any) -> Any:
+        """`checking.call`, with the case in words in place of tensors."""
+        try:
+            return call(impl, **inputs)
+        except Counterexample as found:
+            raise self.wrong(found.got, found.want, found.why, found.where) from None
+
+    def wrong(self, got: str, want: str, why: str = "", where: str = "") -> Counterexample:
+        return Counterexample(f"{self.name}({self.written})", None, got, want, why, where, self.lines)
+
+    def expect(self, condition: bool, got: str, want: str, why: str) -> None:
+        if not condition:
+            raise self.wrong(got, want, why)
+
+    def expect_tensor(self, got: Any, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> None:
+        """A tensor of that shape and type."""
+        kind = f"Tensor{list(got.shape)}, {got.dtype}" if isinstance(got, Tensor) else type(got).__name__
+        want = f"Tensor{list(shape)}, {dtype}"
+        self.expect(
+            isinstance(got, Tensor),
+            kind,
+            want,
+            f"{what} is a tensor" + ("; is a `return` missing?" if got is None else ""),
+        )
+        self.expect(got.shape == shape, kind, want, f"the shape of {what}")
+        self.expect(got.dtype == dtype, kind, want, f"{what} has the type of what came in")
+
+
+def numbers(values: Tensor) -> str:
+    """The first few, short."""
+    text = ", ".join(f"{value:.4g}" for value in values.reshape(-1)[:4].tolist())
+    return f"[{text}{', …' if values.numel() > 4 else ''}]"
+
+
+def close(got: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Everywhere within `tolerance`; NaN is not."""
+    return got.shape == other.shape and bool(((got - other).abs() < tolerance).all())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensors of a few bytes: on a busy machine, waiting for a second thread takes ten times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
