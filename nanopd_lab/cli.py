@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nanopd_lab import __version__
 
@@ -81,6 +82,22 @@ def build_parser() -> argparse.ArgumentParser:
     offline.add_argument("--seed", type=int, default=0)
     offline.add_argument("--result-filename", type=Path, help="write the full result there, as JSON")
     offline.set_defaults(run=_bench_offline)
+
+    engine = commands.add_parser(
+        "bench-engine", help="step times and throughput of one GPU, beside its limits"
+    )
+    engine.add_argument("--model", default="random:qwen3-8b")
+    engine.add_argument("--dtype", default="bfloat16")
+    engine.add_argument("--modes", nargs="+", default=["eager", "off", "default"], help="and tuned")
+    engine.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64], help="of decode steps")
+    engine.add_argument("--context", type=int, default=512, help="of decode steps")
+    engine.add_argument("--prompt-lengths", nargs="+", type=int, default=[512, 2048])
+    engine.add_argument("--workloads", nargs="*", default=["64", "256"], help="64, 256: requests at once")
+    engine.add_argument("--peer", action="store_true", help="also Hugging Face's generate_batch")
+    engine.add_argument("--rounds", type=int, default=2, help="of each workload")
+    engine.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    engine.add_argument("--result-filename", type=Path, help="written after every part, as JSON")
+    engine.set_defaults(run=_bench_engine)
     from nanopd_lab.kernels.cli import register as register_kernels
 
     register_kernels(commands)
@@ -95,6 +112,11 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=64, help="sequences that run at once")
     parser.add_argument("--kv-cache-memory-bytes", type=int, help="size of the KV pool")
     parser.add_argument("--block-size", type=int, default=16, help="tokens a KV block")
+    parser.add_argument(
+        "--compilation", default="off", help="off, default or tuned; the model's, by torch.compile"
+    )
+    parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU's memory")
     parser.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt anew")
 
 
@@ -188,6 +210,27 @@ def _bench_offline(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_engine(args: argparse.Namespace) -> int:
+    from nanopd_lab.bench.engine import format_engine, run_engine
+
+    def save(record: dict[str, Any]) -> None:
+        if args.result_filename:
+            args.result_filename.write_text(json.dumps(record, indent=1) + "\n")
+
+    options = ("dtype", "batches", "context", "prompt_lengths", "workloads", "peer", "rounds")
+    record = run_engine(
+        args.model,
+        args.modes,
+        **{name: getattr(args, name) for name in options},
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        report=lambda line: print(line, file=sys.stderr),
+        save=save,
+    )
+    save(record)
+    print(format_engine(record))
+    return 0
+
+
 def _llm(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # LLM would have to be imported
     from nanopd_lab import LLM
 
@@ -199,6 +242,9 @@ def _llm(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # LLM would
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        compilation=args.compilation,
+        cuda_graphs=not args.enforce_eager,
+        gpu_memory_utilization=args.gpu_memory_utilization,
         enable_prefix_caching=not args.no_enable_prefix_caching,
     )
 

@@ -137,7 +137,9 @@ def _hf_sequential(model: Any) -> Run:
     return run
 
 
-def _hf_continuous(model: Any) -> Run:
+def hf_continuous(model: Any) -> Run:
+    """Hugging Face's `generate_batch`."""
+
     def run(prompts: list[list[int]], output_len: int) -> Timing:
         start = time.perf_counter()
         results = model.generate_batch(
@@ -213,7 +215,7 @@ def run_offline(
             )
         hf = AutoModelForCausalLM.from_pretrained(llm.model_path, dtype=llm.engine.cache.shape.dtype)
         hf = hf.to(llm.engine.device).eval()
-        make = {"hf-padded": _hf_padded, "hf-continuous": _hf_continuous, "hf-sequential": _hf_sequential}
+        make = {"hf-padded": _hf_padded, "hf-continuous": hf_continuous, "hf-sequential": _hf_sequential}
         systems |= {name: make[name](hf) for name in peers}
 
     prompts = workload.prompts(llm.engine.loaded.geometry.vocab_size)

@@ -16,10 +16,12 @@ from nanopd_lab.kernels.launches import (
     BLOCK_SIZES,
     ELEMENTS,
     HEAD_DIMS,
+    ROWS_TUNINGS,
     RUNGS,
     AttentionShape,
     Launch,
     decode_launch,
+    few_rows_launch,
     move_launch,
     prefill_launch,
     store_launch,
@@ -64,6 +66,9 @@ def all_launches(full: bool = False) -> Iterator[tuple[str, Launch]]:
                     if dtype != torch.float32:
                         yield f"prefill {name}", prefill_launch(shape, 4, 256)
                     yield f"kv_store {name}", store_launch(shape, 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        for rows in ROWS_TUNINGS:
+            yield f"few_rows {ELEMENTS[dtype]} {rows}", few_rows_launch(dtype, rows, 64, 64)
     yield "move_blocks", move_launch(4, 65536)
     yield "read_bandwidth", Launch("read_bandwidth.cu", "read_bandwidth", (1, 1, 1), 512)
 

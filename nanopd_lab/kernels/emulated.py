@@ -17,8 +17,10 @@ from nanopd_lab.kernels.launches import (
     AttentionShape,
     DeviceLimits,
     Launch,
+    RowsTuning,
     SplitTuning,
     decode_launch,
+    few_rows_launch,
     move_launch,
     prefill_launch,
     split_workspace,
@@ -120,6 +122,22 @@ def kv_store(
         kv_heads,
     ]
     return execute(store_launch(shape, key.shape[0]), args, instrument)
+
+
+def few_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    instrument: bool = False,
+    tuning: RowsTuning | None = None,
+) -> tuple[torch.Tensor, RunResult]:
+    """`x [rows, k]` times the transpose of `weight [n, k]`, plus `residual [rows, n]`."""
+    (rows, k), n = x.shape, weight.shape[0]
+    out = torch.full((rows, n), float("nan")).to(x.dtype)
+    none = torch.zeros(0, dtype=x.dtype)  # an empty array is a null pointer
+    add, stride = (none, 0) if residual is None else (residual, residual.stride(0))
+    args = [out, n, x, x.stride(0), weight, add, stride, rows, k]
+    return out, execute(few_rows_launch(x.dtype, rows, n, k, tuning), args, instrument)
 
 
 def move_blocks(

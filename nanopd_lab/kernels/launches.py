@@ -294,7 +294,7 @@ def prefill_launch(
 def store_launch(shape: AttentionShape, tokens: int) -> Launch:
     """Launch of the KV store for `tokens` rows."""
     pieces = tokens * shape.kv_heads * shape.head_dim * shape.element_bytes // 16
-    return Launch("kv_store.cu", "kv_store", (max(1, -(-pieces // 512)), 1, 1), 256, 0, shape.defines, True)
+    return Launch("kv_store.cu", "kv_store", (max(1, -(-pieces // 256)), 1, 1), 256, 0, shape.defines, True)
 
 
 def move_launch(blocks: int, block_bytes: int, limits: DeviceLimits | None = None) -> Launch:

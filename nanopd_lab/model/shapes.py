@@ -66,6 +66,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
     },
     "tiny": {**_TINY, "model_type": "llama"},
+    # Of sizes that the CUDA kernels take.
+    "tiny-gpu": {
+        **_TINY,
+        "model_type": "qwen3",
+        "hidden_size": 256,
+        "head_dim": 64,
+        "use_sliding_window": False,
+    },
     "tiny-llama": {**_TINY, "model_type": "llama", "tie_word_embeddings": True},
     "tiny-qwen2": {**_TINY, "model_type": "qwen2", "use_sliding_window": False},
     "tiny-qwen3": {**_TINY, "model_type": "qwen3", "head_dim": 32, "use_sliding_window": False},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,3 +74,81 @@ def test_the_embedded_shape_with_random_weights_runs_in_bfloat16() -> None:
     )
     assert [len(output.outputs[0].token_ids) for output in outputs] == [8, 8, 8]
     llm.engine.check_integrity()
+
+
+def greedy_tokens(model: str, batch: list[list[int]], **options: Any) -> list[list[int]]:
+    llm = LLM(model, device="cuda", kv_cache_memory_bytes=1 << 28, enable_prefix_caching=False, **options)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    outputs = llm.generate(batch, params, use_tqdm=False)
+    llm.engine.check_integrity()
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "simple loop": {"async_scheduling": False, "cuda_graphs": False},
+    "ahead": {"cuda_graphs": False},
+    "graphs": {},
+    "compiled": {"compilation": "default"},
+    "compiled, launched": {"compilation": "default", "cuda_graphs": False},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_gives_the_same_tokens_in_float32(mode: str) -> None:
+    batch = prompts([1, 16, 17, 64, 130, 300, 5, 80], shared=20)
+    options = {"max_num_batched_tokens": 128, "max_num_seqs": 8}
+    plain = greedy_tokens("random:tiny-gpu", batch, cuda_graphs=False, optimise=False, **options)
+    assert greedy_tokens("random:tiny-gpu", batch, **options, **MODES[mode]) == plain
+    alone = [greedy_tokens("random:tiny-gpu", [prompt], **options, **MODES[mode])[0] for prompt in batch[:3]]
+    assert alone == plain[:3]
+
+
+@pytest.mark.parametrize("options", [{}, {"compilation": "default"}], ids=["graphs", "compiled"])
+def test_captured_steps_in_half_precision_are_as_close_as_launched_ones(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of all kinds: decodes of 1 to 30 sequences, mixed ones whole and in pieces, and too large for a graph."""
+    seen: list[torch.Tensor] = []
+    logits = ModelRunner.logits
+    monkeypatch.setattr(
+        ModelRunner, "logits", lambda self, chunks: seen.append(logits(self, chunks)) or seen[-1]
+    )
+
+    def run(dtype: str, **more: Any) -> torch.Tensor:
+        seen.clear()
+        llm = LLM("random:tiny-gpu", dtype=dtype, device="cuda", max_num_batched_tokens=2600, max_num_seqs=30,
+                  kv_cache_memory_bytes=1 << 28, async_scheduling=False, **more)  # fmt: skip
+        seen.clear()
+        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        for lengths in ([5], [40], [300], [700, 30], [1900], [2500], [3] * 30, [9] * 13):
+            llm.generate(prompts(lengths), params, use_tqdm=False)
+        # Each workload's first step: the later ones follow tokens that may differ.
+        firsts, left = [], iter(seen)
+        for count in (1, 1, 1, 2, 1, 1, 30, 13):
+            step = next(left)
+            while len(step) != count:
+                step = next(left)
+            firsts.append(step.float().cpu().clone())
+            next(left)
+        return torch.cat(firsts)
+
+    exact = run("float32", cuda_graphs=False, optimise=False)
+    launched = run("bfloat16", cuda_graphs=False, optimise=False)
+    captured = run("bfloat16", **options)
+    assert (captured - exact).norm() < 1.3 * (launched - exact).norm()
+
+
+def test_the_pool_is_what_the_step_leaves() -> None:
+    share = 0.5
+    llm = LLM("random:qwen3-0.6b", dtype="bfloat16", device="cuda", gpu_memory_utilization=share)
+    total = torch.cuda.mem_get_info()[1]
+    used = torch.cuda.memory_reserved()
+    assert llm.engine.cache.num_bytes > 0.3 * total
+    assert used < (share + 0.05) * total
+
+
+def test_no_room_for_a_pool_says_what_to_lower() -> None:
+    with pytest.raises(
+        ValueError, match=r"gpu_memory_utilization = 0.001 of .* leaves no room for the KV pool"
+    ):
+        LLM("random:qwen3-0.6b", dtype="bfloat16", device="cuda", gpu_memory_utilization=0.001)

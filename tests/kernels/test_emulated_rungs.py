@@ -150,3 +150,48 @@ def test_copy_gather_and_scatter() -> None:
     emulated.move_blocks(packed, None, cache, torch.tensor([5, 3]), 2)
     expected[[5, 3]] = packed
     assert torch.equal(cache, expected)
+
+
+def product(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (a slice of something wider), W and a residual."""
+    generator = torch.Generator().manual_seed(rows * n + k)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return rand(rows, k + 64)[:, :k], rand(n, k), rand(rows, n)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 16, 27, 64])
+@pytest.mark.parametrize(("n", "k"), [(32, 32), (96, 288), (32, 1024)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_products_of_few_rows(dtype: torch.dtype, rows: int, n: int, k: int, residual: bool) -> None:
+    x, weight, add = product(rows, n, k, dtype)
+    out, _ = emulated.few_rows(x, weight, add if residual else None)
+    wanted = x.double() @ weight.double().T + (add.double() if residual else 0)
+    assert reference.relative_error(out, wanted) <= reference.TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("rows", [3, 12, 33])
+def test_products_of_few_rows_are_clean_when_watched(rows: int) -> None:
+    x, weight, add = product(rows, 64, 320, BF16)
+    out, result = emulated.few_rows(x, weight, add, instrument=True)
+    assert reference.relative_error(out, x.double() @ weight.double().T + add.double()) <= 8e-3
+    assert result.findings == ()
+
+
+def test_a_rows_product_does_not_depend_on_the_other_rows() -> None:
+    x, weight, _ = product(8, 64, 320, BF16)
+    together, _ = emulated.few_rows(x, weight)
+    for row in range(8):
+        alone, _ = emulated.few_rows(x[row : row + 1], weight)
+        assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "n", "k"), [(FP32, 1, 32, 32), (BF16, 65, 32, 32), (BF16, 1, 40, 32), (BF16, 1, 32, 40)]
+)
+def test_products_that_do_not_fit_are_refused(dtype: torch.dtype, rows: int, n: int, k: int) -> None:
+    with pytest.raises(KernelArgumentError, match=r"few_rows takes .* use torch.nn.functional.linear"):
+        emulated.few_rows(torch.zeros(rows, k, dtype=dtype), torch.zeros(n, k, dtype=dtype))
