@@ -187,8 +187,10 @@ EMU_MINMAX(float)
 
 // nanopd_lab appends EMU_ENTRY(kernel) to the source: an entry point that takes untyped arguments.
 #define EMU_ENTRY(KERNEL)                                                                            \
-    extern "C" __attribute__((no_sanitize("thread"))) void emu_entry(void** args) { emu::Signature<decltype(&KERNEL)>::call(&KERNEL, args); } \
-    extern "C" int emu_parameters(int* sizes, char* kinds) {                                         \
+    extern "C" __attribute__((visibility("default"), no_sanitize("thread"))) void emu_entry(void** args) { \
+        emu::Signature<decltype(&KERNEL)>::call(&KERNEL, args);                                      \
+    }                                                                                                \
+    extern "C" __attribute__((visibility("default"))) int emu_parameters(int* sizes, char* kinds) {  \
         emu::Signature<decltype(&KERNEL)>::sizes(sizes);                                             \
         emu::Signature<decltype(&KERNEL)>::kinds(kinds);                                             \
         return emu::Signature<decltype(&KERNEL)>::count;                                             \

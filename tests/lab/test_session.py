@@ -139,7 +139,7 @@ def test_the_signature_is_compared_at_once(session: Session, impl: Any, words: s
 def test_names_that_do_not_exist(session: Session) -> None:
     with pytest.raises(UnknownExerciseError, match=r'did you mean "kv\.blocks_for"'):
         session.check("kv.block_for")
-    with pytest.raises(UnknownExerciseError, match=r"there are kv\.blocks_for, engine\.plan_chunks"):
+    with pytest.raises(UnknownExerciseError, match=r"there are kv\.blocks_for, .*engine\.plan_chunks"):
         session.hint("nothing")
     with pytest.raises(ValueError, match="run the cell with"):
         session.check("kv.blocks_for")
@@ -160,11 +160,10 @@ def test_progress_says_what_is_done_and_whose_is_in_use(session: Session) -> Non
     assert "unchecked" in str(session.progress())
     session.check("engine.plan_chunks")
     lines = str(session.progress()).splitlines()
-    assert [line.split(maxsplit=3)[1:] for line in lines[1:3]] == [
-        ["kv.blocks_for", "TODO", "the package's"],
-        ["engine.plan_chunks", "PASS", "yours, in the engine"],
-    ]
-    assert lines[-1] == "1 of 2 done"
+    rows = {name: rest for _, name, *rest in (line.split(maxsplit=3) for line in lines[1:-1])}
+    assert rows["kv.blocks_for"] == ["TODO", "the package's"]
+    assert rows["engine.plan_chunks"] == ["PASS", "yours, in the engine"]
+    assert lines[-1] == f"1 of {len(rows)} done"
 
 
 def test_html_holds_what_the_text_holds_and_escapes_it(session: Session) -> None:
