@@ -2,7 +2,8 @@
 //
 // Every CUDA thread is a fibre (its own stack, switched in a few nanoseconds); one block runs at a time, on
 // one OS thread, so a run is deterministic. A fibre runs until it meets a barrier, a warp operation or its
-// end. The runtime behind these declarations is emulator.cpp; it is compiled once and linked to each kernel.
+// end. The runtime behind these declarations is emulator_run.cpp and emulator_watch.cpp;
+// it is compiled once and linked to each kernel.
 //
 // Two ways to build a kernel (nanopd_lab/kernels/emulator.py does it):
 //   fast          plain -O2, only the results matter; shared memory starts as NaNs, so a read of memory that

@@ -9,19 +9,34 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from nanopd_lab.hostcc import find_compiler
 from nanopd_lab.kernels.errors import KernelArgumentError, KernelCompileError, KernelFaultError
-from nanopd_lab.kernels.report import Finding, RunResult
+from nanopd_lab.kernels.report import Counters, Finding, RunResult, WarpAccess
 from nanopd_lab.kernels.run import empty
 from nanopd_lab.kernels.run import run as run_kernel
-from nanopd_lab.kernels.sources import YOURS, definition
+from nanopd_lab.kernels.sources import YOURS, definition, replaced
 from nanopd_lab.lab.text import Table, card
 
-__all__ = ["CudaError", "Result", "definition", "empty", "missing", "run"]
+if TYPE_CHECKING:
+    from nanopd_lab.kernels.problems import Problem
+
+__all__ = [
+    "CudaError",
+    "Result",
+    "definition",
+    "empty",
+    "has_gpu",
+    "missing",
+    "replaced",
+    "run",
+    "rung_counters",
+    "tile_access",
+]
 
 MAX_STEPS = 5_000_000  # about a second: a loop that never ends is found out soon
 
@@ -85,10 +100,22 @@ def missing() -> str:
 
 
 def has_gpu() -> bool:
-    """True where torch sees a CUDA device."""
+    """True where torch sees a CUDA device, and `cuda-core` is here to compile for it."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.is_available() and find_spec("cuda") is not None and find_spec("cuda.core") is not None
+
+
+def rung_counters(problem: Problem) -> dict[str, Counters]:
+    """What the package's rungs ask of memory on one batch, counted in the emulator; empty without a C++ compiler."""
+    from nanopd_lab.kernels import emulated
+    from nanopd_lab.kernels.launches import RUNGS
+
+    if missing():
+        return {}
+    return {
+        rung: emulated.paged_decode(rung, *problem.decode_args, instrument=True)[1].counters for rung in RUNGS
+    }
 
 
 def run(
@@ -145,6 +172,27 @@ def run(
     except KernelFaultError as error:
         raise CudaError("\n".join(fault(finding, source) for finding in error.findings)) from None
     return _result(on_gpu, source, emulated)
+
+
+def tile_access(headers: Mapping[str, str]) -> WarpAccess | None:
+    """What a warp of rung (d) copies in its first turn: bytes of a tile of K, 16 rows of 256, in bf16.
+
+    Counted in the emulator with `headers` in place (see `replaced`); None without a C++ compiler.
+    """
+    import torch
+
+    from nanopd_lab.kernels import emulated
+    from nanopd_lab.kernels.problems import make_problem
+
+    if missing():
+        return None
+    problem = make_problem(torch.bfloat16, 128, 16, group=1, kv_heads=1, contexts=[16])
+    _, result = emulated.paged_decode("split", *problem.decode_args, instrument=True, headers=headers)
+    layer, block = problem.kv_layer, int(problem.block_tables[0, 0])
+    begin = int(layer.storage_offset() + block * layer.stride(0)) * layer.element_size()
+    copies = [a for a in result.accesses if (a.space, a.kind, a.bytes) == ("global", "read", 16)]
+    first = next(a for a in copies if a.line == min(copy.line for copy in copies))
+    return replace(first, offsets=tuple(None if o is None else o - begin for o in first.offsets))
 
 
 def _result(found: RunResult, source: str, counted: RunResult | None = None) -> Result:

@@ -75,8 +75,8 @@ class _Source:
         for device in self._devices():
             with _Faults(self):
                 out, result = emulated.paged_decode(
-                    rung, p.query, p.kv_layer, p.block_tables, p.context_lens, p.scale, instrument=True,
-                    headers=self.headers, device=device, max_steps=8 * cuda.MAX_STEPS,
+                    rung, *p.decode_args, instrument=True, headers=self.headers, device=device,
+                    max_steps=8 * cuda.MAX_STEPS,
                 )  # fmt: skip
             error, limit = reference.relative_error(out, p.wanted()), reference.TOLERANCES[element]
             if error > limit:
