@@ -20,11 +20,7 @@ PIECES += [("paged.h", "key_row"), ("decode_a_naive.cu", "paged_decode_naive"), 
 def decode(rung: str, problem: Problem, headers: dict[str, str]) -> torch.Tensor:
     out, _ = emulated.paged_decode(
         rung,
-        problem.query,
-        problem.kv_layer,
-        problem.block_tables,
-        problem.context_lens,
-        problem.scale,
+        *problem.decode_args,
         headers=headers,
         instrument=True,
     )

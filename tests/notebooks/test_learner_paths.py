@@ -36,7 +36,7 @@ def run(path: Path, name: str, version: Version, folder: Path, monkeypatch: pyte
     end = next(i for i, cell in enumerate(notebook.cells) if f'lab.check("{name}")' in cell.source)
     notebook.cells = notebook.cells[: end + 1]
     for cell in notebook.cells:
-        if f'lab.exercise("{name}")' in cell.source:
+        if f'lab.exercise("{name}"' in cell.source:
             cell.source = source_of(name, version)
     notebook.cells.append(nbformat.v4.new_code_cell("print(lab.save())"))
     client = nbclient.NotebookClient(
