@@ -9,6 +9,7 @@
 // What it costs: K and V are read once per *query* head (GROUP times too often), few loads are in flight, one
 // long sequence occupies a few multiprocessors while the others idle, and the scores limit the context.
 #include "paged.h"
+#include "warp.h"
 
 constexpr int THREADS = 128;
 
@@ -48,7 +49,7 @@ paged_decode_naive(T* out, const T* query, i64 query_stride, const T* kv, i64 bl
         scores[token] = exp2_fast(scores[token] - largest);
         sum += scores[token];
     }
-    sum = warp_sum(sum);
+    sum = group_sum<32>(sum);
     if (threadIdx.x % 32 == 0) reduced[1][threadIdx.x / 32] = sum;
     __syncthreads();
     sum = 0;

@@ -7,6 +7,7 @@
 //
 // Each group of LANES lanes has its own running (maximum, sum, output); they are joined once at the end.
 #include "paged.h"
+#include "warp.h"
 
 constexpr int WARPS = 4;
 constexpr int AT_ONCE = 32 / LANES;        // tokens that a warp reads in one load
@@ -54,8 +55,7 @@ paged_decode_online(T* out, const T* query, i64 query_stride, const T* kv, i64 b
 #pragma unroll
             for (int i = 0; i < PER_16_BYTES; ++i) score += q[v][i] * x[i];
         }
-#pragma unroll
-        for (int step = LANES / 2; step > 0; step /= 2) score += __shfl_xor_sync(FULL_WARP, score, step);
+        score = group_sum<LANES>(score);
         if (!valid) score = minus_infinity();
 
         const float factor = rescale(m, score), p = valid ? exp2_fast(score - m) : 0.0f;

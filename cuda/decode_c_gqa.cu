@@ -6,6 +6,7 @@
 // What is left: a block per (sequence, KV head) is few blocks for a small batch, and the longest sequence of a
 // ragged batch keeps one multiprocessor busy when all others are done.
 #include "paged.h"
+#include "warp.h"
 
 constexpr int WARPS = 4;
 constexpr int AT_ONCE = 32 / LANES;
@@ -66,8 +67,7 @@ paged_decode_gqa(T* out, const T* query, i64 query_stride, const T* kv, i64 bloc
             for (int h = 0; h < GROUP; ++h) {
 #pragma unroll
                 for (int i = 0; i < SLICE; ++i) score[h] += q[h][i] * x[i];
-#pragma unroll
-                for (int step = LANES / 2; step > 0; step /= 2) score[h] += __shfl_xor_sync(FULL_WARP, score[h], step);
+                score[h] = group_sum<LANES>(score[h]);
             }
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v)

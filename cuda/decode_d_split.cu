@@ -76,8 +76,7 @@ paged_decode_split(T* out, const T* query, i64 query_stride, const T* kv, i64 bl
             for (int h = 0; h < GROUP; ++h) {
 #pragma unroll
                 for (int e = 0; e < SLICE; ++e) score[h] += q[h][e] * x[e];
-#pragma unroll
-                for (int step = LANES / 2; step > 0; step /= 2) score[h] += __shfl_xor_sync(FULL_WARP, score[h], step);
+                score[h] = group_sum<LANES>(score[h]);
             }
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v)
@@ -95,7 +94,7 @@ paged_decode_split(T* out, const T* query, i64 query_stride, const T* kv, i64 bl
 
         if (i + 1 == tiles || at.tile + 1 == at.tiles) {
             // The item ends here, or this block's share of it: join the warp's AT_ONCE streams, then the warps.
-            const Part part{reinterpret_cast<float*>(stage)};
+            const Slot part{reinterpret_cast<float*>(stage)};
             __syncwarp();
 #pragma unroll
             for (int h = 0; h < GROUP; ++h) {

@@ -123,7 +123,7 @@ paged_decode_mma(T* out, const T* query, i64 query_stride, const T* kv, i64 bloc
 
         if (i + 1 == tiles || at.tile + 1 == at.tiles) {
             // The item ends here, or this block's share of it.
-            const Part part{reinterpret_cast<float*>(stage)};
+            const Slot part{reinterpret_cast<float*>(stage)};
 #pragma unroll
             for (int step = 4; step < 32; step *= 2) {
                 l[0] += __shfl_xor_sync(FULL_WARP, l[0], step);

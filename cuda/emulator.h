@@ -2,7 +2,8 @@
 //
 // Every CUDA thread is a fibre (its own stack, switched in a few nanoseconds); one block runs at a time, on
 // one OS thread, so a run is deterministic. A fibre runs until it meets a barrier, a warp operation or its
-// end. The runtime behind these declarations is emulator.cpp; it is compiled once and linked to each kernel.
+// end. The runtime behind these declarations is emulator_run.cpp and emulator_watch.cpp;
+// it is compiled once and linked to each kernel.
 //
 // Two ways to build a kernel (nanopd_lab/kernels/emulator.py does it):
 //   fast          plain -O2, only the results matter; shared memory starts as NaNs, so a read of memory that
@@ -187,8 +188,10 @@ EMU_MINMAX(float)
 
 // nanopd_lab appends EMU_ENTRY(kernel) to the source: an entry point that takes untyped arguments.
 #define EMU_ENTRY(KERNEL)                                                                            \
-    extern "C" __attribute__((no_sanitize("thread"))) void emu_entry(void** args) { emu::Signature<decltype(&KERNEL)>::call(&KERNEL, args); } \
-    extern "C" int emu_parameters(int* sizes, char* kinds) {                                         \
+    extern "C" __attribute__((visibility("default"), no_sanitize("thread"))) void emu_entry(void** args) { \
+        emu::Signature<decltype(&KERNEL)>::call(&KERNEL, args);                                      \
+    }                                                                                                \
+    extern "C" __attribute__((visibility("default"))) int emu_parameters(int* sizes, char* kinds) {  \
         emu::Signature<decltype(&KERNEL)>::sizes(sizes);                                             \
         emu::Signature<decltype(&KERNEL)>::kinds(kinds);                                             \
         return emu::Signature<decltype(&KERNEL)>::count;                                             \

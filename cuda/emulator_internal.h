@@ -30,6 +30,14 @@ struct Counter {  // of one instruction: what all warps together did there
     uint64_t sectors;              // 32-byte sectors touched (global)
     uint64_t passes, conflicts;    // shared-memory passes, and those beyond the fewest possible
 };
+// One access of warp 0 of block 0, lane by lane: what a picture of it is drawn from.
+struct WarpAccess {
+    uint64_t pc;
+    int space, write, region;     // space as above; region: index of the argument, -1 shared memory
+    uint32_t lanes;
+    int32_t bytes;                 // that a lane asked for
+    int64_t offset[32];            // bytes from the beginning of the region
+};
 struct Totals {
     uint64_t block_barriers, warp_operations;  // per block, per warp
     uint64_t steps, divergent_steps, lane_steps;  // basic blocks executed by warps; by part of a warp; by lanes

@@ -513,6 +513,7 @@ extern "C" int emu_launch(void** args, const int* grid, const int* block, int64_
                     for (size_t w = 0; w < existing.size(); ++w) watch_flush(static_cast<int>(w));
             }
     if (watching) watch_end();
+    watching = false;  // what is called between launches is nobody's access
     return static_cast<int>(reports.size());
 }
 extern "C" const Report* emu_reports() { return reports.data(); }

@@ -53,6 +53,8 @@ std::vector<Watched> watched;
 std::vector<Warp> warps;
 std::unordered_map<uint64_t, Counter> counters;
 std::vector<Counter> finished_counters;
+std::vector<WarpAccess> kept;
+constexpr size_t MOST_KEPT = 512;
 uint64_t steps_left = 0;
 
 Watched* find(uint64_t address) {
@@ -167,11 +169,26 @@ void count(const Access& a, uint64_t key, uint64_t pc, const Site& site) {
     }
 }
 
+void keep(const Access& a, uint64_t pc, const Site& site) {
+    const int first = __builtin_ctz(a.lanes);
+    WarpAccess k{pc, site.space, site.write, -1, a.lanes, a.size[first], {}};
+    uint64_t begin = 0;  // shared memory's addresses are offsets already
+    if (!(site.space & 1)) {
+        const Watched* w = find(a.address[first]);
+        if (!w) return;
+        k.region = w->region, begin = reinterpret_cast<uint64_t>(w->begin);
+    }
+    for (int l = 0; l < 32; ++l)
+        if (a.lanes >> l & 1) k.offset[l] = static_cast<int64_t>(a.address[l] - begin);
+    kept.push_back(k);
+}
+
 }  // namespace
 
 void watch_begin(const Region* regions, int count, char* shared, int64_t shared_bytes, uint64_t max_steps) {
     watched.clear();
     counters.clear();
+    kept.clear();
     steps_left = max_steps;
     for (int i = 0; i < count; ++i)
         watched.push_back({regions[i].begin, regions[i].bytes, i, false,
@@ -225,8 +242,13 @@ void watch_access(const void* pointer, int size, bool write, uint64_t pc, bool c
 
 void watch_flush(int index) {
     Warp& warp = warps[index];
+    const uint3& block = lanes[0].context.block;
+    const bool first_warp = index == 0 && block.x + block.y + block.z == 0;
     for (auto& [key, site] : warp.sites) {
-        for (const Access& a : site.accesses) count(a, key, key / 8, site);
+        for (const Access& a : site.accesses) {
+            count(a, key, key / 8, site);
+            if (first_warp && kept.size() < MOST_KEPT) keep(a, key / 8, site);
+        }
         site.accesses.clear();
         std::fill(std::begin(site.executed), std::end(site.executed), 0);
     }
@@ -254,6 +276,10 @@ using namespace emu;
 extern "C" int emu_counters(const Counter** out) {
     *out = finished_counters.data();
     return static_cast<int>(finished_counters.size());
+}
+extern "C" int emu_accesses(const WarpAccess** out) {
+    *out = kept.data();
+    return static_cast<int>(kept.size());
 }
 extern "C" uint64_t emu_base() { return reinterpret_cast<uint64_t>(&__ehdr_start); }
 

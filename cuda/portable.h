@@ -226,16 +226,3 @@ DEVICE void load_matrices(u32 (&r)[4], const void* row) { emu::load_matrices(r, 
 DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) { emu::load_matrices(r, row, true); }
 DEVICE u32 transpose_matrix(u32 x) { return emu::transpose_matrix(x); }
 #endif
-
-// ---- reductions over a warp -------------------------------------------------------------------------------
-
-DEVICE float warp_sum(float x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(FULL_WARP, x, step);
-    return x;
-}
-DEVICE float warp_max(float x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, step));
-    return x;
-}

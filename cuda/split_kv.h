@@ -18,7 +18,9 @@
 // joins the parts. No second kernel, no waiting. A block begins at most one split item that continues beyond it
 // and ends at most one that began before it, so two places a block suffice whatever the batch.
 #pragma once
-#include "paged.h"
+#include "join.h"
+#include "mapping.h"
+#include "warp.h"
 
 #ifndef WARPS
 #define WARPS 4
@@ -31,8 +33,8 @@
 #endif
 
 constexpr int TILE = WARPS * WARP_TOKENS;
-constexpr int PIECES = HEAD_DIM / PER_16_BYTES;     // 16-byte pieces of a row
-constexpr int AT_ONCE = 32 / LANES;                 // rows that a warp copies in one instruction
+constexpr int TURNS = WARP_TOKENS * PIECES / 32;    // that a warp needs to copy a tile of K
+constexpr int AT_ONCE = 32 / LANES;                 // rows that a warp works on at a time
 constexpr int STAGE_ROWS = 2 * WARP_TOKENS + GROUP;  // K, V and, for the first tile of an item, the queries
 constexpr int PADDED = HEAD_DIM + 4;                // keeps the joining's writes out of each other's banks
 static_assert(GROUP * (PADDED + 2) * 4 <= STAGE_ROWS * HEAD_DIM * static_cast<int>(sizeof(T)), "parts fit in a stage");
@@ -98,7 +100,7 @@ DEVICE Share plan(const Batch& batch) {
     int sum = 0;
     for (int s = lane; s < batch.sequences; s += 32) sum += tiles_of(batch.context_lens[s]);
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);  // of integers
 
     Share share{};
     const int total = sum * batch.kv_heads, block = blockIdx.x;
@@ -167,17 +169,14 @@ struct Loader {
         }
         const i64 to_values = value_offset(batch.kv_heads);
 #pragma unroll
-        for (int i = 0; i < WARP_TOKENS; i += AT_ONCE) {
-            const int row = i + lane / LANES;
-            const int id = __shfl_sync(FULL_WARP, ids, (block + i / BLOCK_SIZE) % 32);
-            const T* k = key_row(batch.kv, batch.block_stride, id, at.kv_head, (token % BLOCK_SIZE + row) % BLOCK_SIZE);
-            const bool valid = token + row < at.context;
-#pragma unroll
-            for (int v = 0; v < VECTORS; ++v) {
-                const int piece = v * LANES + lane % LANES;
-                async_copy16(piece_at(stage, row, piece), k + piece * PER_16_BYTES, valid);
-                async_copy16(piece_at(stage, WARP_TOKENS + row, piece), k + to_values + piece * PER_16_BYTES, valid);
-            }
+        for (int turn = 0; turn < TURNS; ++turn) {
+            const Place place = place_of(lane, turn);
+            const int id = __shfl_sync(FULL_WARP, ids, (block + place.row / BLOCK_SIZE) % 32);
+            const int offset = (token % BLOCK_SIZE + place.row) % BLOCK_SIZE;
+            const T* k = key_row(batch.kv, batch.block_stride, id, at.kv_head, offset) + place.piece * PER_16_BYTES;
+            const bool valid = token + place.row < at.context;
+            async_copy16(piece_at(stage, place.row, place.piece), k, valid);
+            async_copy16(piece_at(stage, WARP_TOKENS + place.row, place.piece), k + to_values, valid);
         }
         if (!first_of_item) return;
         const T* q = batch.query + at.sequence * batch.query_stride + at.kv_head * GROUP * HEAD_DIM;
@@ -187,18 +186,22 @@ struct Loader {
 };
 
 // Where a warp leaves its part of an item for the others: the stage that it has just used up.
-struct Part {
+struct Slot {
     float* base;
     DEVICE_METHOD float* row(int head) const { return base + head * PADDED; }
     DEVICE_METHOD float& maximum(int head) const { return base[GROUP * PADDED + head]; }
     DEVICE_METHOD float& sum(int head) const { return base[GROUP * PADDED + GROUP + head]; }
+    DEVICE_METHOD Part part(int head, int d) const {
+        return {maximum(head), sum(head), *reinterpret_cast<const float4*>(row(head) + d)};
+    }
 };
 
-DEVICE void add_scaled(float4& total, const float4& x, float weight) {
-    total.x += weight * x.x, total.y += weight * x.y, total.z += weight * x.z, total.w += weight * x.w;
+DEVICE void write_output(T* out, const Part& part) {
+    const float scale = 1.0f / part.l;
+    store4(out, part.o.x * scale, part.o.y * scale, part.o.z * scale, part.o.w * scale);
 }
 
-// All warps have written their Part (of which warp 0's is `parts`, each next one `stride` floats on): joins
+// All warps have filled their Slot (of which warp 0's is `parts`, each next one `stride` floats on): joins
 // them into the output, or into the workspace when other blocks hold tiles of the item too.
 DEVICE void finish_item(const Batch& batch, const Share& share, const Cursor& at, int number, float* parts, int stride) {
     __shared__ int arrived;
@@ -210,25 +213,16 @@ DEVICE void finish_item(const Batch& batch, const Share& share, const Cursor& at
 
     for (int i = threadIdx.x * 4; i < GROUP * HEAD_DIM; i += WARPS * 32 * 4) {
         const int head = i / HEAD_DIM, d = i % HEAD_DIM;
-        float largest = minus_infinity(), sum = 0;
-        float4 total = make_float4(0, 0, 0, 0);
+        Part parts_of_warps[WARPS];
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, Part{parts + w * stride}.maximum(head));
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
-            const Part part{parts + w * stride};
-            const float weight = exp2_fast(part.maximum(head) - largest);  // 0 for a warp that had no token
-            sum += weight * part.sum(head);
-            const float4 x = *reinterpret_cast<const float4*>(part.row(head) + d);
-            add_scaled(total, x, weight);
-        }
+        for (int w = 0; w < WARPS; ++w) parts_of_warps[w] = Slot{parts + w * stride}.part(head, d);
+        const Part total = join(parts_of_warps);
         if (whole) {
-            const float scale = 1.0f / sum;
-            store4(batch.out + row * HEAD_DIM + i, total.x * scale, total.y * scale, total.z * scale, total.w * scale);
+            write_output(batch.out + row * HEAD_DIM + i, total);
         } else {
             const i64 slot = static_cast<i64>(place) * GROUP;
-            *reinterpret_cast<float4*>(batch.partial + slot * HEAD_DIM + i) = total;
-            if (d == 0) batch.partial_sums[slot + head] = make_float2(largest, sum);
+            *reinterpret_cast<float4*>(batch.partial + slot * HEAD_DIM + i) = total.o;
+            if (d == 0) batch.partial_sums[slot + head] = make_float2(total.m, total.l);
         }
     }
     __syncthreads();  // parts may be overwritten now, and this block's partial is complete
@@ -244,33 +238,22 @@ DEVICE void finish_item(const Batch& batch, const Share& share, const Cursor& at
     constexpr int CHUNK = 8;  // partials asked for at a time: the loads are long, the arithmetic is nothing
     for (int i = threadIdx.x * 4; i < GROUP * HEAD_DIM; i += WARPS * 32 * 4) {
         const int head = i / HEAD_DIM;
-        float largest = minus_infinity(), sum = 0;
-        float4 total = make_float4(0, 0, 0, 0);
+        Part total = empty_part();
 #pragma unroll 1
         for (int o = 0; o < owners; o += CHUNK) {
-            float2 part[CHUNK];
-            float4 x[CHUNK];
-            float seen = minus_infinity();
+            Part part[CHUNK + 1];
+            part[CHUNK] = total;
 #pragma unroll
             for (int c = 0; c < CHUNK; ++c) {  // only the first owner has the item's beginning
                 const i64 slot = static_cast<i64>(2 * (owner + o + c) + (o + c == 0 ? 1 : 0)) * GROUP;
-                const bool valid = o + c < owners;
-                part[c] = valid ? load_of_others(batch.partial_sums + slot + head) : make_float2(minus_infinity(), 0);
-                x[c] = valid ? load_of_others(reinterpret_cast<const float4*>(batch.partial + slot * HEAD_DIM + i))
-                             : make_float4(0, 0, 0, 0);
+                part[c] = empty_part();
+                if (o + c >= owners) continue;
+                const float2 sums = load_of_others(batch.partial_sums + slot + head);
+                part[c].m = sums.x, part[c].l = sums.y;
+                part[c].o = load_of_others(reinterpret_cast<const float4*>(batch.partial + slot * HEAD_DIM + i));
             }
-#pragma unroll
-            for (int c = 0; c < CHUNK; ++c) seen = fmaxf(seen, part[c].x);
-            const float old = rescale(largest, seen);
-            sum *= old, total.x *= old, total.y *= old, total.z *= old, total.w *= old;
-#pragma unroll
-            for (int c = 0; c < CHUNK; ++c) {
-                const float weight = exp2_fast(part[c].x - largest);
-                sum += weight * part[c].y;
-                add_scaled(total, x[c], weight);
-            }
+            total = join(part);
         }
-        const float scale = 1.0f / sum;
-        store4(batch.out + row * HEAD_DIM + i, total.x * scale, total.y * scale, total.z * scale, total.w * scale);
+        write_output(batch.out + row * HEAD_DIM + i, total);
     }
 }

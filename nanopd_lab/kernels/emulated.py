@@ -7,11 +7,12 @@ access, count, and report faults) and returns the result with the `RunResult` th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from nanopd_lab.kernels import emulator, validate
+from nanopd_lab.kernels import validate
 from nanopd_lab.kernels.launches import (
     SPLIT_RUNGS,
     AttentionShape,
@@ -28,14 +29,34 @@ from nanopd_lab.kernels.launches import (
     workspace_bytes,
 )
 from nanopd_lab.kernels.report import RunResult
+from nanopd_lab.kernels.run import run
+from nanopd_lab.kernels.sources import with_headers
 
 LIMITS = DeviceLimits(multiprocessors=2)
 
 
-def execute(launch: Launch, args: list[Any], instrument: bool) -> RunResult:
-    """Run one launch. None arguments are null pointers."""
-    built = emulator.build(launch.source, launch.kernel, launch.defines, instrument, launch.file)
-    return emulator.launch(built, launch.grid, launch.threads, args, launch.shared_bytes)
+def execute(
+    launch: Launch,
+    args: list[Any],
+    instrument: bool,
+    headers: Mapping[str, str] | None = None,
+    device: str = "emulator",
+    max_steps: int = 2_000_000_000,
+) -> RunResult:
+    """Run one launch. `headers` replaces headers of `cuda/` by name (see `sources.with_headers`)."""
+    return run(
+        with_headers(launch.source, headers or {}, launch.file),
+        launch.kernel,
+        launch.grid,
+        launch.threads,
+        args,
+        shared_bytes=launch.shared_bytes,
+        device=device,
+        defines=launch.defines,
+        instrument=instrument,
+        max_steps=max_steps,
+        name=launch.file,
+    )
 
 
 def paged_decode(
@@ -48,8 +69,15 @@ def paged_decode(
     instrument: bool = False,
     blocks: int = 5,
     tuning: SplitTuning | None = None,
+    headers: Mapping[str, str] | None = None,
+    device: str = "emulator",
+    max_steps: int = 2_000_000_000,
 ) -> tuple[torch.Tensor, RunResult]:
-    """One rung of the decode ladder; `blocks` is the grid of the split rungs."""
+    """One rung of the decode ladder; `blocks` is the grid of the split rungs.
+
+    `headers`: see `execute`. `device="cuda"` compiles and launches the same on a GPU, copying the tensors there
+    and back.
+    """
     shape = validate.check_attention(query, kv_layer, block_tables, context_lens)
     validate.check_values(kv_layer, block_tables, context_lens)
     sequences = context_lens.shape[0]
@@ -66,10 +94,10 @@ def paged_decode(
         partial.fill_(float("nan"))
         sums.fill_(float("nan"))
         args += [sequences, partial, sums, counters]
-        result = execute(launch, args, instrument)
+        result = execute(launch, args, instrument, headers, device, max_steps)
         assert int(counters.abs().max()) == 0, "counters must be zero again after a launch"
         return out, result
-    return out, execute(launch, args, instrument)
+    return out, execute(launch, args, instrument, headers, device, max_steps)
 
 
 def paged_prefill(

@@ -25,15 +25,24 @@ from nanopd_lab.hostcc import find_compiler
 from nanopd_lab.kernels.arguments import Region, Slot, bind, flat_launch_shape
 from nanopd_lab.kernels.cache import cache_dir, key_of
 from nanopd_lab.kernels.errors import CompilerMissingError, KernelCompileError, KernelFaultError
-from nanopd_lab.kernels.report import KINDS, Counters, Finding, LineCounters, RunResult, describe
+from nanopd_lab.kernels.report import KINDS, Counters, Finding, LineCounters, RunResult, WarpAccess, describe
 from nanopd_lab.resources import cuda_dir
 
 # More flags for the runtime, e.g. -DEMU_UCONTEXT: portable context switches instead of assembly.
 RUNTIME_FLAGS_VARIABLE = "NANOPD_LAB_EMULATOR_FLAGS"
 RUNTIME_SOURCES = ("emulator_run.cpp", "emulator_watch.cpp")
 HEADERS = ("emulator.h", "emulator_internal.h")
+# g++ ignores the section of a __shared__ variable in a template (GCC bug 41091). With a section for each variable the
+# linker can put it where it belongs; a linker that can't read the script does without.
+SHARED_OF_TEMPLATES = """SECTIONS { emu_shared : { PROVIDE_HIDDEN(__start_emu_shared = .); *(emu_shared) *(.bss._ZZ*)
+    PROVIDE_HIDDEN(__stop_emu_shared = .); } } INSERT BEFORE .bss;
+"""
+# -fvisibility=hidden: else kernels in one process would share the variables of templates of the same name.
 # -fno-optimize-sibling-calls: a tail call would give a barrier the caller's line.
-COMMON_FLAGS = ("-std=c++17", "-fPIC", "-w", "-fno-strict-aliasing", "-fno-optimize-sibling-calls")
+COMMON_FLAGS = (
+    "-std=c++17", "-fPIC", "-w", "-fno-strict-aliasing", "-fno-optimize-sibling-calls", "-fdata-sections",
+    "-fvisibility=hidden",
+)  # fmt: skip
 FAST_FLAGS = ("-O2", "-g1", "-ffp-contract=off")
 WATCHED_FLAGS = ("-O1", "-g1", "-fsanitize=thread", "-fsanitize-coverage=trace-pc")
 # Wrappers live here; a line in one of them is attributed to the kernel line that called it.
@@ -59,6 +68,13 @@ class _Counter(ctypes.Structure):
             for name in ("requests", "lanes", "bytes", "sectors", "passes", "conflicts")
         ),
     )
+
+
+class _WarpAccess(ctypes.Structure):
+    _fields_ = (
+        ("pc", ctypes.c_uint64), ("space", ctypes.c_int), ("write", ctypes.c_int), ("region", ctypes.c_int),
+        ("lanes", ctypes.c_uint32), ("bytes", ctypes.c_int32), ("offset", ctypes.c_int64 * 32),
+    )  # fmt: skip
 
 
 class _Totals(ctypes.Structure):
@@ -169,6 +185,7 @@ def _build(
             text,
             includes(text),
             " ".join(flags[: -len(defines) - 1]),
+            SHARED_OF_TEMPLATES,
             str(defines),
             _compiler_version(compiler),
             *(path.name for path in runtime),
@@ -182,11 +199,13 @@ def _build(
             made = Path(folder) / "kernel.o"
             _call_compiler([compiler, *flags, "-x", "c++", "-c", str(unit), "-o", str(made)], name, source)
             # Linked without -fsanitize: the runtime supplies the sanitizer's entry points itself.
-            _call_compiler(
-                [compiler, "-shared", "-Wl,-Bsymbolic", "-o", str(built), str(made), *map(str, runtime)],
-                name,
-                source,
-            )
+            script = Path(folder) / "shared.ld"
+            script.write_text(SHARED_OF_TEMPLATES)
+            link = [compiler, "-shared", "-Wl,-Bsymbolic", "-o", str(built), str(made), *map(str, runtime)]
+            try:
+                _call_compiler([*link, f"-Wl,-T,{script}"], name, source)
+            except KernelCompileError:
+                _call_compiler(link, name, source)
             built.replace(target)
     library = ctypes.CDLL(str(target))
     library.emu_reports.restype = ctypes.POINTER(_Report)
@@ -244,13 +263,13 @@ def launch(
     elapsed_ms = 1e3 * (time.perf_counter() - begun)
     for region in regions:
         region.copy_back()
-    findings, counters = _read_back(built, max(found, 0), regions)
+    findings, counters, accesses = _read_back(built, max(found, 0), regions)
     if found < 0:
         raise MemoryError(f"no memory for the stacks of {block3} threads")
     if findings and check:
         raise KernelFaultError(built.name, findings)
     outputs = tuple(slot.array for slot in slots if slot.array is not None)
-    return RunResult(outputs, "emulator", elapsed_ms, counters, findings)
+    return RunResult(outputs, "emulator", elapsed_ms, counters, findings, accesses)
 
 
 def _as_ctypes(slot: Slot, size: int) -> ctypes._SimpleCData[Any]:
@@ -262,15 +281,17 @@ def _as_ctypes(slot: Slot, size: int) -> ctypes._SimpleCData[Any]:
 
 def _read_back(
     built: EmulatedKernel, found: int, regions: Sequence[Region]
-) -> tuple[tuple[Finding, ...], Counters]:
+) -> tuple[tuple[Finding, ...], Counters, tuple[WarpAccess, ...]]:
     library = built.library
     reports = library.emu_reports()[:found] if found else []
     rows = ctypes.POINTER(_Counter)()
     count = library.emu_counters(ctypes.byref(rows)) if built.watched else 0
     counted = rows[:count] if count else []
-    addresses = (
-        {r.pc for r in reports} | {r.other_pc for r in reports if r.other_pc} | {c.pc for c in counted}
-    )
+    first = ctypes.POINTER(_WarpAccess)()
+    count = library.emu_accesses(ctypes.byref(first)) if built.watched else 0
+    kept = first[:count] if count else []
+    addresses = {r.pc for r in reports} | {r.other_pc for r in reports if r.other_pc}
+    addresses |= {c.pc for c in counted} | {a.pc for a in kept}
     lines = source_lines(built.path, addresses, library.emu_base())
     findings = []
     for r in reports:
@@ -289,9 +310,9 @@ def _read_back(
         )
     grouped: dict[tuple[str, int, str, str], list[int]] = defaultdict(lambda: [0] * 6)
     for c in counted:
-        kind = "atomic" if c.space >= 2 else "write" if c.write else "read"
+        space, kind = _space_and_kind(c)
         file, line = lines[c.pc]
-        sums = grouped[file, line, "shared" if c.space & 1 else "global", kind]
+        sums = grouped[file, line, space, kind]
         for i, name in enumerate(("requests", "lanes", "bytes", "sectors", "passes", "conflicts")):
             sums[i] += getattr(c, name)
     totals = library.emu_totals().contents
@@ -303,7 +324,19 @@ def _read_back(
         totals.divergent_steps,
         totals.lane_steps,
     )
-    return tuple(findings), counters
+    accesses = tuple(
+        WarpAccess(
+            *lines[a.pc], *_space_and_kind(a), a.region, a.bytes,
+            tuple(a.offset[lane] if a.lanes >> lane & 1 else None for lane in range(32)),
+        )
+        for a in kept
+    )  # fmt: skip
+    return tuple(findings), counters, accesses
+
+
+def _space_and_kind(row: _Counter | _WarpAccess) -> tuple[str, str]:
+    kind = "atomic" if row.space >= 2 else "write" if row.write else "read"
+    return "shared" if row.space & 1 else "global", kind
 
 
 _line_cache: dict[tuple[Path, int], tuple[str, int]] = {}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nanopd_lab.kernels.report import Finding
 
 
 class KernelArgumentError(ValueError):
@@ -38,6 +42,6 @@ class KernelFaultError(ValueError):
     `findings` lists them (see `nanopd_lab.kernels.report.Finding`).
     """
 
-    def __init__(self, name: str, findings: tuple[object, ...]) -> None:
+    def __init__(self, name: str, findings: tuple[Finding, ...]) -> None:
         self.findings = findings
         super().__init__(f"{name}: " + "\n".join(str(finding) for finding in findings))

@@ -29,6 +29,17 @@ class Problem:
         """1 / sqrt(head_dim)."""
         return self.shape.head_dim**-0.5
 
+    @property
+    def decode_args(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """What `emulated.paged_decode` takes after the rung."""
+        return self.query, self.kv_layer, self.block_tables, self.context_lens, self.scale
+
+    @property
+    def kv_bytes(self) -> int:
+        """K and V that must be read, each once."""
+        shape = self.shape
+        return int(self.context_lens.sum()) * 2 * shape.kv_heads * shape.head_dim * shape.element_bytes
+
     def wanted(self) -> torch.Tensor:
         """The float64 answer, `[T, heads, head_dim]`: what every kernel is compared with."""
         return reference.attend(

@@ -65,6 +65,34 @@ class LineCounters:
 
 
 @dataclass(frozen=True)
+class WarpAccess:
+    """One access of a warp, lane by lane.
+
+    `argument` is the index of the array argument (-1: shared memory), `bytes` what each lane asked for, and
+    `offsets` the 32 lanes' positions in it in bytes, None for a lane that took no part.
+    """
+
+    file: str
+    line: int
+    space: str
+    kind: str
+    argument: int
+    bytes: int
+    offsets: tuple[int | None, ...]
+
+    @property
+    def sectors(self) -> tuple[int, ...]:
+        """The 32-byte sectors touched, as numbers counted from the array's beginning, in order."""
+        touched = {
+            sector
+            for offset in self.offsets
+            if offset is not None
+            for sector in range(offset // 32, (offset + self.bytes - 1) // 32 + 1)
+        }
+        return tuple(sorted(touched))
+
+
+@dataclass(frozen=True)
 class Counters:
     """What a launch did, by line and in total. `steps` are basic blocks executed by a warp."""
 
@@ -116,7 +144,8 @@ class Counters:
 class RunResult:
     """Outputs (the array arguments, in their order, as the kernel left them) and what was seen on the way.
 
-    `device` is "emulator" or the GPU's name; counters and findings are empty on a GPU and in the fast mode.
+    `device` is "emulator" or the GPU's name; the rest is empty on a GPU and in the fast mode. `accesses` are the
+    first 512 of warp 0 of block 0, in the order in which the warp's lanes met.
     """
 
     outputs: tuple[Any, ...]
@@ -124,6 +153,7 @@ class RunResult:
     elapsed_ms: float
     counters: Counters = field(default_factory=Counters)
     findings: tuple[Finding, ...] = ()
+    accesses: tuple[WarpAccess, ...] = ()
 
 
 def describe(

@@ -18,6 +18,7 @@ concept in `lab/exercises/`. `NANOPD_LAB_MODE=reference` runs everything with th
 
 from __future__ import annotations
 
+from nanopd_lab.lab import cuda
 from nanopd_lab.lab.checking import Counterexample
 from nanopd_lab.lab.registry import Exercise, UnknownExerciseError, all_exercises, find
 from nanopd_lab.lab.report import CheckFailedError, Report, Status
@@ -51,6 +52,7 @@ __all__ = [
     "UnknownExerciseError",
     "all_exercises",
     "check",
+    "cuda",
     "examine",
     "exercise",
     "find",

@@ -51,7 +51,8 @@ class Counterexample(AssertionError):  # noqa: N818 - what it is, and the word t
         if self.inputs is None:
             return self.called
         inputs = ", ".join(f"{name}={compact(value)}" for name, value in self.inputs.items())
-        return f"{self.called}({inputs})"
+        # A description in words is no function that could be called.
+        return f"{self.called}({inputs})" if inputs or self.called.isidentifier() else self.called
 
     def rows(self) -> list[tuple[str, str]]:
         """(label, text) of what is shown, in order."""
@@ -66,6 +67,10 @@ class Counterexample(AssertionError):  # noqa: N818 - what it is, and the word t
 
 class NotWrittenError(NotImplementedError):
     """The implementation is, or comes upon, a stub."""
+
+
+class CannotCheckError(RuntimeError):
+    """Something that a check needs is not here, a compiler for example; the message says how to get it."""
 
 
 class _Late(BaseException):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 
 from nanopd_lab.engine.config import EngineParts
 from nanopd_lab.lab import store
-from nanopd_lab.lab.checking import Counterexample, NotWrittenError
+from nanopd_lab.lab.checking import CannotCheckError, Counterexample, NotWrittenError
 from nanopd_lab.lab.registry import Exercise, all_exercises, find
 from nanopd_lab.lab.report import CheckFailedError, Report, Status
 from nanopd_lab.lab.signature import require_same_signature
@@ -229,6 +229,8 @@ def _examine(entry: Exercise, impl: Any) -> Report:
     except NotWrittenError:
         message = f'not written yet; the package\'s own stands in. lab.hint("{entry.name}", 1) helps.'
         return Report(entry.name, Status.TODO, message)
+    except CannotCheckError as reason:
+        return Report(entry.name, Status.UNCHECKED, f"{reason} Until then the package's own stands in.")
     except Counterexample as found:
         return Report(entry.name, Status.FAIL, "wrong", found)
     whose = "the package's own" if own else "yours"

@@ -31,6 +31,9 @@ def require_same_signature(exercise: str, impl: Any, reference: Any) -> None:
         if inspect.isclass(impl) or not callable(impl):
             raise SignatureError(f"{exercise} is a function, but {impl!r} is not")
         _compare(exercise, impl, reference)
+    elif isinstance(reference, str):
+        if not isinstance(impl, str):
+            raise SignatureError(f"{exercise} is a text of CUDA C++, not {impl!r}")
     elif not isinstance(impl, type(reference)):
         raise SignatureError(f"{exercise} is a {type(reference).__name__}, not {impl!r}")
 

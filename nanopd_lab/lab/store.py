@@ -82,7 +82,8 @@ def standalone(impl: Any, name: str) -> str:
         ValueError: it uses something that cannot be written down, such as a list or a model of the notebook.
     """
     if isinstance(impl, str):
-        return f"{HEADER}PART = {impl!r}\n"
+        lines = "".join(f"    {line!r}\n" for line in str(impl).splitlines(keepends=True))
+        return f"{HEADER}PART = (\n{lines})\n"
     imports: set[str] = set()
     definitions: dict[str, str] = {}
     _collect(impl, name, imports, definitions)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nanopd_lab
+from nanopd_lab.kernels.sources import CudaText
 
 # (colour of the edge, sign): never told apart by colour alone.
 LOOKS = {
@@ -80,6 +81,7 @@ class Source:
 
     where: str
     text: str
+    language: str = "python"  # a name that pygments knows
 
     def __str__(self) -> str:
         return f"# {self.where}\n{self.text}"
@@ -88,7 +90,7 @@ class Source:
         try:
             from pygments import highlight
             from pygments.formatters import HtmlFormatter
-            from pygments.lexers import PythonLexer
+            from pygments.lexers import get_lexer_by_name
         except ImportError:  # plain text will do
             code = f"<pre>{escape(self.text)}</pre>"
         else:
@@ -96,14 +98,16 @@ class Source:
             box = "padding:.4em .8em"
             flat = "background:none;padding:0;margin:0"
             look = HtmlFormatter(cssclass="highlight", cssstyles=box, prestyles=flat)
-            code = highlight(self.text, PythonLexer(), look)
+            code = highlight(self.text, get_lexer_by_name(self.language), look)
         return f'<div style="opacity:.75"><code>{escape(self.where)}</code></div>{code}'
 
     __repr__ = __str__
 
 
 def show(thing: Any) -> Source:
-    """The package's own source of a function, class or method, as it stands in the file."""
+    """The package's own source of a function, class or method, or a piece of `cuda/`, as it stands in the file."""
+    if isinstance(thing, CudaText):
+        return Source(f"cuda/{thing.file}, line {thing.line}", thing, "cuda")
     lines, first = inspect.getsourcelines(thing)
     file = Path(inspect.getsourcefile(thing) or "")
     root = Path(nanopd_lab.__file__).resolve().parent.parent

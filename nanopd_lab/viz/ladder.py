@@ -1,11 +1,13 @@
-"""The ladder of decode kernels against the memory roof: a pure function of a record of `kernels bench`."""
+"""The ladder of decode kernels against the memory roof: pure functions of a record of `kernels bench`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib.figure import Figure
+from nanopd_lab.resources import data_dir
+from nanopd_lab.viz.style import FAINT, INK, LabFigure, figure
 
 # Okabe and Ito's colour-blind-safe palette; the rungs darken as they climb, peers are drawn hollow.
 COLOURS = {
@@ -25,15 +27,75 @@ LABELS = {
 PEERS = ("sdpa-contiguous", "flashinfer", "flashinfer-tc")
 
 
-def ladder_figure(record: Mapping[str, Any], source: str = "recorded") -> Figure:
+def recorded_ladder() -> dict[str, Any]:
+    """The latest record of `kernels bench` that comes with the package."""
+    records = [json.loads(path.read_text()) for path in (data_dir() / "recorded").glob("kernels-*.json")]
+    latest: dict[str, Any] = max(records, key=lambda record: record["provenance"]["date"])
+    return latest
+
+
+def recorded_nanopd() -> dict[str, Any]:
+    """nanoPD's kernel, recorded on its own GPU: only its fraction of that GPU's roof may stand beside others."""
+    (path,) = (data_dir() / "recorded").glob("nanopd-attention-*.json")
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def shapes_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The twelve shapes and the ragged batch."""
+    return [*record["shapes"], record["ragged"]]
+
+
+def roof_figure(record: Mapping[str, Any], shape: int, source: str = "recorded") -> LabFigure:
+    """One shape: how much of the memory roof each rung and peer reaches. `shape` counts as in `shapes_of`."""
+    row = shapes_of(record)[shape]
+    nanopd = recorded_nanopd()
+    bars = [
+        (LABELS[name], COLOURS[name], row["results"][name], "") for name in LABELS if name in row["results"]
+    ]
+    theirs = next((other for other in nanopd["shapes"] if other["name"] == row["name"]), None)
+    if theirs:
+        bars.insert(0, ("nanoPD", "#FFFFFF", theirs, f"on {_short(nanopd)}, of that GPU's roof"))
+    fig = figure(9.6, 1.6 + 0.36 * len(bars))
+    axes = fig.subplots()
+    for place, (_, colour, result, note) in enumerate(bars):
+        percent = 100 * result["fraction_of_roof"]
+        axes.barh(
+            place, percent, color=colour, edgecolor=INK, linewidth=0.7, height=0.7, hatch="//" if note else ""
+        )
+        text, inside = f" {percent:.1f} %   {result['median_us']:,.0f} µs   {note} ", percent > 70
+        side, ink = ("right", "white") if inside else ("left", INK)
+        axes.text(percent, place, text, va="center", ha=side, fontsize=9.5, color=ink)
+    axes.axvline(100, color=INK, linewidth=1.2)
+    axes.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=10)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 106)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("of the measured memory bandwidth (%)")
+    axes.set_title(
+        f"{row['name'].replace(' x ', ' × ')} tokens: {row['kv_bytes'] / 1e6:,.0f} MB of K and V, at best "
+        f"{row['floor_us']:,.1f} µs on {_short(record)} ({source}, {record['provenance']['date'][:10]})",
+        loc="left", fontsize=10.5, color=INK,
+    )  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    return fig
+
+
+def _short(record: Mapping[str, Any]) -> str:
+    words = record["device"]["name"].replace("NVIDIA ", "").split()
+    return f"an {words[0]}" if words[0][:1] in "AH" else words[0]
+
+
+def ladder_figure(record: Mapping[str, Any], source: str = "recorded") -> LabFigure:
     """Effective bandwidth (KV bytes over time) of every rung and peer, by shape, under the measured roof.
 
     `source` is the label that says where the figures come from: "recorded" or "measured here".
     """
-    shapes = [*record["shapes"], record["ragged"]]
+    shapes = shapes_of(record)
     roof = record["ceilings"]["read_gb_s"]
-    figure = Figure(figsize=(10, 5.2), facecolor="white", layout="constrained")
-    axes = figure.subplots()
+    fig = figure(9.6, 5.2)
+    axes = fig.subplots()
     axes.axhline(roof, color="black", linewidth=1.2)
     axes.annotate(
         f"memory roof, {roof:,.0f} GB/s read",
@@ -71,4 +133,4 @@ def ladder_figure(record: Mapping[str, Any], source: str = "recorded") -> Figure
     )
     axes.grid(True, which="major", axis="y", alpha=0.3)
     axes.legend(fontsize=8, ncols=2, loc="lower right")
-    return figure
+    return fig

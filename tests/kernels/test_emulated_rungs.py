@@ -30,11 +30,7 @@ SHAPES = [
 def decode(problem: Problem, rung: str, **options: object) -> torch.Tensor:
     out, _ = emulated.paged_decode(
         rung,
-        problem.query,
-        problem.kv_layer,
-        problem.block_tables,
-        problem.context_lens,
-        problem.scale,
+        *problem.decode_args,
         **options,
     )  # type: ignore[arg-type]
     return out
@@ -58,11 +54,7 @@ def test_rung_is_clean_when_watched(rung: str) -> None:
     problem = make_problem(BF16, 64, 8, 3, 2, [75, 1, 0, 20])
     out, result = emulated.paged_decode(
         rung,
-        problem.query,
-        problem.kv_layer,
-        problem.block_tables,
-        problem.context_lens,
-        problem.scale,
+        *problem.decode_args,
         instrument=True,
     )
     assert result.findings == ()
@@ -86,8 +78,7 @@ def test_the_ladder_reads_fewer_bytes_rung_by_rung() -> None:
     problem = make_problem(BF16, 64, 16, 4, 1, [256])
     sectors = {}
     for rung in RUNGS:
-        args = (problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.scale)
-        counters = emulated.paged_decode(rung, *args, instrument=True, blocks=2)[1].counters
+        counters = emulated.paged_decode(rung, *problem.decode_args, instrument=True, blocks=2)[1].counters
         sectors[rung] = counters.total("sectors", "global", "read")
     kv_sectors = 256 * 64 * 2 * 2 // 32
     assert sectors["naive"] > 3 * sectors["online"]  # strided reads of K

@@ -80,6 +80,42 @@ def test_uninitialised_shared_memory() -> None:
     assert found.thread == (9, 0, 0)
 
 
+def test_shared_memory_of_a_template_is_watched_too() -> None:
+    source = """template <int N> __device__ float turned(float x) {
+    __shared__ float s[N];
+    s[threadIdx.x] = x;
+    {barrier}
+    return s[N - 1 - threadIdx.x];
+}
+__global__ void kernel(const float* x, float* y) { y[threadIdx.x] = turned<64>(x[threadIdx.x]); }"""
+    args = [FLOATS[:64].copy(), empty(64)]
+    with pytest.raises(KernelFaultError, match=r"race at kernel.cu:[35]"):
+        run(source.replace("{barrier}", ""), "kernel", 1, 64, args, device="emulator")
+    good = run(source.replace("{barrier}", "__syncthreads();"), "kernel", 1, 64, args, device="emulator")
+    assert np.array_equal(good.outputs[1], FLOATS[63::-1])
+    assert good.counters.total("requests", "shared") == 4
+    stale = run(
+        source.replace("{barrier}", "").replace("s[threadIdx.x] = x;", ""),
+        "kernel",
+        1,
+        64,
+        args,
+        device="emulator",
+        instrument=False,
+    )
+    assert np.isnan(stale.outputs[1]).all()
+
+
+def test_the_first_warps_accesses_are_kept_lane_by_lane() -> None:
+    result = launch("    if (i % 2 && i < 32) y[i] = x[2 * i];", block=64, n=64, grid=1)
+    read, write = sorted(result.accesses, key=lambda access: access.kind)
+    assert (read.line, read.space, read.argument, read.bytes) == (3, "global", 0, 4)
+    assert read.offsets == tuple(8 * i if i % 2 else None for i in range(32))
+    assert write.offsets == tuple(4 * i if i % 2 else None for i in range(32))
+    assert (write.argument, len(read.sectors), write.sectors) == (1, 8, (0, 1, 2, 3))
+    assert len(read.sectors) == next(c.sectors for c in result.counters.lines if c.kind == "read")
+
+
 def test_uninitialised_output() -> None:
     fault("    y[i] += x[i];", "uninitialised read", 3)
 

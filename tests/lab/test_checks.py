@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import signal
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from nanopd_lab import lab
 from nanopd_lab.lab.checking import call, expect, same
 from tests.lab.wrong_versions import RIGHT, WRONG
+from tests.lab.wrong_versions.base import CudaVersion, Version
 
 # Exercises whose counterexamples hold all inputs, and the result as it is; others describe them.
 SAY_ALL = {"kv.blocks_for", "engine.plan_chunks", "engine.choose_victim"}
@@ -19,8 +19,15 @@ SAY_ALL |= {"cost.arithmetic_intensity", "cost.time_per_output_token"}
 NAMES = [exercise.name for exercise in lab.all_exercises()]
 
 
-def stub_of(reference: Any) -> Callable[..., Any]:
-    """A function with the reference's signature and nothing in it."""
+def id_of(value: Any) -> str | None:
+    """A version's name; what pytest makes of it otherwise."""
+    return getattr(value, "__name__", None)
+
+
+def stub_of(reference: Any) -> Version:
+    """What a learner starts from: the reference's signature and nothing in it."""
+    if isinstance(reference, str):
+        return CudaVersion("stub", '\n#error "your turn"\n')
 
     def stub(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("your turn")
@@ -50,15 +57,19 @@ def test_there_are_enough_wrong_versions(name: str) -> None:
     assert len(RIGHT[name]) >= 2
 
 
-@pytest.mark.parametrize(("name", "impl"), [(name, impl) for name in NAMES for impl in RIGHT[name]])
-def test_another_right_version_passes(name: str, impl: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "impl"), [(name, impl) for name in NAMES for impl in RIGHT[name]], ids=id_of
+)
+def test_another_right_version_passes(name: str, impl: Version) -> None:
     assert lab.examine(name, impl).status is lab.Status.PASS
 
 
 @pytest.mark.parametrize(
-    ("name", "impl", "words"), [(name, impl, words) for name in NAMES for impl, words in WRONG[name]]
+    ("name", "impl", "words"),
+    [(name, impl, words) for name in NAMES for impl, words in WRONG[name]],
+    ids=id_of,
 )
-def test_a_wrong_version_fails_and_is_told_why(name: str, impl: Callable[..., Any], words: str) -> None:
+def test_a_wrong_version_fails_and_is_told_why(name: str, impl: Version, words: str) -> None:
     report = lab.examine(name, impl)
     assert report.status is lab.Status.FAIL
     found = report.counterexample
