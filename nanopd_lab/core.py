@@ -239,7 +239,7 @@ class Sequence:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """Tokens `[start, start + count)` of one sequence, computed in one step.
 

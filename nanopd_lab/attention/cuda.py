@@ -1,10 +1,12 @@
 """The hand-written CUDA kernels as an attention backend.
 
-Decode steps go through the best rung of the ladder (`kernels.launches.best_rung`), everything else through
-the paged prefill kernel, except where PyTorch's own kernels are faster: a query of LONG_QUERY tokens or more
-(compute-bound, and cuDNN or FlashAttention use Hopper's wgmma there, which our mma.sync kernel doesn't: see
-the prefill rows of data/recorded/kernels-*.json) and fp32 gather their pages and call SDPA, one sequence at a
-time.
+Decode steps go through the best rung of the ladder (`kernels.launches.best_rung`), chunks through the paged
+prefill kernel, except where PyTorch's own kernels are faster (see the prefill rows of
+data/recorded/kernels-*.json):
+
+    several whole prompts, or first chunks   FlashAttention on the batch's own K and V: one call, no pages
+    LONG_QUERY tokens or more, and fp32      SDPA, one sequence at a time, on pages gathered first unless the
+                                             sequence has no past (cuDNN uses Hopper's wgmma there)
 """
 
 from __future__ import annotations
@@ -62,7 +64,6 @@ def attend_known(
         return found.to(query.dtype)
     sequences = len(lengths)
     decodes = bisect_right(lengths, 1)
-    paged = decodes if kv_layer.dtype == torch.float32 else bisect_right(lengths, LONG_QUERY - 1)
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if decodes:
@@ -75,22 +76,45 @@ def attend_known(
             workspace,
             scale,
         )
-    if decodes < paged:
-        # query_start is absolute, so the kernel fills these sequences' rows of the whole output.
-        few = slice(decodes, paged)
-        starts = query_start[decodes : paged + 1]
-        longest = max(lengths[few])
-        ops.prefill_into(out, query, kv_layer, block_tables[few], context_lens[few], starts, longest, scale)
-    first = sum(lengths[:paged])
-    for s in range(paged, sequences):
+    halves = kv_layer.dtype != torch.float32
+    new = [s for s in range(decodes, sequences) if contexts[s] == lengths[s]]
+    together = fresh is not None and halves and len(new) > 1
+    if together:
+        assert fresh is not None
+        # Those with a past come along, as if they had none, and are done again below: their rows lie between.
+        starts, longest = query_start[decodes:], max(lengths[decodes:])
+        found = torch.ops.aten._flash_attention_forward(
+            query, *fresh, starts, starts, longest, longest, 0.0, True, False, scale=scale
+        )[0]
+        out[decodes : sum(lengths)] = found[decodes : sum(lengths)]
+    few = decodes
+    if not together and halves:
+        few = bisect_right(lengths, LONG_QUERY - 1)
+        if decodes < few:
+            # query_start is absolute, so the kernel fills these sequences' rows of the whole output.
+            part, starts = slice(decodes, few), query_start[decodes : few + 1]
+            ops.prefill_into(
+                out,
+                query,
+                kv_layer,
+                block_tables[part],
+                context_lens[part],
+                starts,
+                max(lengths[part]),
+                scale,
+            )
+    first = sum(lengths[:few])
+    for s in range(few, sequences):
         rows = slice(first, first + lengths[s])
-        if fresh is not None and contexts[s] == lengths[s]:
-            keys, values = (x[rows].transpose(0, 1) for x in fresh)
-        else:
+        first += lengths[s]
+        if contexts[s] != lengths[s] or fresh is None:
             keys, values = reference.pages_of(kv_layer, block_tables[s], contexts[s])
+        elif together:
+            continue
+        else:
+            keys, values = (x[rows].transpose(0, 1) for x in fresh)
         found = sdpa_causal(query[rows].transpose(0, 1)[None], keys[None], values[None], scale)
         out[rows] = found[0].transpose(0, 1)
-        first += lengths[s]
     return out
 
 

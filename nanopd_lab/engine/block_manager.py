@@ -25,6 +25,8 @@ class BlockManager:
     def __init__(self, allocator: Allocator, block_size: int) -> None:
         self.allocator = allocator
         self.block_size = block_size
+        # An allocator that doesn't say is taken to cache.
+        self.caching = getattr(allocator, "enable_prefix_caching", True)
 
     def missing(self, sequence: Sequence, count: int) -> int:
         """Free blocks that computing `count` more tokens takes: new ones, and copies of shared ones."""
@@ -77,6 +79,8 @@ class BlockManager:
     def register(self, sequence: Sequence, end: int) -> None:
         """Offer the full blocks of tokens `[0, end)` to the cache. Only after the step that computed them."""
         full = end // self.block_size
+        if full == sequence.num_registered or not self.caching:
+            return
         self._extend_hashes(sequence, full)
         for position in range(sequence.num_registered, full):
             self.allocator.register(sequence.blocks[position], sequence.block_hashes[position])
@@ -84,6 +88,8 @@ class BlockManager:
 
     def _prefix(self, sequence: Sequence) -> list[bytes]:
         assert not sequence.pending
+        if not self.caching:
+            return []
         # Never all tokens: one must be computed, for its logits.
         usable = (len(sequence.tokens) - 1) // self.block_size
         if len(sequence.block_hashes) < usable:  # it is asked in every step that the sequence waits

@@ -298,11 +298,12 @@ class Engine:
         for sequence in touched:
             tracked = self._tracked[sequence.request.request_id]
             tracked.sequences[sequence.index] = sequence
-            progressed[sequence.request.request_id] = tracked
             if tracked.metrics.first_token_time is None:
                 tracked.metrics.first_token_time = now
             if not sequence.request.beam:
                 self._read(tracked, sequence)
+            if not final_only or sequence.finished:
+                progressed[sequence.request.request_id] = tracked
         return [
             self._output(tracked, now)
             for tracked in progressed.values()

@@ -17,7 +17,7 @@ import torch
 
 from nanopd_lab.attention.base import AttentionMetadata, PackedLengths
 from nanopd_lab.core import PENDING, Chunk
-from nanopd_lab.kv import blocks_for, slots
+from nanopd_lab.kv import slots
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def pack(
         sources: by id(sequence), where the step before put the token it draws for that sequence
         pinned: in page-locked memory, so that the copy to a GPU runs behind the host's back
     """
-    width = max(2, *(blocks_for(chunk.end, block_size) for chunk in chunks))
+    width = max(2, *(len(chunk.sequence.blocks) for chunk in chunks))
     size = layout.size + len(chunks) * width
     packed = torch.empty(size, dtype=torch.int32, pin_memory=pinned)
     flat = packed.numpy()
@@ -117,37 +117,38 @@ def pack(
     pending: list[tuple[int, int]] = []
     starts = [0]
     for row, chunk in enumerate(chunks):
-        sequence, start, end = chunk.sequence, chunk.start, chunk.end
-        if end - start == 1:
-            tokens.append(sequence.tokens[start])
+        sequence, start, count = chunk.sequence, chunk.start, chunk.count
+        blocks = sequence.blocks
+        if count == 1:
+            token = sequence.tokens[start]
+            if token == PENDING:
+                pending.append((len(tokens), sources[id(sequence)]))
+            tokens.append(token)
             positions.append(start)
-            mapping.append(sequence.blocks[start // block_size] * block_size + start % block_size)
+            mapping.append(blocks[start // block_size] * block_size + start % block_size)
         else:
-            tokens.extend(sequence.tokens[start:end])
-            positions.extend(range(start, end))
-            mapping.extend(slots(sequence.blocks, start, end - start, block_size))
-        if tokens[-1] == PENDING:
-            pending.append((len(tokens) - 1, sources[id(sequence)]))
+            tokens.extend(sequence.tokens[start : start + count])
+            positions.extend(range(start, start + count))
+            mapping.extend(slots(blocks, start, count, block_size))
         starts.append(len(tokens))
-        needed = blocks_for(end, block_size)
-        tables[row, :needed] = sequence.blocks[:needed]
+        tables[row, : len(blocks)] = blocks
 
-    count, used = len(tokens), len(chunks)
+    total, used = len(tokens), len(chunks)
     for name, values, padding in (
         ("input_ids", tokens, 0),
         ("positions", positions, 0),
         ("slot_mapping", mapping, -1),
     ):
-        view[name][:count] = values
-        view[name][count:] = padding
+        view[name][:total] = values
+        view[name][total:] = padding
     view["source"][:] = -1
     for place, source in pending:
         view["input_ids"][place] = 0
         view["source"][place] = source
     view["query_start"][: used + 1] = starts
-    view["query_start"][used + 1 :] = count
-    contexts = np.fromiter((chunk.end for chunk in chunks), np.int32, used)
+    view["query_start"][used + 1 :] = total
     lengths = np.diff(view["query_start"][: used + 1])
+    contexts = np.fromiter((chunk.start for chunk in chunks), np.int32, used) + lengths
     for name, lens in (
         ("context_lens", contexts),
         ("decode_lens", np.where(lengths == 1, contexts, 0)),

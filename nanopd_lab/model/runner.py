@@ -30,7 +30,12 @@ class Launched:
 
     def result(self) -> list[list[SampledToken]]:
         """Element i holds the `samples` tokens drawn behind `plan.chunks[i]`. Waits for the device."""
-        tokens = iter(self.drawn.result() if self.drawn else ())
+        drawn = self.drawn.result() if self.drawn else []
+        if self.chunks == self.plan.chunks and len(drawn) == len(
+            self.chunks
+        ):  # a decode step: one token each
+            return [[token] for token in drawn]
+        tokens = iter(drawn)
         by_chunk = {id(chunk): [next(tokens) for _ in range(chunk.samples)] for chunk in self.chunks}
         return [by_chunk[id(chunk)] for chunk in self.plan.chunks]
 
@@ -80,9 +85,11 @@ class ModelRunner:
         chunks = order(plan.chunks)
         logits = self.logits(chunks)
         rows: list[SamplingRow] = []
+        logits_row = 0
         for chunk in chunks:
             if chunk.samples:
-                rows.extend(self._rows(chunk, 0 if not rows else rows[-1].logits_row + 1))
+                rows.extend(self._rows(chunk, logits_row))
+                logits_row += 1
         drawn = draw(logits, rows) if rows else None
         self._remember(chunks, drawn)
         return Launched(plan, chunks, drawn)
@@ -150,7 +157,9 @@ class ModelRunner:
 
     def _rows(self, chunk: Chunk, logits_row: int) -> list[SamplingRow]:
         sequence = chunk.sequence
-        params, position = sequence.request.params, chunk.end - sequence.prompt_len
+        params, position = sequence.request.params, chunk.start + chunk.count - sequence.prompt_len
+        if chunk.samples == 1 and params.greedy and position + 1 >= params.min_tokens:
+            return [SamplingRow(params, logits_row, 0, sequence.index, position)]
         seed = params.seed
         if seed is None:
             seed = 0 if params.greedy else request_seed(self.seed, sequence.request.serial)
