@@ -84,7 +84,7 @@ def budget_tradeoff(rows: Sequence[Tradeoff], chosen: int | None = None) -> LabF
         markerfacecolor=DECODE,
         markeredgecolor="white",
     )
-    for row in ordered:
+    for number, row in enumerate(ordered):
         picked = row.budget == chosen
         if picked:
             ax.plot(row.gap_ms, row.ttft_ms, "o", markersize=15, color=ALERT, zorder=3)
@@ -92,7 +92,8 @@ def budget_tradeoff(rows: Sequence[Tradeoff], chosen: int | None = None) -> LabF
             f"{row.budget:,} tokens",
             (row.gap_ms, row.ttft_ms),
             textcoords="offset points",
-            xytext=(10, 8),
+            xytext=(-9, -17) if number % 2 else (10, 8),  # neighbours' labels must not meet
+            ha="right" if number % 2 else "left",
             fontsize=10,
             color=INK,
             weight="bold" if picked else "normal",
