@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ast
 import builtins
-import dis
 import importlib
 import json
 import linecache
+import symtable
 import textwrap
 import types
 from collections.abc import Mapping
@@ -97,9 +97,9 @@ def _collect(thing: Any, exercise: str, imports: set[str], definitions: dict[str
     if thing.__name__ in definitions:
         return
     definitions[thing.__name__] = ""  # a function that calls itself ends here
-    node, text = _definition(thing)
+    text = _definition(thing)
     namespace = _globals(thing)
-    for name in sorted(_names(thing, node) & set(namespace)):
+    for name in sorted(_global_names(text) & set(namespace)):
         value = namespace[name]
         module = getattr(value, "__module__", None)
         if value is thing or name in ("__name__", "__file__"):
@@ -108,8 +108,10 @@ def _collect(thing: Any, exercise: str, imports: set[str], definitions: dict[str
             imports.add(f"import {value.__name__} as {name}")
         elif _importable(value, module):
             imports.add(f"from {module} import {value.__name__} as {name}")
-        elif isinstance(value, (types.FunctionType, type)) and value.__name__ == name:
+        elif isinstance(value, (types.FunctionType, type)) and value.__name__.isidentifier():
             _collect(value, exercise, imports, definitions)
+            if value.__name__ != name:
+                definitions.setdefault(name, f"{name} = {value.__name__}")
         elif isinstance(value, (bool, int, float, str, bytes, type(None))):
             definitions.setdefault(name, f"{name} = {value!r}")
         elif hasattr(builtins, name):
@@ -123,21 +125,16 @@ def _collect(thing: Any, exercise: str, imports: set[str], definitions: dict[str
     definitions[thing.__name__] = text
 
 
-def _names(thing: Any, node: ast.stmt) -> set[str]:
-    """Names in `thing` that may stand for something outside it: not its own arguments and variables.
-
-    A notebook often has a variable of the same name as an argument.
-    """
-    used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    own = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
-    own |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    is_function = isinstance(thing, types.FunctionType)
-    codes = [m.__code__ for m in ([thing] if is_function else vars(thing).values()) if hasattr(m, "__code__")]
-    while codes:
-        code = codes.pop()
-        own -= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-        codes.extend(inner for inner in code.co_consts if isinstance(inner, types.CodeType))
-    return used - own
+def _global_names(text: str) -> set[str]:
+    """Names that a definition takes from outside, in any scope of it; its own variables are none of them."""
+    found: set[str] = set()
+    tables = [symtable.symtable(text, "part", "exec")]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        outer = table.get_type() == "module"  # annotations, defaults, base classes
+        found |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (outer or s.is_global())}
+    return found
 
 
 def _importable(value: Any, module: str | None) -> bool:
@@ -167,8 +164,8 @@ def _globals(thing: Any) -> dict[str, Any]:
     return next(m.__globals__ for m in vars(thing).values() if isinstance(m, types.FunctionType))
 
 
-def _definition(thing: Any) -> tuple[ast.stmt, str]:
-    """The `def` or `class` of `thing` without decorators, as a syntax tree and as text.
+def _definition(thing: Any) -> str:
+    """The `def` or `class` of `thing` without decorators.
 
     `inspect.getsource` cannot find classes of a notebook before Python 3.13.
     """
@@ -179,7 +176,6 @@ def _definition(thing: Any) -> tuple[ast.stmt, str]:
         if isinstance(node, kinds) and node.name == thing.__name__:
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             if first <= code.co_firstlineno <= (node.end_lineno or first):
-                node.decorator_list = []
                 lines = source.splitlines(keepends=True)[node.lineno - 1 : node.end_lineno]
-                return node, textwrap.dedent("".join(lines)).rstrip() + "\n"
+                return textwrap.dedent("".join(lines)).rstrip() + "\n"
     raise ValueError(f"the source of {thing.__name__} cannot be found; define it in a cell or a file")

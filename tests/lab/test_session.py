@@ -312,6 +312,26 @@ def test_what_cannot_be_kept_is_named(session: Session, tmp_path: Path) -> None:
     assert not session.folder.exists()
 
 
+def test_a_variable_of_the_part_is_not_one_of_the_notebook(session: Session, tmp_path: Path) -> None:
+    """IPython's `_` is whatever came out last; and a notebook has its own `count`."""
+    text = "_ = count = [1]\n@session.exercise('kv.blocks_for')\ndef f(tokens, block_size):\n    count = 0\n"
+    text += "    for _ in range(0, tokens, block_size):\n        count += 1\n    return count\n"
+    run_notebook(session, tmp_path, text)
+    session.check("kv.blocks_for")
+    session.save()
+    assert Session(mode="learner", folder=session.folder).load() == "PASS  kv.blocks_for"
+
+
+def test_a_helper_under_another_name_is_kept_under_both(session: Session, tmp_path: Path) -> None:
+    text = "def up(x): return int(-(-x // 1))\nround_up = up\n@session.exercise('kv.blocks_for')\n"
+    run_notebook(
+        session, tmp_path, text + "def f(tokens, block_size):\n    return round_up(tokens / block_size)\n"
+    )
+    session.check("kv.blocks_for")
+    session.save()
+    assert Session(mode="learner", folder=session.folder).load() == "PASS  kv.blocks_for"
+
+
 def test_a_source_text_is_kept_as_it_is() -> None:
     text = '__global__ void copy(float *x) { /* "quotes" \\n */ }\n'
     namespace: dict[str, Any] = {}
