@@ -6,8 +6,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from nanopd_lab.kernels.report import Counters, LineCounters, WarpAccess
+from nanopd_lab.viz.breakdown import recorded_engine, step_breakdown, step_parts
 from nanopd_lab.viz.ladder import recorded_ladder, recorded_nanopd, roof_figure, shapes_of
 from nanopd_lab.viz.sectors import sector_picture, traffic_bars
+from nanopd_lab.viz.style import png
 
 
 def texts(fig: Figure) -> list[str]:
@@ -49,3 +51,23 @@ def test_the_roof_figure_keeps_nanopd_to_its_own_roof() -> None:
         floor = row["kv_bytes"] / theirs["ceilings"]["read_gb_s"] / 1e3
         assert row["fraction_of_roof"] == pytest.approx(floor / row["median_us"], rel=1e-2)
         assert row["kv_bytes"] == row["batch"] * row["context"] * 4096
+
+
+def test_a_recorded_step_is_as_long_as_its_parts() -> None:
+    record = recorded_engine()
+    for mode in ("eager", "off", "default"):
+        parts = step_parts(record, mode)
+        assert sum(parts.values()) == pytest.approx(record["modes"][mode]["decode_64"], rel=0.03)
+        assert all(value >= 0 for value in parts.values())
+    assert step_parts(record, "eager")["idle"] > 10 * step_parts(record, "off")["idle"]
+
+
+def test_the_step_breakdown_says_where_it_comes_from_and_shows_the_limit() -> None:
+    record = recorded_engine()
+    fig = step_breakdown(record)
+    title = fig.get_suptitle()
+    assert "H100" in title
+    assert "recorded 2026-11-25" in title
+    assert f"{record['limits']['decode_64']:.1f}" in " ".join(texts(fig))
+    assert [line.get_xdata()[0] for line in fig.axes[0].lines] == [record["limits"]["decode_64"]]  # type: ignore[index]
+    assert png(fig)[:4] == b"\x89PNG"
