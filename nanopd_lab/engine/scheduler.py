@@ -265,7 +265,7 @@ class Scheduler:
     def roll_back(self, plan: StepPlan) -> None:
         """The step failed: queue its sequences again, to be computed anew. Nothing is lost or leaked.
 
-        It must be the last one planned; an earlier one that is under way completes as usual.
+        Of several, the one planned last is rolled back first; an earlier one may also complete as usual.
         """
         for chunk in plan.chunks:
             sequence = chunk.sequence
@@ -275,7 +275,8 @@ class Scheduler:
             if sequence.pending and len(sequence.tokens) == chunk.end + 1:
                 sequence.tokens.pop()
                 sequence.pending -= 1
-            self._preempt(sequence, [])
+            if sequence in self.running:  # not since a later step was rolled back
+                self._preempt(sequence, [])
 
     def append(self, sequence: Sequence, sampled: SampledToken) -> None:
         """Append a token and end the sequence if it is a stop token or the last one allowed."""

@@ -17,13 +17,10 @@ import torch
 from nanopd_lab.kernels import gpu, reference, validate
 from nanopd_lab.kernels.errors import KernelArgumentError
 from nanopd_lab.kernels.launches import (
-    MOST_ROWS,
     SPLIT_RUNGS,
     AttentionShape,
     best_rung,
     decode_launch,
-    few_rows_fits,
-    few_rows_launch,
     max_grid,
     move_launch,
     prefill_launch,
@@ -42,8 +39,6 @@ _library.define(
     "paged_prefill(Tensor query, Tensor kv_layer, Tensor block_tables, Tensor context_lens, "
     "Tensor query_start, SymInt max_query_len, float scale) -> Tensor"
 )
-_library.define("linear(Tensor x, Tensor weight) -> Tensor")
-_library.define("linear_add(Tensor x, Tensor weight, Tensor residual) -> Tensor")
 _library.define("copy_blocks(Tensor(a!) kv_cache, Tensor from_ids, Tensor to_ids) -> ()")
 _library.define("gather_blocks(Tensor kv_cache, Tensor ids) -> Tensor")
 _library.define("scatter_blocks(Tensor(a!) kv_cache, Tensor ids, Tensor blocks) -> ()")
@@ -87,55 +82,6 @@ def _kv_store_cuda(
         ctypes.c_longlong(value.stride(0)), slot_mapping, tokens, kv_heads,
     ]  # fmt: skip
     gpu.execute(store_launch(shape, tokens), args, kv_layer.device)
-
-
-def few_rows(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """`x [rows, k]` times the transpose of `weight [n, k]`, plus `residual [rows, n]`, by `cuda/few_rows.cu`.
-
-    Raises KernelArgumentError unless types and sizes fit, see `few_rows_launch`.
-    """
-    (rows, k), n = x.shape, weight.shape[0]
-    launch = few_rows_launch(x.dtype, rows, n, k)
-    if x.dtype != weight.dtype or weight.shape[1] != k or not weight.is_contiguous() or x.stride(1) != 1:
-        raise KernelArgumentError(
-            f"few_rows takes x {list(x.shape)} with unit stride and a contiguous weight [n, {k}] of the same type, "
-            f"got {weight.dtype} {list(weight.shape)}"
-        )
-    if residual is not None and (residual.shape != (rows, n) or residual.stride(1) != 1):
-        raise KernelArgumentError(
-            f"residual must be [{rows}, {n}] with unit stride, got {list(residual.shape)}"
-        )
-    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    args = [
-        out, ctypes.c_longlong(n), x, ctypes.c_longlong(x.stride(0)), weight, residual,
-        ctypes.c_longlong(0 if residual is None else residual.stride(0)), rows, k,
-    ]  # fmt: skip
-    gpu.execute(launch, args, x.device)
-    return out
-
-
-def _takes_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    rows, k = x.shape
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
-    return rows <= MOST_ROWS and aligned and few_rows_fits(x.dtype, rows, weight.shape[0], k)
-
-
-def _linear_cuda(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    out = (
-        few_rows(flat, weight) if _takes_few_rows(flat, weight) else torch.nn.functional.linear(flat, weight)
-    )
-    return out.view(*x.shape[:-1], weight.shape[0])
-
-
-def _linear_add_cuda(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    flat, add = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
-    out = few_rows(flat, weight, add) if _takes_few_rows(flat, weight) else torch.addmm(add, flat, weight.t())
-    return out.view(residual.shape)
-
-
-def _linear_add_cpu(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    return residual + torch.nn.functional.linear(x, weight)
 
 
 def decode_into(
@@ -349,14 +295,6 @@ def _attention_fake(query: torch.Tensor, *_: object, **__: object) -> torch.Tens
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
-def _linear_add_fake(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    return residual.new_empty(residual.shape)
-
-
-def _linear_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 def _gather_fake(kv_cache: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return kv_cache.new_empty((ids.shape[0], *kv_cache.shape[1:]))
 
@@ -369,8 +307,6 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callab
     "kv_store": (_kv_store_cuda, reference.store, _nothing_fake),
     "paged_decode": (_paged_decode_cuda, _paged_decode_cpu, _attention_fake),
     "paged_prefill": (_paged_prefill_cuda, _paged_prefill_cpu, _attention_fake),
-    "linear": (_linear_cuda, torch.nn.functional.linear, _linear_fake),
-    "linear_add": (_linear_add_cuda, _linear_add_cpu, _linear_add_fake),
     "copy_blocks": (_copy_blocks_cuda, _copy_blocks_cpu, _nothing_fake),
     "gather_blocks": (_gather_blocks_cuda, _gather_blocks_cpu, _gather_fake),
     "scatter_blocks": (_scatter_blocks_cuda, _scatter_blocks_cpu, _nothing_fake),

@@ -19,13 +19,21 @@ from nanopd_lab.model.inference import InferenceLinear
 
 
 def compile_model(model: Any, mode: str, *, few_rows: bool = False) -> None:
-    """Have the decoder layers, the final norm and, when tuned, the vocabulary projection compiled on first use.
+    """Have the decoder layers, the final norm and, when tuned, the vocabulary projection compiled on first use;
+    what they were compiled to before is put aside.
 
     Args:
         mode: "off", "default" or "tuned"
         few_rows: for steps that our product kernel serves: it adds the residual, and since kernels are short then,
             each begins while the one before it ends (programmatic dependent launch)
     """
+    head = model.get_output_embeddings()
+    layers: list[nn.Module] = [*model.base_model.layers, model.base_model.norm]
+    for part in (*layers, head):
+        part._compiled_call_impl = None
+    for module in model.modules():
+        if isinstance(module, InferenceLinear):
+            module.search = mode == "tuned"
     if mode == "off":
         return
     import torch._inductor.config
@@ -42,13 +50,7 @@ def compile_model(model: Any, mode: str, *, few_rows: bool = False) -> None:
             inductor["triton.enable_pdl"] = True
     if mode == "tuned":
         inductor |= {"max_autotune": True, "coordinate_descent_tuning": True}
-    parts: list[nn.Module] = [*model.base_model.layers, model.base_model.norm]
-    if mode == "tuned":
-        parts.append(model.get_output_embeddings())
-    for module in model.modules():
-        if isinstance(module, InferenceLinear):
-            module.search = mode == "tuned"
-    for part in parts:
+    for part in (*layers, head) if mode == "tuned" else layers:
         part.compile(dynamic=mode == "default", options=inductor)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from nanopd_lab.cpu import library
 from nanopd_lab.cpu.features import has_bf16_matrix_unit
+from nanopd_lab.kernels import products  # noqa: F401  # registers the operators
 from nanopd_lab.kernels.gpu import can_compile
 from nanopd_lab.kernels.launches import MOST_ROWS
 
@@ -130,8 +131,6 @@ def optimise(model: nn.Module, *, fuse: bool = True) -> None:
     parameter = next(model.parameters())
     native = parameter.device.type == "cpu" and parameter.dtype in library.DTYPES and library.available()
     gpu = parameter.device.type == "cuda"
-    if gpu:
-        from nanopd_lab.kernels import ops  # noqa: F401  - registers the operators
     for module in list(model.modules()):
         if fuse:
             for names in SIBLINGS:

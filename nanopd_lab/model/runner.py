@@ -31,9 +31,7 @@ class Launched:
     def result(self) -> list[list[SampledToken]]:
         """Element i holds the `samples` tokens drawn behind `plan.chunks[i]`. Waits for the device."""
         drawn = self.drawn.result() if self.drawn else []
-        if self.chunks == self.plan.chunks and len(drawn) == len(
-            self.chunks
-        ):  # a decode step: one token each
+        if self.chunks == self.plan.chunks and all(chunk.samples == 1 for chunk in self.chunks):
             return [[token] for token in drawn]
         tokens = iter(drawn)
         by_chunk = {id(chunk): [next(tokens) for _ in range(chunk.samples)] for chunk in self.chunks}

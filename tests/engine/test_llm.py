@@ -15,9 +15,15 @@ from nanopd_lab.kv import BlockAllocator
 from nanopd_lab.model.runner import ModelRunner
 
 
-@pytest.fixture
-def tiny() -> LLM:
-    return LLM("random:tiny", device="cpu", kv_cache_memory_bytes=1 << 20, max_num_seqs=8)
+@pytest.fixture(params=[False, True], ids=["simple loop", "ahead"])
+def tiny(request: pytest.FixtureRequest) -> LLM:
+    return LLM(
+        "random:tiny",
+        device="cpu",
+        kv_cache_memory_bytes=1 << 20,
+        max_num_seqs=8,
+        async_scheduling=request.param,
+    )
 
 
 def unharmed(llm: LLM) -> bool:

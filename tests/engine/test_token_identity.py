@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanopd_lab import LLM, BeamSearchParams, SamplingParams
-from nanopd_lab.core import StepPlan
 from nanopd_lab.kv.cache import KVShape
-from nanopd_lab.model.runner import ModelRunner
+from nanopd_lab.model.runner import Launched, ModelRunner
 from tests.hf import CONFIGS, VOCAB, assert_same_tokens, greedy, save_tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -89,23 +90,25 @@ def test_every_backend(tiny: dict[str, tuple[Path, PreTrainedModel]], backend: s
         assert_same_tokens(hf, prompt, tokens, reference(hf, tuple(prompt), 12))
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["simple loop", "ahead"])
 @pytest.mark.parametrize("size", [1, 2, 8, 32])
 @pytest.mark.parametrize("gap", [0, 1, 3])
 def test_batches_that_arrive_at_different_times(
-    tiny: dict[str, tuple[Path, PreTrainedModel]], size: int, gap: int
+    tiny: dict[str, tuple[Path, PreTrainedModel]], size: int, gap: int, ahead: bool
 ) -> None:
     path, hf = tiny["llama"]
     rng = random.Random(size)
     batch = prompts([rng.randint(1, 50) for _ in range(size)], seed=size)
-    llm = LLM(str(path), max_num_batched_tokens=64, block_size=4, device="cpu")
+    llm = LLM(str(path), max_num_batched_tokens=64, block_size=4, device="cpu", async_scheduling=ahead)
     for prompt, (tokens,) in zip(batch, run_staggered(llm, batch, GREEDY, gap), strict=True):
         assert_same_tokens(hf, prompt, tokens, reference(hf, tuple(prompt), 12))
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["simple loop", "ahead"])
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("budget", [5, 64])
 def test_preemption_changes_nothing(
-    tiny: dict[str, tuple[Path, PreTrainedModel]], caching: bool, budget: int
+    tiny: dict[str, tuple[Path, PreTrainedModel]], caching: bool, budget: int, ahead: bool
 ) -> None:
     path, hf = tiny["qwen3"]
     batch = prompts([20, 30, 25, 18, 40], shared=8)
@@ -117,6 +120,7 @@ def test_preemption_changes_nothing(
         enable_prefix_caching=caching,
         kv_cache_memory_bytes=shape.block_bytes * 30,
         device="cpu",
+        async_scheduling=ahead,
     )
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     results = run_staggered(llm, batch, params, gap=0)
@@ -125,10 +129,13 @@ def test_preemption_changes_nothing(
         assert_same_tokens(hf, prompt, tokens, reference(hf, tuple(prompt), 40))
 
 
-def test_samples_of_one_prompt_share_and_then_part(tiny: dict[str, tuple[Path, PreTrainedModel]]) -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["simple loop", "ahead"])
+def test_samples_of_one_prompt_share_and_then_part(
+    tiny: dict[str, tuple[Path, PreTrainedModel]], ahead: bool
+) -> None:
     path, hf = tiny["llama"]
     batch = prompts([21, 16, 3])
-    llm = LLM(str(path), max_num_batched_tokens=16, block_size=16, device="cpu")
+    llm = LLM(str(path), max_num_batched_tokens=16, block_size=16, device="cpu", async_scheduling=ahead)
     results = run_staggered(
         llm, batch, SamplingParams(n=4, temperature=0, max_tokens=12, ignore_eos=True), gap=1
     )
@@ -141,7 +148,10 @@ def test_samples_of_one_prompt_share_and_then_part(tiny: dict[str, tuple[Path, P
     assert len({tuple(tokens) for tokens in samples}) == 4
 
 
-def test_same_seed_same_tokens_whatever_the_batch(tiny: dict[str, tuple[Path, PreTrainedModel]]) -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["simple loop", "ahead"])
+def test_same_seed_same_tokens_whatever_the_batch(
+    tiny: dict[str, tuple[Path, PreTrainedModel]], ahead: bool
+) -> None:
     path, _ = tiny["qwen3"]
     batch = prompts([9, 30, 4, 17, 25, 8])
     params = SamplingParams(
@@ -149,10 +159,10 @@ def test_same_seed_same_tokens_whatever_the_batch(tiny: dict[str, tuple[Path, Pr
     )
     alone = []
     for prompt in batch:
-        llm = LLM(str(path), enable_prefix_caching=False, device="cpu")
+        llm = LLM(str(path), enable_prefix_caching=False, device="cpu", async_scheduling=ahead)
         alone += run_staggered(llm, [prompt], params, gap=0)
     for budget, gap in ((512, 0), (8, 1), (40, 3)):
-        llm = LLM(str(path), max_num_batched_tokens=budget, device="cpu")
+        llm = LLM(str(path), max_num_batched_tokens=budget, device="cpu", async_scheduling=ahead)
         assert run_staggered(llm, batch, params, gap) == alone
 
 
@@ -177,13 +187,14 @@ def test_a_long_prompt_in_chunks_gives_the_logits_of_one_pass(
     assert error.item() < 1e-4
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["simple loop", "ahead"])
 @pytest.mark.parametrize("width", [2, 4])
 def test_beam_search_finds_hugging_faces_beams(
-    tiny: dict[str, tuple[Path, PreTrainedModel]], width: int
+    tiny: dict[str, tuple[Path, PreTrainedModel]], width: int, ahead: bool
 ) -> None:
     path, hf = tiny["llama"]
     batch = prompts([6, 19])
-    llm = LLM(str(path), max_num_batched_tokens=16, block_size=4, device="cpu")
+    llm = LLM(str(path), max_num_batched_tokens=16, block_size=4, device="cpu", async_scheduling=ahead)
     found = llm.beam_search(
         batch, BeamSearchParams(width, 10, ignore_eos=True, length_penalty=0.0), use_tqdm=False
     )
@@ -208,20 +219,28 @@ def test_beam_search_finds_hugging_faces_beams(
     assert llm.stats().blocks.used == 0
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["simple loop", "ahead"])
 def test_a_step_that_raises_is_repeated(
-    tiny: dict[str, tuple[Path, PreTrainedModel]], monkeypatch: pytest.MonkeyPatch
+    tiny: dict[str, tuple[Path, PreTrainedModel]], monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
     path, hf = tiny["qwen3"]
     batch = prompts([10, 20])
-    llm = LLM(str(path), device="cpu")
-    execute, calls = ModelRunner.execute, iter(range(1000))
+    llm = LLM(str(path), device="cpu", async_scheduling=ahead)
+    launch, result, calls = ModelRunner.launch, Launched.result, iter(range(1000))
+    planted = []
 
-    def flaky(self: ModelRunner, plan: StepPlan) -> object:
-        if next(calls) % 3 == 2:
-            raise MemoryError("planted")
-        return execute(self, plan)
+    def flaky(real: Callable[..., Any], every: int) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if next(calls) % every == every - 1:
+                planted.append(every)
+                raise MemoryError("planted")
+            return real(*args)
 
-    monkeypatch.setattr(ModelRunner, "execute", flaky)
+        return run
+
+    # A step that cannot be launched, and one that turns out to have failed when its tokens are awaited.
+    monkeypatch.setattr(ModelRunner, "launch", flaky(launch, 3))
+    monkeypatch.setattr(Launched, "result", flaky(result, 5))
     for number, prompt in enumerate(batch):
         llm.engine.add_request(str(number), prompt, GREEDY)
     out = {}
@@ -236,3 +255,4 @@ def test_a_step_that_raises_is_repeated(
             hf, prompt, out[str(number)].outputs[0].token_ids, reference(hf, tuple(prompt), 12)
         )
     assert llm.stats().blocks.used == 0
+    assert {3, 5} <= set(planted)

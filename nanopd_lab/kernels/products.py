@@ -1,0 +1,82 @@
+"""Products with a weight matrix as torch operators: few rows by our kernel, more by cuBLAS.
+
+`torch.ops.nanopd.linear(x, weight)` and `linear_add(x, weight, residual)`: `x [..., k]`, `weight [n, k]`, `residual`
+and the result `[..., n]`. The choice is made where the operator runs, so that a compiled model holds no branch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+
+from nanopd_lab.kernels import gpu
+from nanopd_lab.kernels.errors import KernelArgumentError
+from nanopd_lab.kernels.launches import MOST_ROWS, few_rows_fits, few_rows_launch
+
+
+def few_rows(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """`x [rows, k]` times the transpose of `weight [n, k]`, plus `residual [rows, n]`, by `cuda/few_rows.cu`.
+
+    Raises KernelArgumentError unless types and sizes fit, see `few_rows_launch`.
+    """
+    (rows, k), n = x.shape, weight.shape[0]
+    launch = few_rows_launch(x.dtype, rows, n, k)
+    if x.dtype != weight.dtype or weight.shape[1] != k or not weight.is_contiguous() or x.stride(1) != 1:
+        raise KernelArgumentError(
+            f"few_rows takes x {list(x.shape)} with unit stride and a contiguous weight [n, {k}] of the same type, "
+            f"got {weight.dtype} {list(weight.shape)}"
+        )
+    if residual is not None and (residual.shape != (rows, n) or residual.stride(1) != 1):
+        raise KernelArgumentError(
+            f"residual must be [{rows}, {n}] with unit stride, got {list(residual.shape)}"
+        )
+    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    args = [
+        out, ctypes.c_longlong(n), x, ctypes.c_longlong(x.stride(0)), weight, residual,
+        ctypes.c_longlong(0 if residual is None else residual.stride(0)), rows, k,
+    ]  # fmt: skip
+    gpu.execute(launch, args, x.device)
+    return out
+
+
+def _takes_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    rows, k = x.shape
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
+    return rows <= MOST_ROWS and aligned and few_rows_fits(x.dtype, rows, weight.shape[0], k)
+
+
+def _linear_cuda(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    out = few_rows(flat, weight) if _takes_few_rows(flat, weight) else F.linear(flat, weight)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_add_cuda(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    flat, add = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
+    out = few_rows(flat, weight, add) if _takes_few_rows(flat, weight) else torch.addmm(add, flat, weight.t())
+    return out.view(residual.shape)
+
+
+def _linear_add_cpu(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return residual + F.linear(x, weight)
+
+
+_library = torch.library.Library("nanopd", "FRAGMENT")
+_library.define("linear(Tensor x, Tensor weight) -> Tensor")
+_library.define("linear_add(Tensor x, Tensor weight, Tensor residual) -> Tensor")
+_library.impl("linear", _linear_cuda, "CUDA")
+_library.impl("linear", F.linear, "CPU")
+_library.impl("linear_add", _linear_add_cuda, "CUDA")
+_library.impl("linear_add", _linear_add_cpu, "CPU")
+
+
+@torch.library.register_fake("nanopd::linear", lib=_library)
+def _linear_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("nanopd::linear_add", lib=_library)
+def _linear_add_fake(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return residual.new_empty(residual.shape)
