@@ -96,9 +96,11 @@ def call(
         called: what the call is shown as; the implementation's own name if omitted
 
     Raises:
-        Counterexample: it raised, took too long, or changed an argument it should have left alone
+        Counterexample: it raised, took too long, changed an argument it should have left alone, or returned the
+            very list that the call before returned
         NotWrittenError: it is a stub
     """
+    previous = getattr(_current, "got", _UNSET)
     called = str(called or getattr(impl, "__name__", type(impl).__name__))
     _current.called, _current.inputs, _current.got = called, inputs, _UNSET
     mine = copy.deepcopy(inputs)
@@ -116,6 +118,9 @@ def call(
                 f"{argument} as it was",
                 f"the caller still needs {argument}: work on a copy",
             )
+    if isinstance(got, list) and got is previous:
+        why = "whoever still has that list sees it change: make a new one in each call"
+        raise wrong("the very list that the call before returned", "a list of its own", why=why)
     _current.got = got
     return got
 

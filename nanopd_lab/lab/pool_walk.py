@@ -53,7 +53,7 @@ class Walk:
         self.refs, self.generations = [0] * num_blocks, [0] * num_blocks
         self.contents: list[bytes | None] = [None] * num_blocks
         self.released: list[int] = []  # registered and without owner, oldest first
-        self.hits = self.copies = 0
+        self.hits = self.copies = self.evictions = 0
 
     def run(self, operations: Iterable[Operation]) -> int:
         """Do them all; returns how often the learner's method was called."""
@@ -85,7 +85,14 @@ class Walk:
         taken = self._do("allocate", count, possible=self._room())
         self._took(taken, count)
         self._compare(f"{count} block(s) are taken")
-        self.owners.append(Owner(list(taken), self._next_text()))
+        self._own(taken, self._next_text())
+
+    def _own(self, table: list[int], text: str) -> None:
+        """One more owner, who keeps the very list that came back, as a sequence does."""
+        why = "that is another owner's own list: when one table grows, the other would too; return a new one"
+        shared = any(table is owner.table for owner in self.owners)
+        self.steps.expect(not shared, why, "a list of its own", "the very list that another owner has")
+        self.owners.append(Owner(table, text))
 
     def _took(self, taken: Any, count: int) -> None:
         """Check what `allocate` returned, and follow it."""
@@ -107,6 +114,7 @@ class Walk:
             )
             why += f"first, then the cached ones in the order of their release, {self.released}"
             self.steps.expect(block in self.free or block in evicted, why, want)
+        self.evictions += sum(block not in self.free for block in taken)
         for block in taken:
             self.free.discard(block)
             self.contents[block] = None
@@ -120,12 +128,10 @@ class Walk:
         why = "the parent's table must stay as it is"
         self.steps.expect(owner.table == before, why, before, f"blocks = {owner.table} afterwards")
         self.steps.expect(child == before and isinstance(child, list), "a list of the same blocks", before)
-        why = "that is the parent's own list: when one table grows, the other would too; return a copy"
-        self.steps.expect(child is not owner.table, why, "a list of its own", "the very list that was passed")
         for block in before:
             self.refs[block] += 1
         self._compare("each block has one owner more")
-        self.owners.append(Owner(child, owner.text))
+        self._own(child, owner.text)
 
     def _copy(self, owner: Owner, position: int) -> None:
         if not owner.table:
@@ -189,7 +195,7 @@ class Walk:
                 self.released.remove(block)
         self.hits += len(want)
         self._compare("each block found has one owner more")
-        self.owners.append(Owner(list(got), text_name))
+        self._own(got, text_name)
 
     def _misuse(self, block: int) -> None:
         """Nobody may fork, copy or release a block that has no owner."""
@@ -250,7 +256,7 @@ class Walk:
             f"self.block_of = {cached}",
             f"self.block_of = {pool.block_of}",
         )
-        for name in ("hits", "copies"):
+        for name in ("hits", "copies", "evictions"):
             have, need = getattr(pool, name), getattr(self, name)
             expect(
                 have == need,

@@ -88,28 +88,32 @@ def check_choose_victim(impl: VictimPolicy) -> int:
     return count
 
 
-def _examine_choice(impl: VictimPolicy, running: Seq[Sequence]) -> int:
-    """The index of the sequence that was chosen, if it is the right one."""
+def _examine_choice(impl: VictimPolicy, batch: Seq[Sequence], copied: bool = True) -> int:
+    """The index of the sequence that was chosen, if it is the right one.
+
+    Copies show whether anything is changed; the sequences themselves, whether earlier choices are remembered.
+    """
 
     def chosen(running: Seq[Sequence]) -> tuple[int | None, object]:
-        answer = impl(running)
+        given = running if copied else list(batch)
+        answer = impl(given)
         # By identity: the scheduler takes the answer out of its own list.
-        found = (index for index, sequence in enumerate(running) if sequence is answer)
+        found = (index for index, sequence in enumerate(given) if sequence is answer)
         return next(found, None), answer
 
-    want = choose_victim(running)
+    want = choose_victim(batch)
     name = str(getattr(impl, "__name__", type(impl).__name__))
-    index, answer = call(chosen, called=name, running=list(running))
+    index, answer = call(chosen, called=name, running=list(batch))
     if index is None:
         kind = "not its index" if isinstance(answer, int) else "not something made from it"
         got = _Made(answer) if isinstance(answer, Sequence) else answer
         expect(False, f"return one of the sequences in `running` itself, {kind}", want, got)
-    ages = ", ".join(str(sequence.priority) for sequence in running)
+    ages = ", ".join(str(sequence.priority) for sequence in batch)
     expect(
-        running[index] is want,
+        batch[index] is want,
         f"of the priorities {ages} the youngest, {want.priority}, gives way: so the oldest always finishes",
         want,
-        running[index],
+        batch[index],
     )
     return int(index)
 
@@ -134,22 +138,30 @@ def _batches() -> Iterator[list[Sequence]]:
     yield [_sequence("a", 0, served=9), _sequence("b", 1, served=8)]
     yield [_sequence("a", 0), _sequence("b", 1, preemptions=3)]
     yield [_sequence("a", 2), _sequence("a", 2, index=1), _sequence("a", 2, index=2)]
+    yield [*(_sequence("a", 2, index) for index in range(3)), _sequence("b", 3)]
     yield [_sequence("only", 7)]
     rng = random.Random(0)
+    samples = [(serial, index) for serial in range(18) for index in range(_num_samples(serial))]
     for _ in range(120):
-        serials = sorted(rng.sample(range(40), rng.randint(1, 9)))
+        ages = sorted(rng.sample(samples, rng.randint(1, 9)))
         yield [
             _sequence(
                 f"r{rng.randrange(1000)}",
                 serial,
-                blocks=rng.randint(1, 9),
-                output=rng.randint(0, 30),
+                index,
+                blocks=rng.randint(0, 9),
+                output=rng.randint(0, 31),
                 arrival=rng.choice((0.0, rng.random())),
                 served=rng.randint(-1, 50),
                 preemptions=rng.randint(0, 3),
+                in_flight=rng.randint(0, 1),
             )
-            for serial in serials
+            for serial, index in ages
         ]
+
+
+def _num_samples(serial: int) -> int:
+    return 1 + serial % 3
 
 
 def _sequence(
@@ -161,13 +173,16 @@ def _sequence(
     arrival: float = 0.0,
     served: int = 5,
     preemptions: int = 0,
+    in_flight: int = 0,
 ) -> Sequence:
     """A running sequence as the scheduler would hand it over."""
     length = max(1, 16 * blocks - output)
-    request = Request(name, [1] * length, SamplingParams(max_tokens=64), arrival, serial=serial)
-    sequence = Sequence(request, index, tokens=[1] * (length + output), num_computed=length + output - 1)
+    params = SamplingParams(n=_num_samples(serial), max_tokens=32)
+    request = Request(name, [1] * length, params, arrival, serial=serial)
+    computed = min(length + output - 1, 16 * blocks)
+    sequence = Sequence(request, index, tokens=[1] * (length + output), num_computed=computed)
     sequence.blocks = list(range(blocks))
-    sequence.last_served, sequence.preemptions = served, preemptions
+    sequence.last_served, sequence.preemptions, sequence.in_flight = served, preemptions, in_flight
     return sequence
 
 
@@ -179,7 +194,7 @@ def _run_short_of_blocks(impl: VictimPolicy, seed: int) -> int:
     def policy(running: Seq[Sequence]) -> Sequence:
         nonlocal asked
         asked += 1
-        return running[_examine_choice(impl, running)]
+        return running[_examine_choice(impl, running, copied=False)]
 
     scheduler = Scheduler(
         BlockAllocator(12, enable_prefix_caching=False),

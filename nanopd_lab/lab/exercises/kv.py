@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from nanopd_lab.errors import OutOfBlocks
 from nanopd_lab.kv import BlockAllocator, blocks_for, grow_table, hash_block, prefix_hashes
-from nanopd_lab.lab.checking import Steps, call, expect
+from nanopd_lab.lab.checking import Steps, call, compact, expect
 from nanopd_lab.lab.pieces import plug_piece
 from nanopd_lab.lab.pool_walk import Operation, check_walks
 from nanopd_lab.lab.registry import Exercise
@@ -16,7 +17,8 @@ def check_blocks_for(impl: Callable[[int, int], int]) -> int:
     """Every number of tokens up to four blocks, for block sizes 1 to 20; then a few as large as real ones."""
     sizes = [*range(1, 21), 128, 256]
     cases = [(tokens, size) for size in sizes for tokens in range(4 * min(size, 20) + 1)]
-    cases += [(k * size + rest, size) for size in (16, 128) for k in (7, 8192) for rest in (-1, 0, 1)]
+    large = itertools.product((16, 128, 4096), (7, 8192, 10**6), (-1, 0, 1))
+    cases += [(k * size + rest, size) for size, k, rest in large]
     # Blocks of 16 first, small numbers first, and no tokens at all last: the plainest counterexample.
     cases.sort(key=lambda case: (case[1] != 16, case[1], case[0] == 0, case[0]))
     for tokens, size in cases:
@@ -37,33 +39,53 @@ def _why_blocks(tokens: int, size: int, full: int, rest: int) -> str:
 
 
 def check_append(impl: Callable[..., None]) -> int:
-    """Every small table and length, in a pool with room and in one without."""
-    count = 0
-    for block_size in (4, 1, 2, 3, 16):
-        for held in range(4):
-            for tokens in range(5 * block_size + 2):
-                for spare in (6, 0, 1, 2):
-                    count += 1
-                    _append_once(impl, held, tokens, block_size, spare)
-    return count
+    """Every small table and length, in a pool with room and in one without; then a long table."""
+    cases = [
+        (held, tokens, block_size, spare)
+        for block_size in (4, 1, 2, 3, 16)
+        for held in range(4)
+        for tokens in range(5 * block_size + 2)
+        for spare in (6, 0, 1, 2)
+    ]
+    cases += [(held, 131_072, 16, spare) for held in (0, 100) for spare in (8192, 8000)]
+    for case in cases:
+        _append_once(impl, *case)
+    return len(cases)
+
+
+class _Pool(BlockAllocator):
+    """Says what is wrong with asking for less than nothing."""
+
+    def allocate(self, count: int) -> list[int]:
+        if count < 0:
+            raise ValueError(f"allocate({count}): nothing is missing, so ask for nothing")
+        return super().allocate(count)
 
 
 def _append_once(impl: Callable[..., None], held: int, tokens: int, block_size: int, spare: int) -> None:
-    # Blocks 0 and up belong to somebody else, so that ids and positions differ.
+    # Somebody else has blocks too, ids fall, and one of the spare blocks is cached: it counts as free.
     other, name = 2, getattr(impl, "__name__", "append")
-    pool = BlockAllocator(other + held + spare)
-    pool.allocate(other)
-    table = pool.allocate(held)
+    pool = _Pool(other + held + spare)
+    pool.free.reverse()
+    others, table = pool.allocate(other), pool.allocate(held)
+    for block in pool.allocate(min(spare, 1)):
+        pool.register(block, b"cached")
+        pool.release([block])
+    generations = list(pool.generations)
     before, full, rest = list(table), *divmod(tokens, block_size)
     need = full + (rest > 0)
     missing = max(0, need - held)
-    steps = Steps(f"table = {table}, room for {held * block_size} tokens; {spare} blocks are free")
+    free = f"{spare} free block(s){', 1 of them cached' if spare else ''}"
+    steps = Steps(f"table = {compact(table)}, room for {held * block_size} tokens; {free}")
     text = f"{name}(table, tokens={tokens}, block_size={block_size}, allocator=pool)"
     if missing > spare:
         steps.do(text, impl, table, tokens, block_size, pool, raises=OutOfBlocks)
         steps.expect(table == before, "too few are free, so the table stays as it was", before, table)
         why = "too few are free, so nothing may be taken: ask for all the missing blocks in one call"
         steps.expect(pool.num_free == spare, why, f"{spare} free blocks", f"{pool.num_free} free blocks")
+        undone = [block for block, count in enumerate(pool.generations) if count != generations[block]]
+        why = "giving them back is too late, what was cached is lost: ask for all the missing blocks in one call"
+        steps.expect(not undone, why, "no block taken", f"blocks {undone} taken and given back")
         return
     got = steps.do(text, impl, table, tokens, block_size, pool)
     why = "the table is changed in place (`table.extend`, `table.append`), and nothing is returned"
@@ -87,15 +109,16 @@ def _append_once(impl: Callable[..., None], held: int, tokens: int, block_size: 
         pool.num_free == spare - missing, why, f"{spare - missing} free blocks left", f"{pool.num_free} free"
     )
     steps.expect(len(taken) == missing and all(pool.refs[b] == 1 for b in taken), why, want, table)
-    steps.expect(not taken & {*before, *range(other)}, "those blocks belong to somebody", want, table)
+    steps.expect(not taken & {*before, *others}, "those blocks belong to somebody", want, table)
 
 
 def check_prefix_hashes(impl: Callable[[Sequence[int], int], list[bytes]]) -> int:
     """Prompts of every length up to four blocks; then long ones, repeated blocks, and blocks of real size."""
     cases = [(list(range(11, 11 + n)), 4) for n in (5, 9, 4, 8, 3, 1)]
-    cases += [(list(range(100, 100 + n)), size) for size in (1, 2, 3, 4, 5) for n in range(1, 5 * size + 3)]
+    mixed = [100 + 37 * i % 101 for i in range(30)]
+    cases += [(mixed[:n], size) for size in (1, 2, 3, 4, 5) for n in range(1, 5 * size + 3)]
     cases += [([7] * n, size) for size in (2, 4) for n in (9, 16, 17)]
-    cases += [(list(range(5, 5 + n)), 16) for n in (15, 16, 17, 32, 33, 400, 512)]
+    cases += [(list(range(5, 5 + n)), 16) for n in (15, 16, 17, 32, 33, 400, 512, 512, 5000)]  # one twice
     cases += [([first] * 4 + [9] * 4 + [5], 4) for first in (1, 2)]  # the same second block
     cases += [(list(range(70_000, 70_040)), 8), ([2**31 + 5] * 9, 4)]
     for tokens, size in cases:
@@ -108,12 +131,13 @@ def check_prefix_hashes(impl: Callable[[Sequence[int], int], list[bytes]]) -> in
         names |= {digest: _chain_name(i) for i, digest in enumerate(chain)}
 
         def named(hashes: Sequence[object], names: dict[bytes, str] = names) -> list[object]:
-            return [names.get(h, h) if isinstance(h, bytes) else h for h in hashes]
+            return [names.get(h, "another hash") if isinstance(h, bytes) else h for h in hashes]
 
         got = call(impl, tokens=tokens, block_size=size)
         want = named(chain[:usable])
         expect(isinstance(got, list), "return a list of hashes", want)
         shown = named(got)
+        expect(all(isinstance(h, bytes) for h in got), "keep what `hash_block` returns, bytes", want, shown)
         expect(len(got) <= usable, _why_too_many(len(tokens), size), want, shown)
         expect(
             len(got) == usable,
@@ -153,6 +177,7 @@ def check_allocate(impl: Callable[..., list[int]]) -> int:
         (4, [*cached, ("allocate", 2)]),
         (3, [*cached, ("allocate", 3)]),
         (3, [*cached, ("allocate", 4)]),
+        (40, [("allocate", 30), ("release", 0), ("allocate", 35)]),
     ]
     return check_walks(
         "allocate", impl, told, "allocate allocate allocate release release register match fork copy"
@@ -167,6 +192,9 @@ def check_fork(impl: Callable[..., list[int]]) -> int:
         (4, [("allocate", 0), ("fork", 0)]),
         (4, [("misuse", 1)]),
         (4, [("allocate", 1), ("misuse", 3)]),
+        (4, [("allocate", 2), ("register", 0), ("release", 0), ("misuse", 0)]),
+        (20, [("allocate", 18), ("fork", 0)]),
+        (4, [("allocate", 1), *[("fork", 0)] * 9]),
     ]
     return check_walks("fork", impl, told, "allocate fork fork fork release copy register match misuse")
 
@@ -179,6 +207,8 @@ def check_copy_on_write(impl: Callable[..., int]) -> int:
         (2, [("allocate", 2), ("fork", 0), ("copy", 1, 1)]),
         (4, [("allocate", 1), ("fork", 0), ("copy", 0, 0), ("copy", 1, 0)]),
         (4, [("misuse", 2)]),
+        (3, [("allocate", 1), ("fork", 0), ("allocate", 2), ("register", 2), ("release", 2), ("copy", 0, 0)]),
+        (10, [("allocate", 1), *[("fork", 0)] * 9, *[("copy", owner, 0) for owner in range(9)]]),
     ]
     return check_walks(
         "copy_on_write", impl, told, "allocate allocate fork fork copy copy copy release register misuse"
@@ -195,6 +225,7 @@ def check_match(impl: Callable[..., list[int]]) -> int:
         (5, [*held, ("release", 0), ("match", 0, 2)]),
         (3, [*held, ("release", 0), ("match", 0, 1), ("release", 0), ("allocate", 1), ("match", 0, 3)]),
         (5, [("allocate", 1), ("match", 0, 2), ("match", 0, 0)]),
+        (9, [("allocate", 7), ("register", 0), ("match", 0, 6), ("release", 0), ("match", 0, 9)]),
     ]
     return check_walks(
         "match", impl, told, "allocate allocate register register match match match release release fork"

@@ -126,6 +126,14 @@ def breaks_on_none(num_decodes, prefills, budget):
     return [first, *(breaks_on_none(num_decodes + first, prefills[1:], budget) if prefills[1:] else [])]
 
 
+_chunks = []
+
+
+def into_one_list(num_decodes, prefills, budget):
+    _chunks[:] = recursive(num_decodes, prefills, budget)
+    return _chunks
+
+
 def recursive(num_decodes, prefills, budget):
     if not prefills:
         return []
@@ -147,6 +155,49 @@ def the_oldest(running):
 
 def the_oldest_by_priority(running):
     return min(running, key=lambda sequence: sequence.priority)
+
+
+def by_sample_first(running):
+    return max(running, key=lambda sequence: (sequence.index, sequence.request.serial))
+
+
+def by_sum(running):
+    return max(running, key=lambda sequence: sum(sequence.priority))
+
+
+def single_samples_first(running):
+    singles = [sequence for sequence in running if sequence.request.params.n == 1]
+    return max(singles or running, key=lambda sequence: sequence.priority)
+
+
+def only_with_blocks(running):
+    holders = [sequence for sequence in running if sequence.blocks]
+    return max(holders or running, key=lambda sequence: sequence.priority)
+
+
+def spares_the_nearly_done(running):
+    far = [s for s in running if s.output_len + 1 < s.request.params.max_tokens]
+    return max(far or running, key=lambda sequence: sequence.priority)
+
+
+def not_in_flight(running):
+    idle = [sequence for sequence in running if not sequence.in_flight]
+    return max(idle or running, key=lambda sequence: sequence.priority)
+
+
+_victims = []
+
+
+def never_twice(running):
+    spared = [sequence for sequence in running if sequence not in _victims]
+    _victims.append(max(spared or running, key=lambda sequence: sequence.priority))
+    return _victims[-1]
+
+
+def always_the_same(running):
+    _victims[:] = [sequence for sequence in _victims if sequence in running]
+    _victims.append(max(running, key=lambda sequence: sequence.priority))
+    return _victims[0]
 
 
 def most_blocks(running):
@@ -268,10 +319,19 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (at_most_1024, "token(s) of the budget stay empty"),
         (a_tuple, "return a list of ints"),
         (breaks_on_none, "IndexError"),
+        (into_one_list, "make a new one in each call"),
     ],
     "engine.choose_victim": [
         (the_oldest, "the oldest always finishes"),
         (the_oldest_by_priority, "the oldest always finishes"),
+        (by_sample_first, "the youngest, (3, 0), gives way"),
+        (by_sum, "the youngest, (3, 0), gives way"),
+        (single_samples_first, "gives way"),
+        (only_with_blocks, "gives way"),
+        (spares_the_nearly_done, "gives way"),
+        (not_in_flight, "gives way"),
+        (never_twice, "gives way"),
+        (always_the_same, "gives way"),
         (most_blocks, "the youngest, (1, 0), gives way"),
         (fewest_blocks, "gives way"),
         (most_blocks_but_never_the_oldest, "gives way"),

@@ -53,6 +53,10 @@ def never_ends(tokens, block_size):
     return count
 
 
+def by_a_trick(tokens, block_size):
+    return int(tokens / block_size + 0.999)
+
+
 def with_ceil(tokens, block_size):
     return math.ceil(tokens / block_size)
 
@@ -193,6 +197,36 @@ def allocate_one_id(self, count):
     return taken[0] if count == 1 else taken
 
 
+def allocate_evicts_by_hand(self, count):
+    if count > self.num_free:
+        raise OutOfBlocks("none left")
+    taken = []
+    while len(taken) < count:
+        if self.free:
+            block = self.free.popleft()
+        else:
+            block, _ = self.evictable.popitem(last=False)
+            del self.block_of[self.contents[block]]
+            self.contents[block] = None
+        self.refs[block] = 1
+        self.generations[block] += 1
+        taken.append(block)
+    return taken
+
+
+_taken = []
+
+
+def allocate_into_one_list(self, count):
+    if count > self.num_free:
+        raise OutOfBlocks("none left")
+    _taken[:] = [self.free.popleft() if self.free else self.evict() for _ in range(count)]
+    for block in _taken:
+        self.refs[block] = 1
+        self.generations[block] += 1
+    return _taken
+
+
 def allocate_from_the_right(self, count):
     available = len(self.free) + len(self.evictable)
     if available < count:
@@ -277,6 +311,38 @@ def append_swallows(table, tokens, block_size, allocator):
         table.extend(allocator.allocate(max(0, missing)))
 
 
+def append_and_undo(table, tokens, block_size, allocator):
+    taken = []
+    try:
+        while (len(table) + len(taken)) * block_size < tokens:
+            taken += allocator.allocate(1)
+    except OutOfBlocks:
+        allocator.release(taken)
+        raise
+    table += taken
+
+
+def append_less_than_nothing(table, tokens, block_size, allocator):
+    table.extend(allocator.allocate(blocks_for(tokens, block_size) - len(table)))
+
+
+def append_sorts(table, tokens, block_size, allocator):
+    table.extend(allocator.allocate(max(0, blocks_for(tokens, block_size) - len(table))))
+    table.sort()
+
+
+def append_forgets_cached(table, tokens, block_size, allocator):
+    missing = blocks_for(tokens, block_size) - len(table)
+    if missing > len(allocator.free):
+        raise OutOfBlocks("none left")
+    table.extend(allocator.allocate(max(0, missing)))
+
+
+def append_64_at_most(table, tokens, block_size, allocator):
+    missing = blocks_for(tokens, block_size) - len(table)
+    table.extend(allocator.allocate(min(64, max(0, missing))))
+
+
 def append_by_slices(table, tokens, block_size, allocator):
     needed = math.ceil(tokens / block_size)
     table[len(table) :] = allocator.allocate(max(needed - len(table), 0))
@@ -356,6 +422,23 @@ def fork_new_generation(self, blocks):
         self.refs[block] += 1
         self.generations[block] += 1
     return list(blocks)
+
+
+def fork_of_cached(self, blocks):
+    if any(block in self.free for block in blocks):
+        raise ValueError("not in use")
+    for block in blocks:
+        self.refs[block] += 1
+    return list(blocks)
+
+
+def fork_remembered(self, blocks):
+    for block in blocks:
+        self.require_used(block, "fork")
+    for block in blocks:
+        self.refs[block] += 1
+    self.__dict__.setdefault("forked", []).append(list(blocks))
+    return next(table for table in self.forked if table == blocks)
 
 
 def fork_needs_a_block(self, blocks):
@@ -564,6 +647,32 @@ def hashes_remembered(tokens, block_size, seen={}):  # noqa: B006 - the mistake
     return hashes
 
 
+def hashes_sorted(tokens, block_size):
+    hashes = []
+    for number in range((len(tokens) - 1) // block_size):
+        block = sorted(tokens[number * block_size : (number + 1) * block_size])
+        hashes.append(hash_block(hashes[-1] if hashes else b"", block))
+    return hashes
+
+
+def hashes_in_hex(tokens, block_size):
+    return [digest.hex() for digest in hashes_by_parent(tokens, block_size)]
+
+
+def hashes_of_1024_tokens(tokens, block_size):
+    return hashes_by_parent(tokens[:1025], block_size)
+
+
+_known = {}
+
+
+def hashes_looked_up(tokens, block_size):
+    key = block_size, *tokens
+    if key not in _known:
+        _known[key] = hashes_by_parent(tokens, block_size)
+    return _known[key]
+
+
 def hashes_by_parent(tokens, block_size):
     parent, hashes, end = b"", [], block_size
     while end < len(tokens):
@@ -718,6 +827,18 @@ def match_block_zero_is_false(self, hashes):
     return taken
 
 
+_found = []
+
+
+def match_into_one_list(self, hashes):
+    _found[:] = match_with_pop(self, hashes)
+    return _found
+
+
+def match_three_at_most(self, hashes):
+    return match_with_pop(self, hashes[:3])
+
+
 def match_with_pop(self, hashes):
     taken = []
     for content in hashes:
@@ -753,6 +874,7 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (adds_too_much, "an exact fit"),
         (forgets_return, "is a `return` missing?"),
         (swapped, "got   16"),
+        (by_a_trick, "block_size=4096)"),
         (never_ends, "is there a loop that never ends?"),
     ],
     "kv.allocate": [
@@ -768,6 +890,8 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (allocate_keeps_one_back, "got   OutOfBlocks: none left"),
         (allocate_returns_none, "this must raise OutOfBlocks"),
         (allocate_one_id, "return a list of block ids"),
+        (allocate_evicts_by_hand, "self.evictions counts them"),
+        (allocate_into_one_list, "that is another owner's own list"),
     ],
     "kv.append": [
         (append_one_at_a_time, "so the table stays as it was"),
@@ -781,9 +905,14 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (append_nested, "a table holds block ids"),
         (append_invents_ids, "take the new blocks from the allocator"),
         (append_swallows, "this must raise OutOfBlocks"),
+        (append_and_undo, "giving them back is too late"),
+        (append_less_than_nothing, "allocate(-1): nothing is missing"),
+        (append_sorts, "keep them, in order"),
+        (append_forgets_cached, "1 of them cached"),
+        (append_64_at_most, "8192 block(s), and 0 are there: 8192 more"),
     ],
     "kv.fork": [
-        (fork_same_list, "that is the parent's own list"),
+        (fork_same_list, "that is another owner's own list"),
         (fork_without_counting, "block 0 has 2 owner(s)"),
         (fork_last_only, "block 0 has 2 owner(s)"),
         (fork_copies_everything, "a list of the same blocks"),
@@ -793,6 +922,8 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (fork_eats_its_input, "the parent's table must stay as it is"),
         (fork_new_generation, "counted by its generation"),
         (fork_needs_a_block, "IndexError"),
+        (fork_of_cached, "this must raise ValueError"),
+        (fork_remembered, "that is another owner's own list"),
     ],
     "kv.copy_on_write": [
         (copy_the_same_block, "so the writer needs another block"),
@@ -815,6 +946,10 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (hashes_chained_to_the_first, "with the hash of the block before it as `parent`"),
         (hashes_shifted, "with the hash of the block before it as `parent`"),
         (hashes_as_dict, "return a list of hashes"),
+        (hashes_sorted, "with the hash of the block before it as `parent`"),
+        (hashes_in_hex, "keep what `hash_block` returns"),
+        (hashes_of_1024_tokens, "5000 tokens: 312 full block(s)"),
+        (hashes_looked_up, "make a new one in each call"),
         (hashes_remembered, "with the hash of the block before it as `parent`"),
     ],
     "kv.match": [
@@ -829,6 +964,8 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (match_uncounted, "self.hits counts them"),
         (match_number, "up to the first that is not"),
         (match_block_zero_is_false, "up to the first that is not"),
+        (match_into_one_list, "that is another owner's own list"),
+        (match_three_at_most, "up to the first that is not"),
     ],
 }
 
