@@ -1,6 +1,8 @@
 // The emulator's scheduler: one fibre a CUDA thread, block barriers, warp operations, deadlock detection.
 #include "emulator_internal.h"
 
+#include <dlfcn.h>
+#include <signal.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -299,6 +301,59 @@ void report_deadlock() {
     }
 }
 
+#if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__))
+// A kernel that divides an integer by zero, or runs off the end of a function without `return`, would take the process
+// with it. Its signal sends the fibre to `crashed` instead, at the top of its stack: a finding like any other.
+constexpr int CRASHES[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP};
+constexpr int CRASH_COUNT = sizeof CRASHES / sizeof *CRASHES;
+struct sigaction handlers_before[CRASH_COUNT];
+uint64_t crash_pc = 0;
+int crash_signal = 0;
+
+void crashed() {
+    Dl_info here{}, there{};
+    dladdr(reinterpret_cast<void*>(&crashed), &here);
+    const bool ours = dladdr(reinterpret_cast<void*>(crash_pc), &there) && there.dli_fbase == here.dli_fbase;
+    report(CRASH, ours ? crash_pc : reinterpret_cast<uint64_t>(&crashed), nullptr, 0, -2, 0, crash_signal);
+    abandon();
+}
+
+void on_crash(int signal_number, siginfo_t*, void* where) {
+    auto& at = static_cast<ucontext_t*>(where)->uc_mcontext;
+#ifdef __x86_64__
+    auto &pc = at.gregs[REG_RIP], &stack = at.gregs[REG_RSP];
+    const uint64_t below_top = 8;  // as after a call
+#else
+    auto &pc = at.pc, &stack = at.sp;
+    const uint64_t below_top = 16;
+#endif
+    const auto begin = reinterpret_cast<uint64_t>(stack_pool), sp = static_cast<uint64_t>(stack);
+    if (!stack_pool || sp < begin || sp >= begin + stack_pool_threads * STACK_BYTES) {  // not a kernel's: die of it
+        signal(signal_number, SIG_DFL);
+        return;
+    }
+    crash_pc = pc, crash_signal = signal_number;
+    pc = reinterpret_cast<uint64_t>(&crashed);
+    stack = reinterpret_cast<uint64_t>(current->stack + STACK_BYTES) - below_top;
+}
+
+struct CatchCrashes {
+    CatchCrashes() {
+        struct sigaction ours{};
+        ours.sa_sigaction = on_crash;
+        ours.sa_flags = SA_SIGINFO;
+        for (int i = 0; i < CRASH_COUNT; ++i) sigaction(CRASHES[i], &ours, &handlers_before[i]);
+    }
+    ~CatchCrashes() {
+        for (int i = 0; i < CRASH_COUNT; ++i) sigaction(CRASHES[i], &handlers_before[i], nullptr);
+    }
+};
+#else
+struct CatchCrashes {
+    CatchCrashes() {}
+};
+#endif
+
 }  // namespace
 
 void report(Finding kind, uint64_t pc, const Lane* other, uint64_t other_pc, int region, int64_t offset, int size,
@@ -473,6 +528,7 @@ extern "C" int emu_launch(void** args, const int* grid, const int* block, int64_
 #ifndef EMU_ASSEMBLY
     contexts.resize(threads);
 #endif
+    CatchCrashes catch_crashes;
     for (int z = 0; z < grid[2] && !abandoned; ++z)
         for (int y = 0; y < grid[1] && !abandoned; ++y)
             for (int x = 0; x < grid[0] && !abandoned; ++x) {

@@ -38,10 +38,12 @@ SHARED_OF_TEMPLATES = """SECTIONS { emu_shared : { PROVIDE_HIDDEN(__start_emu_sh
     PROVIDE_HIDDEN(__stop_emu_shared = .); } } INSERT BEFORE .bss;
 """
 # -fvisibility=hidden: else kernels in one process would share the variables of templates of the same name.
+# -Werror=return-type: a function that ends without `return` runs on into whatever comes next.
+# -fno-threadsafe-statics: a static variable is one of all threads, as any race on it shows.
 # -fno-optimize-sibling-calls: a tail call would give a barrier the caller's line.
 COMMON_FLAGS = (
-    "-std=c++17", "-fPIC", "-w", "-fno-strict-aliasing", "-fno-optimize-sibling-calls", "-fdata-sections",
-    "-fvisibility=hidden",
+    "-std=c++17", "-fPIC", "-Werror=return-type", "-fno-strict-aliasing", "-fno-optimize-sibling-calls",
+    "-fdata-sections", "-fvisibility=hidden", "-fno-threadsafe-statics",
 )  # fmt: skip
 FAST_FLAGS = ("-O2", "-g1", "-ffp-contract=off")
 WATCHED_FLAGS = ("-O1", "-g1", "-fsanitize=thread", "-fsanitize-coverage=trace-pc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ KINDS = (
     "divergent barrier",
     "shuffle from an absent lane",
     "too many steps",
+    "crash",
 )
 
 
@@ -205,4 +207,9 @@ def describe(
         return f"this __syncthreads() meets another one: {second}; all threads must meet at one barrier"
     if kind == "shuffle from an absent lane":
         return f"reads from lane {offset}, which is not in the mask"
+    if kind == "crash" and size == signal.SIGFPE:
+        return "an integer was divided by zero"
+    if kind == "crash":
+        name = signal.Signals(size).name
+        return f"the program broke off ({name}): does every path end in a `return`? is every address right?"
     return "stopped after the allowed number of steps: does a loop end? (raise max_steps if it does)"

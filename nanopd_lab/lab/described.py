@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nanopd_lab.lab.checking import Counterexample, call
+from nanopd_lab.lab.checking import Counterexample, call, same
 
 Tensor = torch.Tensor
 
@@ -50,10 +52,29 @@ class Case:
         self.expect(got.dtype == dtype, kind, want, f"{what} has the type of what came in")
 
 
-def numbers(values: Tensor) -> str:
+class Earlier:
+    """The latest results and copies: what was returned must not change when the function is called again."""
+
+    def __init__(self) -> None:
+        self.kept: deque[tuple[Any, Any]] = deque(maxlen=4)
+
+    def compare(self, case: Case, got: Any) -> None:
+        why = "this call changed what a call before has returned: return new tensors each time"
+        unchanged = all(same(result, as_it_was) for result, as_it_was in self.kept)
+        case.expect(unchanged, "an earlier result changed", "earlier results as they were", why)
+        self.kept.append((got, copy.deepcopy(got)))
+
+
+def numbers(values: Tensor, digits: int = 4) -> str:
     """The first few, short."""
-    text = ", ".join(f"{value:.4g}" for value in values.reshape(-1)[:4].tolist())
+    text = ", ".join(f"{value:.{digits}g}" for value in values.reshape(-1)[:4].tolist())
     return f"[{text}{', …' if values.numel() > 4 else ''}]"
+
+
+def two_numbers(got: Tensor, want: Tensor) -> tuple[str, str]:
+    """`numbers` of both, with as many digits as it takes to tell them apart in what is shown."""
+    texts = numbers(got), numbers(want)
+    return texts if texts[0] != texts[1] else (numbers(got, 9), numbers(want, 9))
 
 
 def close(got: Tensor, other: Tensor, tolerance: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import signal
 
 import numpy as np
 import pytest
@@ -223,6 +224,15 @@ def test_barriers_at_different_lines() -> None:
 def test_endless_loop_is_stopped() -> None:
     with pytest.raises(KernelFaultError, match="too many steps"):
         launch("    volatile int k = n;\n    while (k > 0) {}\n    y[i] = 0;", max_steps=100_000)
+
+
+def test_a_kernel_that_breaks_off_does_not_take_the_process_with_it() -> None:
+    handler = signal.getsignal(signal.SIGFPE)
+    found = fault("    y[i] = 1 / (n - n);", "crash", 3)
+    assert "an integer was divided by zero" in found.detail
+    with pytest.raises(KernelFaultError, match="SIGSEGV"):
+        launch("    void (*f)() = reinterpret_cast<void (*)()>(8);\n    f();")
+    assert signal.getsignal(signal.SIGFPE) is handler
 
 
 def test_misaligned_vector_access() -> None:

@@ -11,7 +11,7 @@ import torch
 from nanopd_lab.attention.online import OnlineBackend, Running, add_page, attend_pages, start
 from nanopd_lab.attention.reference import gather_sequence
 from nanopd_lab.lab.attend_check import check_attend, make_pool
-from nanopd_lab.lab.described import Case, Tensor, close, numbers, one_thread
+from nanopd_lab.lab.described import Case, Earlier, Tensor, close, numbers, one_thread, two_numbers
 from nanopd_lab.lab.registry import Exercise
 
 # ---------------------------------------------------------------------- gather
@@ -23,17 +23,19 @@ def check_gather(impl: Callable[..., tuple[Tensor, Tensor]]) -> int:
     shapes = [(context, size, 1, 2) for size in (4, 2, 1, 3) for context in range(1, 4 * size + 1)]
     shapes += [(context, 4, kv_heads, 3) for context in (3, 4, 5, 8, 11) for kv_heads in (2, 3)]
     shapes += [(context, 16, 3, 64) for context in (1, 15, 16, 17, 160, 301)]
-    count = 0
+    count, earlier = 0, Earlier()
     for number, (context, size, kv_heads, dim) in enumerate(shapes):
         for dtype, poison in ((torch.float32, float("nan")), (torch.bfloat16, 1e4)):
             count += 1
             layer, table, content = make_pool(context, size, kv_heads, dim, number, poison)
             layer, content = layer.to(dtype), content.to(dtype)
-            _gather_once(impl, layer, table, context, content)
+            _gather_once(impl, layer, table, context, content, earlier)
     return count
 
 
-def _gather_once(impl: Any, layer: Tensor, table: Tensor, context: int, content: Tensor) -> None:
+def _gather_once(
+    impl: Any, layer: Tensor, table: Tensor, context: int, content: Tensor, earlier: Earlier
+) -> None:
     size = layer.shape[3]
     case = Case(
         getattr(impl, "__name__", "gather"),
@@ -44,6 +46,7 @@ def _gather_once(impl: Any, layer: Tensor, table: Tensor, context: int, content:
         f"kv_layer, block_table, context_len={context}",
     )
     got = case.call(impl, kv_layer=layer, block_table=table, context_len=context)
+    earlier.compare(case, got)
     pair = isinstance(got, (tuple, list)) and len(got) == 2
     case.expect(pair, type(got).__name__, "(K, V)", "return two tensors, K and V")
     for name, found, want in zip("KV", got, content, strict=True):
@@ -85,9 +88,10 @@ def _page_cases() -> Iterator[list[tuple[Tensor, Tensor]]]:
     yield [(one([[-5.0]]), one([[1.0, 2.0]])), (one([[-7.0]]), one([[3.0, 5.0]]))]  # all below zero
     yield [(one([[200.0, 100.0]]), one([[1.0], [2.0]])), (one([[300.0]]), one([[5.0]]))]
     hidden = float("-inf")
+    yield [(one([[-1000.0, hidden, -1001.0]]), one([[1.0], [2.0], [3.0]])), (one([[-999.0]]), one([[5.0]]))]
     yield [(one([[1.0, hidden], [0.0, 2.0]]), one([[1.0], [2.0]])), (one([[hidden], [1.0]]), one([[7.0]]))]
     generator = torch.Generator().manual_seed(0)
-    for sizes in ([4, 4, 4, 1], [1, 1, 1], [16, 16, 5], [3], [2] * 9):
+    for sizes in ([4, 4, 4, 1], [1, 1, 1], [16, 16, 5], [40, 7], [3], [2] * 9):
         for lead in ((1,), (3,), (2, 5), (3, 1)):
             for spread, dtype in ((1.0, torch.float32), (150.0, torch.float32), (3.0, torch.float64)):
                 pages = []
@@ -122,18 +126,24 @@ def _add_once(impl: Any, number: int, running: Running, scores: Tensor, values: 
         if not bool((error < 3e-5).all()):
             row = int((~(error < 3e-5)).flatten(0, -2).any(-1).nonzero()[0])
             show = f"{name}{f', row {row}' if old.shape[-2] > 1 else ''} "
-            texts = [show + numbers(part.flatten(0, -2)[row]) for part in (have, need)]
+            texts = [
+                show + text for text in two_numbers(*(part.flatten(0, -2)[row] for part in (have, need)))
+            ]
             why = _why_page(name, have, before, scores.double(), values.double())
             raise case.wrong(texts[0], texts[1], why)
     return Running(*(part.to(old.dtype) for part, old in zip(want, running, strict=True)))
 
 
 def _why_page(name: str, have: Tensor, before: Running, scores: Tensor, values: Tensor) -> str:
-    if not bool(torch.isfinite(have).all()):
-        return "not finite: subtract the maximum before `exp`, so that the largest exponent is 0"
     page = scores.amax(-1, keepdim=True)
     if name == "maximum":
         return "the largest score of all pages up to this one"
+    if not bool(torch.isfinite(have).all()):
+        if bool(page.isneginf().any()):
+            return (
+                "a row sees nothing of this page, and -inf - -inf is NaN: subtract the maximum of all pages"
+            )
+        return "not finite: subtract the maximum before `exp`, so that the largest exponent is 0"
     now = torch.maximum(before.maximum, page)
     shrink = torch.exp(before.maximum - now)
     weights = torch.exp(scores - now)

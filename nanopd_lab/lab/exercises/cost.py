@@ -92,16 +92,24 @@ def _guess_bytes(model: ModelDims, chunks: Sequence[ChunkShape], got: float) -> 
         ("the KV read is missing: ", total - cost.kv_read_bytes),
         (new, total - cost.kv_write_bytes),
         ("every sequence reads its own KV: ", total - sum(c.past + c.count for c in chunks[1:]) * kv),
+        ("the KV is missing: ", total - cost.kv_read_bytes - cost.kv_write_bytes),
+        (
+            "KV is read once a sequence: ",
+            total - cost.kv_read_bytes + sum(chunk.pairs for chunk in chunks) * kv,
+        ),
         ("the activations are missing: ", total - cost.activation_bytes),
+        ("attention's FLOPs are missing: ", cost.flops * total / cost.gemm_flops),
         (
             "KV is kept for KV heads, not for query heads: ",
             total + (cost.kv_read_bytes + cost.kv_write_bytes) * (model.num_heads // model.num_kv_heads - 1),
         ),
     ]
-    for words, nbytes in mistakes:
-        if nbytes > 0 and not _close(nbytes, total) and _close(got, cost.flops / nbytes):
-            return words
-    return ""
+    fits = [
+        words.removesuffix(": ")
+        for words, nbytes in mistakes
+        if nbytes > 0 and not _close(nbytes, total) and _close(got, cost.flops / nbytes)
+    ]
+    return ", or ".join(dict.fromkeys(fits)) + ": " if fits else ""
 
 
 def check_time_per_output_token(impl: Callable[[ModelDims, Sequence[int], Roof], float]) -> int:

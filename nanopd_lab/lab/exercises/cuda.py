@@ -125,7 +125,8 @@ TILES = (  # element, its bytes, HEAD_DIM, WARP_TOKENS
 PLACE_CHECK = """
 #include "mapping.h"
 extern "C" __global__ void check(int* rows, int* pieces) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, to = (warp * gridDim.x + blockIdx.x) * 32 + lane;
+    const int warp = threadIdx.x / 32, lane = warp == 0 ? threadIdx.x % 32 : 31 - threadIdx.x % 32;
+    const int to = (warp * gridDim.x + blockIdx.x) * 32 + lane;
     const Place place = place_of(lane, blockIdx.x);
     rows[to] = place.row, pieces[to] = place.piece;
 }

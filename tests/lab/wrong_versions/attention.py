@@ -68,6 +68,23 @@ def gather_cleans_the_pool(kv_layer, block_table, context_len):
     return gather_by_slots(kv_layer, block_table, context_len)
 
 
+def gather_by_the_whole_table(kv_layer, block_table, context_len):
+    _, _, kv_heads, _, head_dim = kv_layer.shape
+    flat = kv_layer[block_table.long()].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)
+    return flat[0, :, :context_len], flat[1, :, :context_len]
+
+
+_buffers = {}
+
+
+def gather_into_one_buffer(kv_layer, block_table, context_len):
+    keys, values = gather_page_by_page(kv_layer, block_table, context_len)
+    shape = (kv_layer.shape[3], *keys.shape[::2], keys.dtype)
+    buffer = _buffers.setdefault(shape, torch.empty(2, keys.shape[0], 512, keys.shape[2], dtype=keys.dtype))
+    buffer[0, :, :context_len], buffer[1, :, :context_len] = keys, values
+    return buffer[0, :, :context_len], buffer[1, :, :context_len]
+
+
 def gather_by_slots(kv_layer, block_table, context_len):
     size = kv_layer.shape[3]
     positions = torch.arange(context_len)
@@ -197,6 +214,30 @@ def page_with_logsumexp(running, scores, values):
     return Running(
         maximum=highest, total=running.total * factor + page, output=running.output * factor + mixed
     )
+
+
+def page_of_sixteen(running, scores, values):
+    return add_page(running, scores[..., :16], values[..., :16, :])
+
+
+def page_hides_with_a_number(running, scores, values):
+    return add_page(running, torch.nan_to_num(scores, neginf=-20.0), values)
+
+
+def page_relative_to_itself(running, scores, values):
+    own = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - own)
+    maximum = torch.maximum(running.maximum, own)
+    old, new = torch.exp(running.maximum - maximum), torch.exp(own - maximum)
+    total = running.total * old + weights.sum(-1, keepdim=True) * new
+    return Running(maximum, total, running.output * old + weights @ values * new)
+
+
+def page_clamps_the_shift(running, scores, values):
+    maximum = torch.maximum(running.maximum, scores.amax(-1, keepdim=True))
+    shrink, weights = torch.exp((running.maximum - maximum).clamp(min=-10)), torch.exp(scores - maximum)
+    total = running.total * shrink + weights.sum(-1, keepdim=True)
+    return Running(maximum, total, running.output * shrink + weights @ values)
 
 
 # ---------------------------------------------------------------------- attention.attend_pages
@@ -360,15 +401,67 @@ def attend_short_contexts(query, kv_layer, block_table, context_len, scale):
     )
 
 
-def attend_folded(query, kv_layer, block_table, context_len, scale):
+def attend_in_the_query_type(query, kv_layer, block_table, context_len, scale):
+    return attend_folded(query, kv_layer, block_table, context_len, scale, wide=query.dtype)
+
+
+def attend_rounds_what_it_keeps(query, kv_layer, block_table, context_len, scale):
+    def add(running, scores, values):
+        return Running(*(part.to(query.dtype).double() for part in add_page(running, scores, values)))
+
+    return attend(query, kv_layer, block_table, context_len, scale, add=add)
+
+
+def attend_into_one_buffer(query, kv_layer, block_table, context_len, scale):
+    result = attend(query, kv_layer, block_table, context_len, scale)
+    key = (query.shape, query.dtype)
+    return _buffers.setdefault(key, torch.empty_like(result)).copy_(result)
+
+
+def attend_the_whole_table(query, kv_layer, block_table, context_len, scale):
+    kept = kv_layer[block_table.long()]
+    table = torch.arange(len(block_table), dtype=torch.int32)
+    return attend(query, kept, table, context_len, scale)
+
+
+def attend_heads_in_the_wrong_order(query, kv_layer, block_table, context_len, scale):
+    tokens, heads, dim = query.shape
+    result = attend(query, kv_layer, block_table, context_len, scale)
+    return result.reshape(tokens, kv_layer.shape[2], -1, dim).transpose(1, 2).reshape(tokens, heads, dim)
+
+
+def attend_mask_of_another_order(query, kv_layer, block_table, context_len, scale):
+    tokens, group = query.shape[0], query.shape[1] // kv_layer.shape[2]
+    seen = torch.arange(context_len - tokens, context_len).repeat_interleave(group)
+    return attend_folded(query, kv_layer, block_table, context_len, scale, seen=seen)
+
+
+def attend_never_divides(query, kv_layer, block_table, context_len, scale):
+    def add(running, scores, values):
+        return add_page(running, scores, values)._replace(total=torch.ones_like(running.total))
+
+    return attend(query, kv_layer, block_table, context_len, scale, add=add)
+
+
+def attend_rescales_only_the_total(query, kv_layer, block_table, context_len, scale):
+    return attend(query, kv_layer, block_table, context_len, scale, add=page_rescales_only_the_total)
+
+
+def attend_sees_nothing(query, kv_layer, block_table, context_len, scale):
+    seen = torch.arange(context_len - query.shape[0] - 1, context_len - 1)
+    seen = seen.repeat(query.shape[1] // kv_layer.shape[2])
+    return attend_folded(query, kv_layer, block_table, context_len, scale, seen=seen)
+
+
+def attend_folded(query, kv_layer, block_table, context_len, scale, wide=torch.float32, seen=None):
     tokens, heads, dim = query.shape
     _, _, kv_heads, size, _ = kv_layer.shape
     group = heads // kv_heads
-    rows = query.reshape(tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim).float()
-    seen = torch.arange(context_len - tokens, context_len).repeat(group)
+    rows = query.reshape(tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim).to(wide)
+    seen = torch.arange(context_len - tokens, context_len).repeat(group) if seen is None else seen
     running = start(rows)
     for first in range(0, context_len, size):
-        page = kv_layer[int(block_table[first // size]), :, :, : context_len - first].float()
+        page = kv_layer[int(block_table[first // size]), :, :, : context_len - first].to(wide)
         scores = scale * torch.matmul(rows, page[0].transpose(1, 2))
         position = first + torch.arange(page.shape[2])
         scores = scores.masked_fill(position[None, :] > seen[:, None], float("-inf"))
@@ -397,6 +490,8 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (gather_tokens_first, "the shape of K"),
         (gather_as_float, "K has the type of what came in"),
         (gather_one_tensor, "return two tensors, K and V"),
+        (gather_by_the_whole_table, "index 9999 is out of bounds"),
+        (gather_into_one_buffer, "return new tensors each time"),
         (gather_cleans_the_pool, "the caller still needs kv_layer"),
     ],
     "attention.add_page": [
@@ -412,6 +507,10 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (page_wrong_sign, "not its inverse"),
         (page_starts_at_zero, "the largest score of all pages up to this one"),
         (page_as_plain_tuple, "return a Running"),
+        (page_of_sixteen, "the largest score of all pages up to this one"),
+        (page_hides_with_a_number, "the largest score of all pages up to this one"),
+        (page_relative_to_itself, "-inf - -inf is NaN"),
+        (page_clamps_the_shift, "total = total *"),
         (page_flat_maximum, "the shape of maximum"),
         (page_always_float, "maximum has the type of what came in"),
     ],
@@ -437,6 +536,15 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (attend_cleans_the_pool, "the caller still needs kv_layer"),
         (attend_heads_joined, "the shape of the result"),
         (attend_short_contexts, "1030 tokens"),
+        (attend_in_the_query_type, "rounded on the way"),
+        (attend_rounds_what_it_keeps, "rounded on the way"),
+        (attend_into_one_buffer, "return new tensors each time"),
+        (attend_the_whole_table, "index 9999 is out of bounds"),
+        (attend_heads_in_the_wrong_order, "that is right for row 0, head 2"),
+        (attend_mask_of_another_order, "this row sees positions 0 to 1, and should see 0 to 0"),
+        (attend_never_divides, "divide by the total once"),
+        (attend_rescales_only_the_total, "but not the weighted sum of values"),
+        (attend_sees_nothing, "NaN from -inf - -inf or 0 / 0"),
     ],
 }
 

@@ -85,6 +85,12 @@ def upside_down(model, chunks):
     return cost.bytes / cost.flops
 
 
+def reads_kv_for_each_token(model, chunks):
+    cost = step_cost(model, chunks)
+    extra = sum(c.pairs - c.past - c.count for c in chunks) * model.kv_bytes_per_token
+    return cost.flops / (cost.bytes + extra)
+
+
 def no_attention(model, chunks):
     cost = step_cost(model, chunks)
     return cost.gemm_flops / cost.bytes
@@ -206,7 +212,7 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (always_reads_the_vocabulary, "nobody draws a token"),
         (never_reads_the_vocabulary, "takes the vocabulary projection"),
         (reads_the_embedding_table, "only a row a token is read"),
-        (forgets_kv, "(KV read)"),
+        (forgets_kv, "the KV is missing"),
         (reads_only_the_past, "counts twice, written and read"),
         (forgets_to_write, "counts twice, written and read"),
         (reads_only_the_first, "every sequence reads its own KV"),
@@ -215,7 +221,8 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
         (kv_of_all_heads, "not for query heads"),
         (no_activations, "the activations are missing"),
         (upside_down, "that is bytes over FLOPs"),
-        (no_attention, "FLOPs over"),
+        (no_attention, "attention's FLOPs are missing"),
+        (reads_kv_for_each_token, "KV is read once a sequence"),
         (whole_numbers, "FLOPs over"),
         (forgets_to_return, "is a `return` missing?"),
         (eats_its_chunks, "the caller still needs chunks"),

@@ -65,6 +65,11 @@ PLACES_WRONG = [
         place("overflows", "    const int i = (turn * 32 + lane) * 134217728;\n    return {i / 134217728 / PIECES, i / 134217728 % PIECES};"),
         "a place in the tile",
     ),
+    (place("threadIdx_for_the_lane", "    const int i = turn * 32 + threadIdx.x % 32;\n    return {i / PIECES, i % PIECES};"),
+     "use `lane`, not threadIdx"),
+    (place("forgets_to_return", "    const int i = turn * 32 + lane;"), "no return statement"),
+    (place("divides_by_zero", "    return {lane / (turn - turn), lane};"), "an integer was divided by zero"),
+    (place("jumps_into_nowhere", "    auto f = reinterpret_cast<int (*)()>(8);\n    return {f(), lane};"), "broke off (SIGSEGV)"),
     (place("does_not_compile", "    return {lane / PIECES, lane % PIECE};"), "PIECE"),
     (place("reads_wild", "    const int* p = nullptr;\n    return {p[lane], turn};"), "out-of-bounds read"),
     (CudaVersion("another_name", "\nDEVICE Place place(int lane, int turn) { return {0, 0}; }\n"), "must define place_of"),
@@ -314,6 +319,8 @@ JOINS_WRONG = [
              + "    return total;"),
         "is on another scale",
     ),
+    (join("static_total", LARGEST + STOP + "    static Part total = empty_part();\n    total.m = largest;\n" + GOOD
+          + "    return total;"), "got   race"),
     (join("does_not_compile", LARGEST + "    return largest;"), "could not convert"),
 ]  # fmt: skip
 
