@@ -238,7 +238,10 @@ def format_engine(record: dict[str, Any]) -> str:
     for name in WORKLOADS:
         runs = [found.get(f"requests_{name}", []) for found in modes.values()]
         if any(runs):
-            rates = [max((run["output_tokens_per_s"] for run in each), default=float("nan")) for each in runs]
+            rates = [
+                statistics.median(run["output_tokens_per_s"] for run in each) if each else float("nan")
+                for each in runs
+            ]
             lines.append(f"{name + ' requests':16}" + "".join(f"{r:{width},.0f}" for r in rates) + "  tok/s")
     if peer := record.get("hf_generate_batch"):
         lines.append(f"Hugging Face's generate_batch: {peer['output_tokens_per_s']:,.0f} tok/s")
