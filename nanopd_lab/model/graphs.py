@@ -2,7 +2,7 @@
 
 A graph replays the same kernels on the same addresses, so it is captured for a capacity and fed through one
 packed buffer (`model.batch`); a step takes the smallest graph it fits in, and what is over is padding. The
-kernels read on the device who decodes, who prefills and how long everybody is. Two kinds:
+kernels read on the device who decodes, who prefills and how long everybody is. Three kinds:
 
     decode   one token a sequence, by number of sequences; the vocabulary projection included
     mixed    chunks and decode steps together, by number of tokens; logits behind the graph, only where needed
@@ -23,7 +23,7 @@ import torch
 
 from nanopd_lab.attention.cuda import attend_known, cutting
 from nanopd_lab.core import Chunk, Request, SamplingParams, Sequence
-from nanopd_lab.model.batch import Layout, PackedBatch, metadata_of, pack
+from nanopd_lab.model.batch import Layout, PackedBatch, metadata_of, pack, select
 
 if TYPE_CHECKING:
     from nanopd_lab.model.runner import ModelRunner
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 WHOLE_SIZES = (64, 128, 256, 384, 512)
 PIECE_SIZES = (768, 1024, 1536, 2048)
-LEAST_FILL = 0.6  # a step that would be padded by more is launched without a graph
 
 
 def sizes_up_to(sizes: Iterable[int], largest: int) -> list[int]:
@@ -124,11 +123,8 @@ class CapturedStep:
         self.replay(batch)
         if self.head is None:
             return self.output[:rows]
-        index = self.layout.views(self.packed)["logits_index"]
-        if wanted == list(range(rows)):
-            return self.head(self.output, index[:rows])
-        places = torch.tensor(wanted, dtype=torch.int64).pin_memory().to(index.device, non_blocking=True)
-        return self.head(self.output, index[places])
+        index = self.layout.views(self.packed)["logits_index"][:rows]
+        return self.head(self.output, select(index, wanted))
 
 
 def borrow(tensor: torch.Tensor) -> torch.Tensor:
@@ -201,8 +197,7 @@ class GraphSet:
         if decode_only and self.decode and sequences <= self.decode[-1].layout.sequences:
             return self.decode[bisect_left(self.decode, sequences, key=lambda step: step.layout.sequences)]
         first = bisect_left(self.mixed, tokens, key=lambda step: step.layout.tokens)
-        fits = (step for step in self.mixed[first:] if step.layout.sequences >= sequences)
-        return next((step for step in fits if tokens >= LEAST_FILL * step.layout.tokens), None)
+        return next((step for step in self.mixed[first:] if step.layout.sequences >= sequences), None)
 
     def _capture(self, layout: Layout, decode_only: bool) -> CapturedStep:
         runner = self.runner

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from nanopd_lab.attention.base import AttentionBackend, AttentionMetadata
 from nanopd_lab.core import Chunk, SampledToken, StepPlan
 from nanopd_lab.kv.cache import KVCache
-from nanopd_lab.model.batch import Layout, metadata_of, order, pack
+from nanopd_lab.model.batch import Layout, metadata_of, order, pack, select
 from nanopd_lab.model.graphs import GraphSet
 from nanopd_lab.model.paged import PagedBatch, bind_cache
 from nanopd_lab.model.sampling import Drawn, SamplingRow, draw, request_seed
@@ -107,10 +107,7 @@ class ModelRunner:
         tables = packed[layout.size :].view(lengths, batch.width)
         metadata = metadata_of(fields, layout.lens(packed), tables, batch)
         hidden = self.hidden(fields, metadata)
-        if len(wanted) == lengths:
-            return self.head(hidden, fields["logits_index"])
-        index = [sum(batch.lengths[: row + 1]) - 1 for row in wanted]
-        return self.head(hidden, torch.tensor(index, device=self.device))
+        return self.head(hidden, select(fields["logits_index"], wanted))
 
     def hidden(self, fields: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
         """`[T, hidden_size]`, the last hidden states of a packed batch on the device."""
@@ -143,9 +140,7 @@ class ModelRunner:
                 self._sources[id(chunk.sequence)] = len(singles)
                 singles.append(row)
             row += chunk.samples
-        tokens = drawn.tokens
-        if len(singles) != row:
-            tokens = tokens[torch.tensor(singles, dtype=torch.int64, device=self.device)]
+        tokens = select(drawn.tokens, singles)
         # A row that was not finite drew -1; its sequence ends, and what goes on meanwhile is dropped.
         tokens = tokens.clamp(min=0)
         if self.graphs:

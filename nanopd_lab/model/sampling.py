@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from nanopd_lab.core import Logprob, SampledToken, SamplingParams
+from nanopd_lab.model.batch import to_device
 
 # top_p first looks at this many of the most likely tokens and sorts the whole vocabulary only if their
 # probability does not reach top_p.
@@ -97,7 +98,7 @@ def draw(logits: torch.Tensor, rows: Seq[SamplingRow]) -> Drawn:
     """
     order = [row.logits_row for row in rows]
     if order != list(range(logits.shape[0])):
-        logits = logits.index_select(0, _to_device(order, torch.int64, logits.device))
+        logits = logits.index_select(0, to_device(order, torch.int64, logits.device))
     raw = logits
     if any(row.banned for row in rows):
         logits = logits.clone()
@@ -111,7 +112,7 @@ def draw(logits: torch.Tensor, rows: Seq[SamplingRow]) -> Drawn:
     if len(drawn) == len(rows) and rows:
         tokens = _draw(logits.float(), rows)
     elif drawn:
-        index = _to_device(drawn, torch.int64, logits.device)
+        index = to_device(drawn, torch.int64, logits.device)
         tokens = tokens.index_copy(0, index, _draw(logits[index].float(), [rows[number] for number in drawn]))
     tokens = tokens.masked_fill(~finite, -1)
 
@@ -124,12 +125,6 @@ def draw(logits: torch.Tensor, rows: Seq[SamplingRow]) -> Drawn:
     return Drawn(tokens, rows, host, arrived)
 
 
-def _to_device(values: Seq[object], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Pinned where that lets the copy run behind the host's back."""
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
@@ -140,7 +135,7 @@ def _draw(logits: torch.Tensor, rows: Seq[SamplingRow]) -> torch.Tensor:
     params = [row.params for row in rows]
     points = [uniform(row.seed, row.sample, row.position) for row in rows]
     numbers = [(max(p.temperature, 1e-6), p.min_p, point) for p, point in zip(params, points, strict=True)]
-    columns = _to_device(numbers, torch.float64, device)
+    columns = to_device(numbers, torch.float64, device)
     temperature, min_p, point = columns[:, 0:1].float(), columns[:, 1:2].float(), columns[:, 2:3]
 
     # A tiny temperature must not overflow: subtract the maximum first.
@@ -150,7 +145,7 @@ def _draw(logits: torch.Tensor, rows: Seq[SamplingRow]) -> torch.Tensor:
         scaled = scaled.masked_fill(scaled < min_p.log(), float("-inf"))
     filtered = [i for i, p in enumerate(params) if 0 < p.top_k < logits.shape[1] or p.top_p < 1.0]
     if filtered:
-        index = _to_device(filtered, torch.int64, device)
+        index = to_device(filtered, torch.int64, device)
         found = _thresholds(scaled[index], [params[i] for i in filtered])
         threshold = torch.full((len(rows), 1), float("-inf"), device=device).index_copy(0, index, found)
         scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
@@ -165,8 +160,8 @@ def _thresholds(scaled: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tens
     """`[R, 1]`: the smallest logit that top_k and then top_p keep."""
     vocab = scaled.shape[1]
     top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
-    top_p = _to_device([[p.top_p] for p in params], torch.float64, scaled.device)
-    limit = _to_device([[k] for k in top_k], torch.int64, scaled.device)
+    top_p = to_device([[p.top_p] for p in params], torch.float64, scaled.device)
+    limit = to_device([[k] for k in top_k], torch.int64, scaled.device)
     width = max([k for k in top_k if k < vocab], default=1)
     if any(p.top_p < 1.0 and k == vocab for p, k in zip(params, top_k, strict=True)):
         width = max(width, min(TOP_P_SHORTLIST, vocab))
@@ -195,7 +190,7 @@ def _logprobs(raw: torch.Tensor, tokens: torch.Tensor, rows: Seq[SamplingRow]) -
     wanted = [number for number, row in enumerate(rows) if row.params.logprobs is not None]
     if not wanted:
         return {}
-    index = _to_device(wanted, torch.int64, raw.device)
+    index = to_device(wanted, torch.int64, raw.device)
     logprobs = raw.index_select(0, index).float().log_softmax(-1)
     own = logprobs.gather(-1, tokens.index_select(0, index).clamp(min=0)[:, None])
     width = min(max(rows[number].params.logprobs or 0 for number in wanted), logprobs.shape[1])
