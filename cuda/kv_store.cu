@@ -6,8 +6,8 @@
 constexpr int PIECES = HEAD_DIM / PER_16_BYTES;  // 16-byte pieces of a row
 
 // key, value: [tokens, kv_heads, HEAD_DIM], rows `key_stride` and `value_stride` elements apart (they may be slices
-// of one fused product); grid: enough blocks of 256 threads for tokens * kv_heads * PIECES.
-extern "C" __global__ void __launch_bounds__(256)
+// of one fused product); grid: enough blocks for tokens * kv_heads * PIECES threads.
+extern "C" __global__ void
 kv_store(T* kv, i64 block_stride, const T* key, i64 key_stride, const T* value, i64 value_stride, const i64* slots,
          int tokens, int kv_heads) {
     begin_dependents();

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+MOST_SCORES = 1 << 26
+
 
 def pages_of(
     kv_layer: torch.Tensor, block_table: torch.Tensor, context: int
@@ -43,12 +45,16 @@ def attend(
         if context == 0 or begin == end:
             continue
         keys, values = (x.to(dtype) for x in pages_of(kv_layer, block_tables[s], context))
-        q = query[begin:end].to(dtype).view(end - begin, kv_heads, heads // kv_heads, head_dim)
-        scores = torch.einsum("tkgd,kcd->kgtc", q, keys) * scale
-        position = torch.arange(context - (end - begin), context, device=query.device)
-        hidden = torch.arange(context, device=query.device) > position[:, None]
-        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
-        out[begin:end] = torch.einsum("kgtc,kcd->tkgd", weights, values).reshape(end - begin, heads, head_dim)
+        # All scores of a long prompt at once would be tens of gigabytes.
+        for rows in torch.arange(begin, end, device=query.device).split(
+            max(1, MOST_SCORES // (heads * context))
+        ):
+            q = query[rows].to(dtype).view(len(rows), kv_heads, heads // kv_heads, head_dim)
+            scores = torch.einsum("tkgd,kcd->kgtc", q, keys) * scale
+            position = rows + (context - end)
+            hidden = torch.arange(context, device=query.device) > position[:, None]
+            weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+            out[rows] = torch.einsum("kgtc,kcd->tkgd", weights, values).reshape(len(rows), heads, head_dim)
     return out
 
 

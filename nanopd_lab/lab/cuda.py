@@ -72,19 +72,23 @@ class Result(RunResult):
     def summary(self) -> str:
         """What matters of the whole launch, in a sentence."""
         c = self.counters
+        if not c.steps:  # a GPU counts nothing
+            return f"{self.device}: {self.elapsed_ms * 1e3:,.1f} µs; only the emulator counts what lines ask of memory."
         busy = c.lane_steps / (32 * c.steps) if c.steps else 1.0
         text = f"{self.device}: {32 * c.total('sectors', 'global'):,} bytes moved for {c.total('bytes', 'global'):,} "
         return f"{text}asked for; {busy:.0%} of the lanes busy; {c.bank_conflicts} bank conflicts."
 
     def __str__(self) -> str:
         faults = "\n".join(fault(finding, self.source) for finding in self.findings)
-        return self.note or "\n".join(filter(None, [faults, str(self.table)]))
+        return self.note or "\n".join(
+            filter(None, [faults, str(self.table) if self.counters.steps else self.summary])
+        )
 
     def _repr_html_(self) -> str:
         if self.note:
             return card("unchecked", escape(self.note))
         faults = [card("FAIL", escape(fault(finding, self.source))) for finding in self.findings]
-        return "".join(faults) + self.table._repr_html_()
+        return "".join(faults) + (self.table._repr_html_() if self.counters.steps else escape(self.summary))
 
     __repr__ = __str__
 
