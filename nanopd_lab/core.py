@@ -190,9 +190,11 @@ class Sequence:
     stop_reason: int | str | None = None
     error: str | None = None
     candidates: SampledToken | None = None  # beam search: sampled, waiting for the sibling beams
-    # Accounting: every prompt and output token's KV was computed here or came from the prefix cache.
+    hand_off: bool = False  # another worker goes on with it once it has sampled a token
+    # Accounting: every token's KV was computed here, came from the prefix cache or from another worker.
     tokens_computed: int = 0
     tokens_cached: int = 0
+    tokens_received: int = 0
     preemptions: int = 0
 
     def __post_init__(self) -> None:
@@ -255,6 +257,21 @@ class Chunk:
     @property
     def end(self) -> int:
         return self.start + self.count
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who serves a request: `prefill` computes its prompt, `decode` its output. Collocated if they are one worker."""
+
+    prefill: str
+    decode: str
+
+    @property
+    def collocated(self) -> bool:
+        return self.prefill == self.decode
+
+    def __str__(self) -> str:
+        return self.prefill if self.collocated else f"{self.prefill}→{self.decode}"
 
 
 @dataclass(frozen=True)

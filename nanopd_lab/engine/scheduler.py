@@ -158,16 +158,19 @@ class Scheduler:
         sequence.candidates = None
         del sequence.tokens[sequence.known_len :]
         sequence.pending = 0
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
+        self._dequeue(sequence)
         self.blocks.release(sequence)
         siblings = self._live[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
             del self._live[sequence.request.request_id]
             self._beams.pop(sequence.request.request_id, None)
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
 
     def beam_group(self, request_id: str) -> BeamGroup | None:
         """The beams of an unfinished beam-search request; keep it, it outlives the request here."""
@@ -345,7 +348,7 @@ class Scheduler:
         self._serves += 1
         sequence.last_served = self._serves
         more = len(sequence.tokens) + 1 - sequence.prompt_len < sequence.request.params.max_tokens
-        if chunk.samples == 1 and not sequence.request.beam and more:
+        if chunk.samples == 1 and not sequence.request.beam and more and not sequence.hand_off:
             sequence.tokens.append(PENDING)
             sequence.pending += 1
 
@@ -383,7 +386,7 @@ class Scheduler:
         if not self.waiting or room <= 0:
             return
         # A step serves at most `budget` sequences; admitting more would only make them wait inside.
-        cap = min(self.max_num_seqs, self.budget)
+        cap = min(self.max_num_seqs, self.budget) - self.promised
         reserved = sum(self.blocks.missing(s, s.remaining) for s in self.running if s.remaining > 0)
         room -= sum(s.remaining for s in self.running if not s.is_decoding)
         parked: list[Sequence] = []
@@ -395,7 +398,7 @@ class Scheduler:
                 parked.append(self.waiting.popleft())
                 continue
             width = sequence.request.params.n if sequence.output_len == 0 else 1
-            if self.running and len(self.running) + width > cap:
+            if (self.running or self.promised) and len(self.running) + width > cap:
                 break
             matched, evictable = self.blocks.cached(sequence)
             needed = blocks_for(len(sequence.tokens), self.block_size) - matched
@@ -444,6 +447,14 @@ class Scheduler:
 
     # ------------------------------------------------------------------ looking after itself
 
+    @property
+    def promised(self) -> int:
+        """Places among the running that are kept free."""
+        return 0
+
+    def _queued(self) -> list[Sequence]:
+        return [*self.waiting, *self.running]
+
     def _check_counts(self, counts: Seq[int], num_decodes: int, prefills: Seq[Sequence]) -> None:
         legal = len(counts) == len(prefills) and all(
             0 <= count <= s.remaining for count, s in zip(counts, prefills, strict=False)
@@ -458,7 +469,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError if a block is owned by nobody in particular or written by two."""
         live = [sequence for family in self._live.values() for sequence in family]
-        queued = [*self.waiting, *self.running]
+        queued = self._queued()
         assert len(queued) == len(live), "a sequence is lost or queued twice"
         assert {id(s) for s in queued} == {id(s) for s in live}, "a sequence is lost or queued twice"
         for waiting in self.waiting:

@@ -1,0 +1,1 @@
+"""Workers, the controller above them, and what they tell each other."""

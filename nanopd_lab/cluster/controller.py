@@ -1,0 +1,586 @@
+"""The controller: admits requests, chooses routes, keeps track of every try, retries what fails. Sans-IO.
+
+    submit ──► queued ──policy──► active: prefill ──first token──► transfer ──Received──► decode ──► finished
+                  ▲                                    │
+                  └──────────────retry────────────────┘   a worker died or gave up: another route goes on behind
+                                                           the tokens that the caller has already
+
+Events go in with the time; actions come out. It holds no clock, no thread and no torch, so that the launchers, the
+tests and the simulator drive the same code. Every job ends: with its tokens, by the caller, or with an error that
+says what happened, at the latest at its deadline.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from nanopd_lab.cluster.accounts import AttemptReport, PathReport
+from nanopd_lab.cluster.messages import (
+    Beat,
+    Begin,
+    Cancel,
+    Capacity,
+    Ended,
+    Expect,
+    Extend,
+    Failed,
+    FromWorker,
+    Hello,
+    Published,
+    Received,
+    Release,
+    Tokens,
+    ToWorker,
+    Work,
+)
+from nanopd_lab.core import FinishReason, Route, SampledToken, SamplingParams
+from nanopd_lab.errors import InvalidRequestError
+from nanopd_lab.kv import blocks_for
+from nanopd_lab.router.policy import JobView, Policy, Role, WorkerView, legal_routes
+
+
+class ClusterBusyError(ValueError):
+    """The queue is full; nothing was queued. Ask again later."""
+
+
+class ClusterDownError(ValueError):
+    """No worker is left that could serve a request."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the controller lets through, and how long it waits.
+
+    max_queue: jobs without a route; more are refused
+    max_jobs: jobs a worker may have at once; the rest waits here, where it can still choose. None: twice as many as
+        run at once there
+    max_attempts: tries at one job
+    heartbeat_s: how long a worker may be silent before it counts as gone
+    """
+
+    max_queue: int = 100_000
+    max_jobs: int | None = None
+    max_attempts: int = 5
+    heartbeat_s: float = 30.0
+
+
+class State(str, enum.Enum):
+    """Of a worker: not ready yet (or restarting), serving, or gone for good."""
+
+    STARTING = "starting"
+    UP = "up"
+    GONE = "gone"
+
+
+# ---------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True)
+class Send:
+    """Give this message to a worker."""
+
+    worker: str
+    message: ToWorker
+
+
+@dataclass(frozen=True)
+class Emit:
+    """New tokens of a sample for the caller; the last one carries the finish reason."""
+
+    request_id: str
+    index: int
+    tokens: tuple[SampledToken, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Every worker has given back what it held of this sample: its accounts are complete."""
+
+    request_id: str
+    index: int
+    path: PathReport
+
+
+@dataclass(frozen=True)
+class Fence:
+    """This worker is silent: make sure that it is dead before anything is restarted."""
+
+    worker: str
+    reason: str
+
+
+Action = Send | Emit | Settled | Fence
+
+
+# ---------------------------------------------------------------------- state
+
+
+@dataclass(eq=False)
+class _Attempt:
+    key: str
+    report: AttemptReport
+    open: set[str]  # workers that may still hold something of it
+    prefills: bool = True  # until its first token is here
+
+
+@dataclass(eq=False)
+class _Job:
+    request_id: str
+    index: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    deadline: float
+    path: PathReport
+    outputs: list[int] = field(default_factory=list)
+    attempt: _Attempt | None = None
+    avoid: set[str] = field(default_factory=set)
+    done: bool = False
+    unsettled: int = 0  # attempts of which a worker may hold something
+
+    @property
+    def name(self) -> tuple[str, int]:
+        return self.request_id, self.index
+
+
+@dataclass(eq=False)
+class _Worker:
+    name: str
+    role: Role
+    state: State = State.STARTING
+    capacity: Capacity | None = None
+    beat: Beat | None = None
+    last_seen: float = 0.0
+    attempts: dict[str, _Attempt] = field(default_factory=dict)  # by key, those it may hold something of
+
+    prefilling: int = 0
+    prefill_tokens: int = 0
+    decoding: int = 0
+
+    def view(self) -> WorkerView:
+        return WorkerView(
+            self.name,
+            self.role,
+            self.prefilling,
+            self.prefill_tokens,
+            self.decoding,
+            self.beat.blocks_free if self.beat else 0,
+            self.capacity.max_num_seqs if self.capacity else 0,
+        )
+
+
+class Controller:
+    """See the module.
+
+    Args:
+        policy: chooses routes
+        roles: of the workers, by name
+        limits: see `Limits`
+    """
+
+    def __init__(self, policy: Policy, roles: dict[str, Role], limits: Limits | None = None) -> None:
+        self.policy = policy
+        self.limits = limits or Limits()
+        self.actions: list[Action] = []
+        self.now = 0.0
+        self.decisions = 0
+        self._workers = {name: _Worker(name, role) for name, role in roles.items()}
+        self._jobs: dict[tuple[str, int], _Job] = {}
+        self._queue: deque[_Job] = deque()
+        self._attempts: dict[str, tuple[_Job, _Attempt]] = {}
+        self._numbers = itertools.count()
+        self._deadlines: list[
+            tuple[float, int, _Job]
+        ] = []  # a heap; jobs that are done are left in until they come up
+
+    # ------------------------------------------------------------------ the caller's side
+
+    def validate(self, prompt: Seq[int], params: SamplingParams) -> None:
+        """Refuse what no worker could ever hold.
+
+        Raises:
+            InvalidRequestError: empty, or too long for the model or for every worker's pool.
+            ClusterDownError: no worker is left.
+        """
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty; give at least one token")
+        self._check_alive()
+        total = len(prompt) + params.max_tokens
+        known = [worker.capacity for worker in self._workers.values() if worker.capacity]
+        if not known or any(self._fits(total, capacity) for capacity in known):
+            return
+        longest = max(known, key=lambda c: min(c.max_model_len, c.num_blocks * c.block_size))
+        raise InvalidRequestError(
+            f"prompt ({len(prompt)} tokens) + max_tokens ({params.max_tokens}) = {total} tokens; the largest worker "
+            f"takes {min(longest.max_model_len, longest.num_blocks * longest.block_size)} (max_model_len "
+            f"{longest.max_model_len}, {longest.num_blocks} blocks of {longest.block_size}); shorten the prompt, lower "
+            "max_tokens or raise kv_cache_memory_bytes"
+        )
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Seq[int],
+        params: SamplingParams,
+        now: float,
+        deadline: float = float("inf"),
+        index: int = 0,
+    ) -> None:
+        """Queue one sample of a request. `deadline` is when it ends with an error if it has not finished.
+
+        Raises:
+            InvalidRequestError: see `validate`; or the id is in use
+            ClusterBusyError: the queue is full
+            ClusterDownError: no worker is left
+        """
+        self.now = now
+        self.validate(prompt, params)
+        if (request_id, index) in self._jobs:
+            raise InvalidRequestError(f"request id {request_id!r} is already in use")
+        if len(self._queue) >= self.limits.max_queue:
+            raise ClusterBusyError(
+                f"{len(self._queue)} requests wait for a worker, the limit is max_queue = {self.limits.max_queue}; "
+                "try again later, or add workers"
+            )
+        job = _Job(request_id, index, tuple(prompt), params, deadline, PathReport(len(prompt), now))
+        self._jobs[job.name] = job
+        if deadline != float("inf"):
+            heapq.heappush(self._deadlines, (deadline, next(self._numbers), job))
+        self._queue.append(job)
+        self._dispatch()
+
+    def cancel(self, request_id: str, now: float) -> None:
+        """End all samples of a request; what it has stays. Unknown ids are ignored."""
+        for job in [job for job in self._jobs.values() if job.request_id == request_id and not job.done]:
+            self.finish(request_id, job.index, FinishReason.ABORT, now)
+
+    def finish(
+        self,
+        request_id: str,
+        index: int,
+        reason: FinishReason,
+        now: float,
+        stop_reason: int | str | None = None,
+    ) -> None:
+        """End one sample from outside, for example at a stop string, which only the caller's side can see."""
+        self.now = now
+        job = self._jobs.get((request_id, index))
+        if job is not None and not job.done:
+            self._withdraw(job, None)
+            self._end(job, reason, stop_reason=stop_reason)
+            self._dispatch()
+
+    # ------------------------------------------------------------------ the workers' side
+
+    def handle(self, worker: str, message: FromWorker, now: float) -> None:
+        """Take in one message of a worker."""
+        self.now = now
+        sender = self._workers[worker]
+        sender.last_seen = now
+        if isinstance(message, Hello):
+            sender.state, sender.capacity = State.UP, message.capacity
+            self._dispatch()
+            return
+        if isinstance(message, Beat):
+            sender.beat = message
+            return
+        found = self._attempts.get(message.key)
+        if found is None:
+            return
+        job, attempt = found
+        if isinstance(message, Ended):
+            self._ended(job, attempt, sender, message)
+            self._dispatch()
+        elif job.attempt is not attempt:
+            return  # of an earlier try
+        elif isinstance(message, Tokens):
+            self._tokens(job, attempt, message)
+        elif isinstance(message, Published):
+            self._send(attempt.report.route.decode, message)
+        elif isinstance(message, Extend):
+            self._send(attempt.report.route.prefill, message)
+        elif isinstance(message, Received):
+            attempt.report.received = now
+            self._send(attempt.report.route.prefill, Release(attempt.key))
+        elif isinstance(message, Failed):
+            self._failed(job, attempt, worker, message)
+
+    def worker_down(self, name: str, reason: str, now: float, restarting: bool = False) -> None:
+        """A worker is dead and holds nothing any more; whatever ran there is tried again elsewhere."""
+        self.now = now
+        worker = self._workers[name]
+        worker.state = State.STARTING if restarting else State.GONE
+        worker.beat = None
+        worker.last_seen = now
+        for attempt in list(worker.attempts.values()):
+            job, _ = self._attempts[attempt.key]
+            # Once the target has everything, the source is not needed any more.
+            needed = attempt.report.received is None or attempt.report.route.decode == name
+            if job.attempt is attempt and needed:
+                self._retry(job, f"worker {name} {reason}", name)
+            self._close(job, attempt, worker)
+        if not self._can_serve():
+            # Serving goes on with whoever is left.
+            for each in self._workers.values():
+                each.role = Role.MIXED
+        if not any(each.state is not State.GONE for each in self._workers.values()):
+            for job in list(self._queue):
+                self._end(job, FinishReason.ERROR, error=f"no worker is left; the last one, {name}, {reason}")
+        self._dispatch()
+
+    def set_role(self, name: str, role: Role, now: float) -> None:
+        """Change what a worker is asked to do from now on; what it has goes on as it is."""
+        self.now = now
+        self._workers[name].role = role
+        self._dispatch()
+
+    def tick(self, now: float) -> None:
+        """Deadlines of jobs, silence of workers."""
+        self.now = now
+        for worker in self._workers.values():
+            if worker.state is State.UP and now - worker.last_seen >= self.limits.heartbeat_s:
+                reason = f"was silent for {self.limits.heartbeat_s} s"
+                worker.last_seen = now
+                self.actions.append(Fence(worker.name, reason))
+        while self._deadlines and (self._deadlines[0][2].done or now >= self._deadlines[0][0]):
+            job = heapq.heappop(self._deadlines)[2]
+            if not job.done:
+                waited = f"after {now - job.path.arrival:.3f} s, {self._where(job)}"
+                self._withdraw(job, f"deadline {waited}")
+                self._end(job, FinishReason.ERROR, error=f"the request's deadline passed {waited}")
+        self._dispatch()
+
+    def next_wakeup(self) -> float | None:
+        """When `tick` has something to do next, if nothing else happens."""
+        times = [job.deadline for job in self._jobs.values() if not job.done]
+        times += [
+            w.last_seen + self.limits.heartbeat_s for w in self._workers.values() if w.state is State.UP
+        ]
+        return min((time for time in times if time != float("inf")), default=None)
+
+    # ------------------------------------------------------------------ routes
+
+    def _dispatch(self) -> None:
+        """Give queued jobs to workers, first come first served, while the policy finds a route."""
+        while self._queue:
+            job = self._queue[0]
+            total = len(job.prompt) + job.params.max_tokens
+            views = [
+                worker.view()
+                for worker in self._workers.values()
+                if worker.state is State.UP and worker.capacity and self._fits(total, worker.capacity)
+            ]
+            free = [view for view in views if view.jobs < (self.limits.max_jobs or 2 * view.max_num_seqs)]
+            seen = JobView(
+                len(job.prompt),
+                len(job.prompt) + len(job.outputs),
+                job.params,
+                job.path.arrival,
+                frozenset(job.avoid),
+            )
+            decision = self.policy.choose(seen, free, self.now) if free else None
+            if decision is None:
+                return
+            if decision.route not in legal_routes(free):
+                raise ValueError(
+                    f"policy {self.policy.name} chose {decision.route}, which the roles or the load of the workers do "
+                    f"not allow; legal are {', '.join(map(str, legal_routes(free))) or 'none'}"
+                )
+            self.decisions += 1
+            self._queue.popleft()
+            self._start(job, decision.route)
+
+    def _start(self, job: _Job, route: Route) -> None:
+        key = f"{job.request_id}/{job.index}#{next(self._numbers)}"
+        work = Work(job.prompt, job.params, job.index, tuple(job.outputs))
+        report = AttemptReport(route, self.now, work.num_known)
+        attempt = _Attempt(key, report, {route.prefill, route.decode})
+        job.attempt = attempt
+        job.path.attempts.append(report)
+        job.unsettled += 1
+        self._attempts[key] = job, attempt
+        for name in attempt.open:
+            self._workers[name].attempts[key] = attempt
+        source = self._workers[route.prefill]
+        source.prefilling += 1
+        source.prefill_tokens += work.num_known
+        self._workers[route.decode].decoding += 1
+        if not route.collocated:
+            self._send(route.decode, Expect(key, work, route.prefill))
+        self._send(route.prefill, Begin(key, work, not route.collocated))
+
+    # ------------------------------------------------------------------ progress
+
+    def _tokens(self, job: _Job, attempt: _Attempt, message: Tokens) -> None:
+        if message.position != len(job.outputs):
+            self._retry(
+                job,
+                f"tokens from position {message.position} came after {len(job.outputs)}",
+                attempt.report.route.decode,
+            )
+            return
+        if attempt.report.first_token is None:
+            attempt.report.first_token = self.now
+            self._prefilled(attempt)
+        job.outputs.extend(token.token for token in message.tokens)
+        attempt.report.new_tokens += len(message.tokens)
+        if message.finish_reason is None:
+            self.actions.append(Emit(job.request_id, job.index, message.tokens))
+            return
+        attempt.report.whole = message.finish_reason is not FinishReason.ERROR
+        # A token that ends the sample is sampled by the source: the target is not needed.
+        self._withdraw(job, None)
+        self._end(job, message.finish_reason, message.tokens, message.stop_reason, message.error)
+
+    def _failed(self, job: _Job, attempt: _Attempt, worker: str, message: Failed) -> None:
+        if message.retry:
+            self._retry(job, message.error, worker)
+        else:
+            self._withdraw(job, message.error)
+            self._end(job, FinishReason.ERROR, error=message.error)
+        self._dispatch()
+
+    def _retry(self, job: _Job, error: str, worker: str) -> None:
+        """Give the current try up and queue the job again, in front."""
+        self._withdraw(job, error)
+        if len(job.path.attempts) >= self.limits.max_attempts:
+            tries = len(job.path.attempts)
+            self._end(
+                job, FinishReason.ERROR, error=f"given up after {tries} attempts; the last one: {error}"
+            )
+            return
+        job.avoid.add(worker)
+        self._queue.appendleft(job)
+
+    def _withdraw(self, job: _Job, failure: str | None) -> None:
+        """Have the workers drop the current try."""
+        attempt, job.attempt = job.attempt, None
+        if attempt is None:
+            return
+        attempt.report.failure = failure
+        attempt.report.ended = self.now
+        for name in sorted(attempt.open):
+            self._send(name, Cancel(attempt.key))
+
+    def _end(
+        self,
+        job: _Job,
+        reason: FinishReason,
+        tokens: tuple[SampledToken, ...] = (),
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+    ) -> None:
+        job.done = True
+        if job in self._queue:
+            self._queue.remove(job)
+        job.path.finished = self.now
+        job.path.output_tokens = len(job.outputs)
+        self.actions.append(Emit(job.request_id, job.index, tokens, reason, stop_reason, error))
+        self._settle(job)
+
+    # ------------------------------------------------------------------ accounts
+
+    def _ended(self, job: _Job, attempt: _Attempt, worker: _Worker, message: Ended) -> None:
+        if worker.name == attempt.report.route.prefill:
+            attempt.report.prefill = message.usage
+        else:
+            attempt.report.decode = message.usage
+        self._close(job, attempt, worker)
+
+    def _close(self, job: _Job, attempt: _Attempt, worker: _Worker) -> None:
+        """This worker holds nothing of the attempt any more."""
+        attempt.open.discard(worker.name)
+        worker.attempts.pop(attempt.key, None)
+        if worker.name == attempt.report.route.prefill:
+            self._prefilled(attempt)
+        if worker.name == attempt.report.route.decode:
+            worker.decoding -= 1
+        if not attempt.open and attempt.key in self._attempts:
+            del self._attempts[attempt.key]
+            job.unsettled -= 1
+            self._settle(job)
+
+    def _prefilled(self, attempt: _Attempt) -> None:
+        if attempt.prefills:
+            attempt.prefills = False
+            source = self._workers[attempt.report.route.prefill]
+            source.prefilling -= 1
+            source.prefill_tokens -= attempt.report.known_tokens
+
+    def _settle(self, job: _Job) -> None:
+        if job.done and not job.unsettled and self._jobs.get(job.name) is job:
+            del self._jobs[job.name]
+            job.path.complete = True
+            self.actions.append(Settled(job.request_id, job.index, job.path))
+
+    # ------------------------------------------------------------------ small questions
+
+    @staticmethod
+    def _fits(total: int, capacity: Capacity) -> bool:
+        return (
+            total <= capacity.max_model_len and blocks_for(total, capacity.block_size) <= capacity.num_blocks
+        )
+
+    def _send(self, worker: str, message: ToWorker) -> None:
+        if self._workers[worker].state is State.UP:
+            self.actions.append(Send(worker, message))
+
+    def _can_serve(self) -> bool:
+        left = [worker.role for worker in self._workers.values() if worker.state is not State.GONE]
+        return any(role.prefills for role in left) and any(role.decodes for role in left)
+
+    def _check_alive(self) -> None:
+        if all(worker.state is State.GONE for worker in self._workers.values()):
+            raise ClusterDownError("no worker is left to serve a request; start a new cluster")
+
+    def _where(self, job: _Job) -> str:
+        attempt = job.attempt
+        if attempt is None:
+            return "while it waited for a worker"
+        if attempt.report.first_token is None:
+            return f"while {attempt.report.route.prefill} computed its prompt"
+        if attempt.report.received is None and not attempt.report.route.collocated:
+            return f"while {attempt.report.route.decode} waited for its KV"
+        return f"while {attempt.report.route.decode} decoded, {len(job.outputs)} tokens done"
+
+    @property
+    def num_unsettled(self) -> int:
+        """Jobs that are not finished, or of which a worker may still hold something."""
+        return len(self._jobs)
+
+    @property
+    def queue_length(self) -> int:
+        return len(self._queue)
+
+    def views(self) -> list[WorkerView]:
+        """The workers that are up, as a policy would see them."""
+        return [worker.view() for worker in self._workers.values() if worker.state is State.UP]
+
+    def state(self, worker: str) -> State:
+        return self._workers[worker].state
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a job or an attempt is lost."""
+        for job in self._jobs.values():
+            queued = self._queue.count(job)
+            assert queued + (job.attempt is not None) == (0 if job.done else 1), (
+                f"job {job.name} is lost or twice"
+            )
+        for key, (job, attempt) in self._attempts.items():
+            assert attempt.open, f"attempt {key} is open nowhere"
+            for name in attempt.open:
+                assert key in self._workers[name].attempts, f"{name} doesn't know of attempt {key}"
+            assert job.name in self._jobs, f"attempt {key} is of a job that is gone"
+        for worker in self._workers.values():
+            routes = [a for a in worker.attempts.values()]
+            prefilling = [a for a in routes if a.prefills and a.report.route.prefill == worker.name]
+            assert worker.prefilling == len(prefilling), f"{worker.name}: load is miscounted"
+            assert worker.prefill_tokens == sum(a.report.known_tokens for a in prefilling)
+            assert worker.decoding == sum(a.report.route.decode == worker.name for a in routes)

@@ -1,0 +1,412 @@
+"""A worker without its model: what it does with messages, pulls and finished steps. Sans-IO.
+
+No clock, no thread, no torch: messages, results of pulls and of steps go in with the time; messages and pulls to
+start come out. `cluster.host` drives it with a real engine, the simulator with a cost model.
+
+Whatever happens, each try ends here with `Ended`, when its last block is given back. Blocks that a pull may still be
+writing to are not given back before the transport says how the pull ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+
+from nanopd_lab.cluster.messages import (
+    Beat,
+    Begin,
+    Cancel,
+    Ended,
+    Expect,
+    Extend,
+    Failed,
+    FromWorker,
+    Published,
+    Received,
+    Release,
+    Tokens,
+    ToWorker,
+    Usage,
+)
+from nanopd_lab.core import FinishReason, Request, SampledToken, Sequence, StepPlan
+from nanopd_lab.engine.handover import HandoverScheduler
+from nanopd_lab.errors import InvalidRequestError
+from nanopd_lab.kv import blocks_for
+from nanopd_lab.transfer import Pull, PullResult, PullStatus
+
+MAX_STRIKES = 2  # steps that may fail under a sequence before it is given up
+
+
+@dataclass(frozen=True)
+class LeaseTerms:
+    """How long blocks are kept for somebody who doesn't answer, seconds.
+
+    A lease lasts `duration`, is renewed every sixth of it and then lasts two thirds of it from there at least (vLLM's
+    NIXL connector). `patience`: how long the target waits for room in its own pool, or for the source to publish
+    again what it re-used.
+    """
+
+    duration: float = 30.0
+    patience: float = 30.0
+
+    @property
+    def renewal(self) -> float:
+        return self.duration / 6
+
+    @property
+    def extension(self) -> float:
+        return self.duration * 2 / 3
+
+
+@dataclass(eq=False)
+class _Try:
+    """One try, seen from one worker."""
+
+    key: str
+    sequence: Sequence
+    source: str | None = None  # set on the target
+    sent: int = 0  # output tokens reported
+    published: tuple[int, int] = (0, 0)  # preemptions so far, blocks
+    lease_until: float | None = None
+    # On the target: what the source has, which blocks are here, which are on their way.
+    offer: Published | None = None
+    arrived: set[int] = field(default_factory=set)
+    under_way: dict[int, tuple[int, ...]] = field(default_factory=dict)  # positions by pull
+    spent: Published | None = None  # an offer of which a block was gone already
+    waits_since: float = 0.0
+    renew_at: float = 0.0
+    dropped: bool = False  # to be given back as soon as no pull writes any more
+    strikes: int = 0
+    usage: Usage = field(default_factory=Usage)
+
+
+class WorkerCore:
+    """See the module.
+
+    Args:
+        name: this worker's
+        scheduler: its own; nobody else adds to it
+        terms: of leases
+        generation: of a block of the own pool; None: the allocator's
+        block_bytes: for the accounts
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scheduler: HandoverScheduler,
+        terms: LeaseTerms | None = None,
+        generation: Callable[[int], int] | None = None,
+        block_bytes: int = 0,
+    ) -> None:
+        self.name = name
+        self.scheduler = scheduler
+        self.terms = terms or LeaseTerms()
+        self.generation = generation or scheduler.allocator.generation  # type: ignore[attr-defined]
+        self.block_bytes = block_bytes
+        self.outbox: list[FromWorker] = []
+        self.pulls: list[Pull] = []  # to be started
+        self.cancelled_pulls: list[int] = []  # to be cancelled
+        self.now = 0.0
+        self._tries: dict[str, _Try] = {}
+        self._offered: set[str] = set()  # keys of which the source has published something
+        self._pulling: dict[int, tuple[_Try, Published]] = {}
+        self._next_pull = 0
+
+    # ------------------------------------------------------------------ messages
+
+    def handle(self, message: ToWorker, now: float) -> None:
+        """Take in one message."""
+        self.now = now
+        if isinstance(message, Begin | Expect):
+            self._take_on(message)
+            return
+        each = self._tries.get(message.key)
+        if each is None or each.dropped:
+            return  # it has ended here; the controller knows, or will
+        if isinstance(message, Published):
+            each.offer, each.waits_since = message, now
+            self._offered.add(each.key)
+            self._pull(each)
+        elif isinstance(message, Release | Cancel):
+            self._drop(each)
+        elif isinstance(message, Extend) and each.lease_until is not None:
+            each.lease_until = max(each.lease_until, now + self.terms.extension)
+
+    def _take_on(self, message: Begin | Expect) -> None:
+        work = message.work
+        request = Request(message.key, list(work.prompt), replace(work.params, n=1), arrival=self.now)
+        try:
+            if isinstance(message, Begin):
+                sequence = self.scheduler.begin(request, work.index, work.outputs, message.hand_off)
+                each = _Try(message.key, sequence)
+            else:
+                sequence = self.scheduler.expect(request, work.index, work.outputs)
+                each = _Try(message.key, sequence, message.source, waits_since=self.now)
+                each.renew_at = self.now + self.terms.renewal
+        except InvalidRequestError as error:
+            self.outbox += [Failed(message.key, str(error), retry=False), Ended(message.key)]
+            return
+        each.sent = len(work.outputs)
+        self._tries[message.key] = each
+
+    # ------------------------------------------------------------------ steps: the planner of a `StepLoop`
+
+    def schedule(self) -> StepPlan | None:
+        """The next step; reserves room for what is expected first."""
+        for sequence in self.scheduler.reserve(self._offered):
+            each = self._tries[sequence.request.request_id]
+            each.arrived = set(range(sequence.num_computed // self.scheduler.block_size))
+            each.usage = replace(each.usage, reserved=self.now, first_cached=sequence.num_computed)
+            each.waits_since = self.now
+            self._pull(each)
+        plan = self.scheduler.schedule()
+        for chunk in plan.chunks if plan else ():
+            each = self._tries[chunk.sequence.request.request_id]
+            if each.usage.scheduled is None:
+                cached = chunk.start if each.usage.reserved is None else each.usage.first_cached
+                each.usage = replace(each.usage, scheduled=self.now, first_cached=cached)
+        return plan
+
+    def complete(self, plan: StepPlan, sampled: Seq[Seq[SampledToken]]) -> list[Sequence]:
+        """Take in a step's tokens."""
+        touched = self.scheduler.complete(plan, sampled)
+        for sequence in touched:
+            each = self._tries[sequence.request.request_id]
+            each.strikes = 0
+            self._report(each)
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if sequence.hand_off and not sequence.finished:
+                each = self._tries[sequence.request.request_id]
+                if sequence in touched and sequence not in self.scheduler.held:
+                    self._fail(each, f"worker {self.name}: preempted before its blocks could be pulled")
+                elif sequence.num_computed >= chunk.end:  # not preempted since
+                    self._publish(each, chunk.end)
+        return touched
+
+    def roll_back(self, plan: StepPlan) -> None:
+        """The step failed. A sequence under which steps keep failing is given up here."""
+        self.scheduler.roll_back(plan)
+        for chunk in plan.chunks:
+            each = self._tries.get(chunk.sequence.request.request_id)
+            if each is not None and not each.sequence.finished:
+                each.strikes += 1
+
+    def step_failed(self, error: BaseException, now: float) -> None:
+        """Why the step that was rolled back last failed."""
+        self.now = now
+        for each in [each for each in self._tries.values() if each.strikes >= MAX_STRIKES]:
+            self._fail(each, f"worker {self.name}: {type(error).__name__}: {error}")
+
+    def _report(self, each: _Try) -> None:
+        """Send the tokens that the controller doesn't have yet."""
+        sequence = each.sequence
+        new = sequence.output_token_ids[each.sent :]
+        if each.usage.sampled is None:
+            each.usage = replace(each.usage, sampled=self.now)
+        if new or sequence.finished:
+            tops = sequence.logprobs[len(sequence.logprobs) - len(new) :] if sequence.logprobs else []
+            tokens = tuple(
+                SampledToken(token, tops[i][token].logprob if tops else 0.0, tops[i] if tops else None)
+                for i, token in enumerate(new)
+            )
+            self.outbox.append(
+                Tokens(
+                    each.key, each.sent, tokens, sequence.finish_reason, sequence.stop_reason, sequence.error
+                )
+            )
+            each.sent += len(new)
+        if sequence.finished:
+            self._forget(each)
+
+    # ------------------------------------------------------------------ source: publish, hold, release
+
+    def _publish(self, each: _Try, end: int) -> None:
+        """Tell of the blocks of tokens `[0, end)`, which are computed."""
+        sequence = each.sequence
+        token, count = None, end // self.scheduler.block_size
+        if sequence in self.scheduler.held:
+            top = sequence.logprobs[-1] if sequence.logprobs else None
+            last = sequence.tokens[-1]
+            token, count = SampledToken(last, top[last].logprob if top else 0.0, top), len(sequence.blocks)
+            each.lease_until = self.now + self.terms.duration
+        if token is None and (sequence.preemptions, count) <= each.published:
+            return
+        each.published = (sequence.preemptions, count)
+        blocks = tuple(sequence.blocks[:count])
+        generations = tuple(self.generation(block) for block in blocks)
+        self.outbox.append(Published(each.key, blocks, generations, end, token))
+
+    # ------------------------------------------------------------------ target: pull, adopt
+
+    def _pull(self, each: _Try) -> None:
+        """Start pulling what the source has and we lack; adopt when nothing is missing."""
+        offer, sequence = each.offer, each.sequence
+        if offer is None or offer is each.spent or sequence not in self.scheduler.receiving:
+            return
+        busy = {position for pull in each.under_way.values() for position in pull}
+        wanted = [
+            position
+            for position in range(min(len(offer.blocks), len(sequence.blocks)))
+            if position not in each.arrived and position not in busy
+        ]
+        if wanted:
+            assert each.source is not None
+            pull = Pull(
+                self._next_pull,
+                each.source,
+                tuple(offer.blocks[p] for p in wanted),
+                tuple(offer.generations[p] for p in wanted),
+                tuple(sequence.blocks[p] for p in wanted),
+            )
+            self._next_pull += 1
+            each.under_way[pull.pull_id] = tuple(wanted)
+            self._pulling[pull.pull_id] = (each, offer)
+            self.pulls.append(pull)
+        elif offer.token is not None and not busy and len(each.arrived) == len(sequence.blocks):
+            self._adopt(each, offer)
+
+    def _adopt(self, each: _Try, offer: Published) -> None:
+        assert offer.token is not None
+        sequence = each.sequence
+        assert offer.num_tokens == len(sequence.tokens), "the source has computed something else"
+        each.usage = replace(each.usage, adopted=self.now)
+        self.outbox.append(Received(each.key))
+        each.source = None
+        each.sent += 1  # the source has reported this one
+        self.scheduler.adopt(sequence, offer.token)
+        if sequence.finished:  # the source would have seen it
+            self._report(each)
+
+    def pull_ended(self, result: PullResult, now: float) -> None:
+        """Take in what the transport says of a pull; also of one that could not be started."""
+        self.now = now
+        each, offer = self._pulling.pop(result.pull_id)
+        positions = each.under_way.pop(result.pull_id)
+        usage = each.usage
+        each.usage = replace(
+            usage,
+            pulls=(*usage.pulls, (result.started, result.finished)),
+            received_bytes=usage.received_bytes + result.num_bytes,
+        )
+        if each.dropped:
+            if not each.under_way:
+                self._finish(each)
+            return
+        if result.status is PullStatus.DONE:
+            each.arrived.update(positions)
+        elif result.status is PullStatus.STALE:
+            # The source was preempted, or its lease ran out: it publishes again, or says that it failed.
+            if each.offer is offer:
+                each.spent = offer
+        else:
+            self._fail(each, f"worker {self.name}: pulling from {each.source} failed: {result.error}")
+            return
+        each.waits_since = now
+        self._pull(each)
+
+    # ------------------------------------------------------------------ time
+
+    def tick(self, now: float) -> None:
+        """Renew leases as target, end those that nobody renews as source, give up what waits too long."""
+        self.now = now
+        for each in list(self._tries.values()):
+            if each.dropped:
+                continue
+            if each.lease_until is not None and now >= each.lease_until:
+                self._fail(
+                    each, f"worker {self.name}: nobody pulled the blocks within {self.terms.duration} s"
+                )
+            elif each.source is not None:
+                if now >= each.renew_at:
+                    each.renew_at = now + self.terms.renewal
+                    self.outbox.append(Extend(each.key))
+                if self._waits_here(each) and now - each.waits_since >= self.terms.patience:
+                    self._fail(each, f"worker {self.name}: {self._what_it_waits_for(each)}")
+
+    def _waits_here(self, each: _Try) -> bool:
+        """True if the source has done its part, and we don't get on."""
+        return each.offer is not None and each.offer.token is not None and not each.under_way
+
+    def _what_it_waits_for(self, each: _Try) -> str:
+        if each.sequence in self.scheduler.expected:
+            needed = blocks_for(len(each.sequence.tokens) + 1, self.scheduler.block_size)
+            return (
+                f"no room for {needed} blocks within {self.terms.patience} s "
+                f"({self.scheduler.allocator.num_free} of {self.scheduler.allocator.num_blocks} are free)"
+            )
+        return f"{each.source} re-used blocks and did not publish them again within {self.terms.patience} s"
+
+    def next_wakeup(self) -> float | None:
+        """When `tick` has something to do next, if nothing else happens."""
+        times: list[float] = []
+        for each in self._tries.values():
+            if each.lease_until is not None:
+                times.append(each.lease_until)
+            if each.source is not None and not each.dropped:
+                times.append(each.renew_at)
+                if self._waits_here(each):
+                    times.append(each.waits_since + self.terms.patience)
+        return min(times, default=None)
+
+    # ------------------------------------------------------------------ ends
+
+    def _fail(self, each: _Try, error: str) -> None:
+        self.outbox.append(Failed(each.key, error))
+        self._drop(each)
+
+    def _drop(self, each: _Try) -> None:
+        """Give all up, as soon as no pull writes to its blocks."""
+        each.dropped = True
+        each.lease_until = None
+        self.cancelled_pulls += each.under_way
+        if not each.under_way:
+            self._finish(each)
+
+    def _finish(self, each: _Try) -> None:
+        self.scheduler.finish(each.sequence, FinishReason.ABORT)
+        self._forget(each)
+
+    def _forget(self, each: _Try) -> None:
+        sequence = each.sequence
+        usage = replace(
+            each.usage,
+            computed=sequence.tokens_computed,
+            cached=sequence.tokens_cached,
+            received=sequence.tokens_received,
+            preemptions=sequence.preemptions,
+        )
+        del self._tries[each.key]
+        self._offered.discard(each.key)
+        self.outbox.append(Ended(each.key, usage))
+
+    # ------------------------------------------------------------------ looking after itself
+
+    @property
+    def idle(self) -> bool:
+        """True if it holds nothing for anybody."""
+        return not self._tries
+
+    def beat(self) -> Beat:
+        """A snapshot for the controller."""
+        scheduler = self.scheduler
+        prompts = [s for s in (*scheduler.waiting, *scheduler.running) if not s.is_decoding]
+        return Beat(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            expected=len(scheduler.expected) + len(scheduler.receiving),
+            held=len(scheduler.held),
+            blocks_free=scheduler.allocator.num_free,
+            steps=scheduler.num_steps,
+            prefill_tokens=sum(s.remaining for s in prompts),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a block, a try or a pull is lost."""
+        self.scheduler.check_integrity()
+        live = {s.request.request_id for s in self.scheduler._queued()}
+        assert live == set(self._tries), f"known but not queued, or the reverse: {live ^ set(self._tries)}"
+        pulls = {pull for each in self._tries.values() for pull in each.under_way}
+        assert pulls == set(self._pulling), "a pull is lost"

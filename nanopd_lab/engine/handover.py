@@ -1,0 +1,128 @@
+"""A scheduler whose sequences may begin on one worker and go on on another.
+
+    here first     begin(hand_off=True) ──► running ──its token is sampled──► held ──finish()──► blocks given back
+    here second    expect() ──► expected ──reserve()──► receiving ──adopt()──► running ──► …
+
+`held` blocks wait for whoever pulls them, `receiving` blocks for what is pulled into them. Both count as used;
+neither kind is ever preempted, since somebody else reads or writes them.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Container, Iterable
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from nanopd_lab.core import Request, SampledToken, Sequence, StepPlan
+from nanopd_lab.engine.scheduler import Scheduler
+from nanopd_lab.kv import blocks_for
+
+
+class HandoverScheduler(Scheduler):
+    """See the module; arguments as for `Scheduler`. One sequence a request: `n` is 1, no beams.
+
+    expected: have no blocks yet, first come first served
+    receiving: have blocks for all of their tokens, which are on their way
+    held: computed, waiting to be pulled
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.expected: list[Sequence] = []
+        self.receiving: list[Sequence] = []
+        self.held: list[Sequence] = []
+
+    # ------------------------------------------------------------------ here first
+
+    def begin(
+        self, request: Request, index: int = 0, outputs: Iterable[int] = (), hand_off: bool = False
+    ) -> Sequence:
+        """Queue a request, or the rest of one.
+
+        Args:
+            index: which sample of the caller's request this is
+            outputs: tokens that it has already; generation goes on behind them
+            hand_off: hold it when its next token is sampled
+
+        Raises:
+            InvalidRequestError: see `validate`.
+        """
+        sequence = self.add(request)
+        sequence.index, sequence.hand_off = index, hand_off
+        sequence.tokens.extend(outputs)
+        return sequence
+
+    def complete(self, plan: StepPlan, sampled: Seq[Seq[SampledToken]]) -> list[Sequence]:
+        """As in `Scheduler`; what is to be handed off and has got its token is held from here on."""
+        touched = super().complete(plan, sampled)
+        for sequence in touched:
+            # One that was preempted meanwhile computes its KV once more, and is held with one token more.
+            if sequence.hand_off and not sequence.finished and sequence in self.running:
+                self.running.remove(sequence)
+                self.held.append(sequence)
+        return touched
+
+    # ------------------------------------------------------------------ here second
+
+    def expect(self, request: Request, index: int = 0, outputs: Iterable[int] = ()) -> Sequence:
+        """A sequence whose KV another worker computes. Raises InvalidRequestError as `validate` does."""
+        sequence = self.begin(request, index, outputs)
+        self.waiting.remove(sequence)
+        self.expected.append(sequence)
+        return sequence
+
+    def reserve(self, offered: Container[str]) -> list[Sequence]:
+        """Blocks for the expected ones, in order, while there is room; returns those that now receive.
+
+        What the prefix cache has of a sequence needs not be pulled: `num_computed` tokens of it. Running prompts
+        keep the room that they still need, and preempted sequences go first.
+
+        Args:
+            offered: ids of requests whose source has begun. Room that is kept for one that has not can deadlock: two
+                workers, each keeping for the other's prompts the blocks that its own prompts need to begin.
+        """
+        found: list[Sequence] = []
+        if not self.expected or any(sequence.preemptions for sequence in self.waiting):
+            return found
+        promised = sum(self.blocks.missing(s, s.remaining) for s in self.running if s.remaining > 0)
+        for sequence in [each for each in self.expected if each.request.request_id in offered]:
+            if len(self.running) + self.promised >= min(self.max_num_seqs, self.budget):
+                break
+            matched, evictable = self.blocks.cached(sequence)
+            # And a block for its first step, which would else preempt somebody at once.
+            needed = blocks_for(len(sequence.tokens) + 1, self.block_size) - matched
+            if needed + promised > self.allocator.num_free - evictable:
+                break
+            self.expected.remove(sequence)
+            self.blocks.attach_cached(sequence)
+            self.blocks.grow_table(sequence.blocks, len(sequence.tokens), self.block_size, self.allocator)
+            self.receiving.append(sequence)
+            found.append(sequence)
+        return found
+
+    def adopt(self, sequence: Sequence, token: SampledToken) -> None:
+        """All of its KV has arrived: go on with it behind `token`, which the other worker has sampled."""
+        self.receiving.remove(sequence)
+        sequence.tokens_received += len(sequence.tokens) - sequence.num_computed
+        sequence.num_computed = len(sequence.tokens)
+        self.blocks.register(sequence, sequence.num_computed)
+        bisect.insort(self.running, sequence, key=lambda each: each.priority)
+        self.append(sequence, token)
+
+    # ------------------------------------------------------------------ hooks of `Scheduler`
+
+    @property
+    def promised(self) -> int:
+        """Places among the running that are kept for what is on its way."""
+        return len(self.receiving)
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        for queue in (self.expected, self.receiving, self.held):
+            if sequence in queue:
+                queue.remove(sequence)
+                return
+        super()._dequeue(sequence)
+
+    def _queued(self) -> list[Sequence]:
+        return [*super()._queued(), *self.expected, *self.receiving, *self.held]

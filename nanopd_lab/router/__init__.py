@@ -1,0 +1,26 @@
+"""Where a request runs: policies behind one protocol."""
+
+from nanopd_lab.router.policy import Decision, JobView, Policy, Role, WorkerView, legal_routes
+from nanopd_lab.router.static import (
+    POLICIES,
+    Collocated,
+    Disaggregated,
+    LeastLoaded,
+    RoundRobin,
+    create_policy,
+)
+
+__all__ = [
+    "POLICIES",
+    "Collocated",
+    "Decision",
+    "Disaggregated",
+    "JobView",
+    "LeastLoaded",
+    "Policy",
+    "Role",
+    "RoundRobin",
+    "WorkerView",
+    "create_policy",
+    "legal_routes",
+]
