@@ -1,0 +1,153 @@
+"""Workers for the tests: a pool with recognisable bytes behind a transport, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullResult, Transport
+from nanopd_lab.transfer.inproc import InprocTransport
+from nanopd_lab.transfer.shm import ShmTransport
+
+SIZE = (3, 2, 8, 16)  # of a block: 1,536 bytes in bf16
+FOREVER = 60.0
+
+
+def make_transport(name: str, pools: MutableMapping[str, Pool] | None = None) -> Transport:
+    if name == "inproc":
+        return InprocTransport(pools if pools is not None else {})
+    return {"shm": ShmTransport}[name]()
+
+
+@dataclass
+class Worker:
+    name: str
+    transport: Transport
+    pool: Pool
+    address: PoolAddress
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """The pool on the host, uint8 `[num_blocks, block_bytes]`; a copy."""
+        return self.pool.memory.cpu().view(self.pool.memory.shape[0], -1).view(torch.uint8).clone()
+
+    def start(
+        self, pull_id: int, source: Worker, blocks: list[int], targets: list[int], **change: Any
+    ) -> Pull:
+        generations = [source.pool.generations[block] for block in blocks]
+        given = {"source": source.name, "generations": generations, "deadline": soon(), **change}
+        deadline = given.pop("deadline")
+        pull = Pull(pull_id, source_blocks=blocks, target_blocks=targets, **given)
+        self.transport.start(pull, deadline)
+        return pull
+
+
+def soon() -> float:
+    return time.monotonic() + FOREVER
+
+
+def make_worker(
+    kind: str,
+    name: str,
+    num_blocks: int,
+    pools: MutableMapping[str, Pool] | None = None,
+    size: tuple[int, ...] = SIZE,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Worker:
+    transport = make_transport(kind, pools)
+    memory = transport.allocate((num_blocks, *size), torch.bfloat16, torch.device(device))
+    fill(memory, seed)
+    pool = Pool(memory, transport.generations(num_blocks))
+    return Worker(name, transport, pool, transport.register(name, pool))
+
+
+def fill(memory: torch.Tensor, seed: int) -> None:
+    memory.copy_(contents(memory.shape, seed))
+    if memory.is_cuda:
+        torch.cuda.synchronize(memory.device)  # published blocks are final
+
+
+def contents(shape: torch.Size | tuple[int, ...], seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-30000, 30000, tuple(shape), generator=generator, dtype=torch.int16).view(
+        torch.bfloat16
+    )
+
+
+def results_of(transport: Transport, count: int) -> dict[int, PullResult]:
+    """Poll until so many pulls have ended, then once more; every one exactly once."""
+    found: list[PullResult] = []
+    until = soon()
+    while len(found) < count:
+        assert time.monotonic() < until, f"only {len(found)} of {count} pulls have ended: {found}"
+        found += transport.poll()
+    found += transport.poll()
+    assert len({result.pull_id for result in found}) == len(found) == count
+    return {result.pull_id: result for result in found}
+
+
+# ---- a source in a process of its own ----------------------------------------------------------------------
+
+
+def _serve(
+    kind: str, name: str, num_blocks: int, size: tuple[int, ...], device: str, seed: int, pipe: Connection
+) -> None:
+    worker = make_worker(kind, name, num_blocks, size=size, device=device, seed=seed)
+    pipe.send(worker.address)
+    while (command := pipe.recv()) != "close":
+        if command == "refill":  # hands out every block again, as an allocator would
+            for block in range(num_blocks):
+                worker.pool.generations[block] += 1
+            fill(worker.pool.memory, seed + 1)
+        pipe.send("done")
+    worker.transport.close()
+
+
+@dataclass
+class Remote:
+    """A worker elsewhere, as the reader knows it."""
+
+    name: str
+    address: PoolAddress
+    process: Any
+    pipe: Connection
+    expected: torch.Tensor = field(repr=False)
+
+    def ask(self, command: str) -> None:
+        self.pipe.send(command)
+        if command != "close":
+            assert self.pipe.poll(FOREVER)
+            self.pipe.recv()
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+
+@contextmanager
+def remote_worker(
+    kind: str, name: str, num_blocks: int, size: tuple[int, ...] = SIZE, device: str = "cpu", seed: int = 0
+) -> Iterator[Remote]:
+    """A spawned process with a pool; killed at the end if it has not ended by itself."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(kind, name, num_blocks, size, device, seed, theirs))
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(FOREVER), "the worker did not start"
+        expected = contents((num_blocks, *size), seed).view(num_blocks, -1).view(torch.uint8)
+        yield Remote(name, ours.recv(), process, ours, expected)
+    finally:
+        process.kill()
+        process.join()
