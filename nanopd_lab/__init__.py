@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanopd_lab.cluster.cluster import Cluster, ClusterOutput
+    from nanopd_lab.cluster.config import ClusterConfig
     from nanopd_lab.core import BeamSearchParams, SamplingParams
     from nanopd_lab.engine.config import EngineConfig, EngineParts
     from nanopd_lab.engine.engine import Engine
@@ -23,6 +25,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BeamSearchParams": "nanopd_lab.core",
+    "Cluster": "nanopd_lab.cluster.cluster",
+    "ClusterConfig": "nanopd_lab.cluster.config",
+    "ClusterOutput": "nanopd_lab.cluster.cluster",
     "CompletionOutput": "nanopd_lab.engine.outputs",
     "Engine": "nanopd_lab.engine.engine",
     "EngineConfig": "nanopd_lab.engine.config",
@@ -35,6 +40,9 @@ _HOME = {
 __all__ = [
     "LLM",
     "BeamSearchParams",
+    "Cluster",
+    "ClusterConfig",
+    "ClusterOutput",
     "CompletionOutput",
     "Engine",
     "EngineConfig",

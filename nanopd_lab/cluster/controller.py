@@ -579,7 +579,7 @@ class Controller:
                 assert key in self._workers[name].attempts, f"{name} doesn't know of attempt {key}"
             assert job.name in self._jobs, f"attempt {key} is of a job that is gone"
         for worker in self._workers.values():
-            routes = [a for a in worker.attempts.values()]
+            routes = list(worker.attempts.values())
             prefilling = [a for a in routes if a.prefills and a.report.route.prefill == worker.name]
             assert worker.prefilling == len(prefilling), f"{worker.name}: load is miscounted"
             assert worker.prefill_tokens == sum(a.report.known_tokens for a in prefilling)

@@ -73,6 +73,7 @@ class WorkerHost:
     pull_seconds: float = 30.0
     clock: Callable[[], float] = time.monotonic
     steps: list[StepRecord] | None = None
+    progressed: bool = False  # the last turn got on with a step
     _loop: StepLoop = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +103,7 @@ class WorkerHost:
             done = self._loop.step()
         except Exception as error:
             core.step_failed(error, self.clock())
+        self.progressed = done is not None or self._loop.under_way is not None
         if done is not None and self.steps is not None:
             chunks = tuple(
                 (c.sequence.request.request_id, c.count, c.start >= c.sequence.prompt_len)

@@ -12,10 +12,8 @@ step k, while the GPU is busy. The tokens are the same either way (`async_schedu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -25,18 +23,17 @@ from nanopd_lab.engine.beam import BeamGroup
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.engine.detokenizer import Detokenizer, NoDetokenizer
 from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanopd_lab.engine.prompts import Prompt, tokenize
 from nanopd_lab.engine.scheduler import Scheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import AllocatorStats
-from nanopd_lab.kv.cache import KVCache, KVShape
+from nanopd_lab.kv.cache import KVCache, KVShape, Memory
 from nanopd_lab.model.compilation import compile_model
 from nanopd_lab.model.inference import optimise
 from nanopd_lab.model.loading import LoadedModel, load_model
 from nanopd_lab.model.paged import register
 from nanopd_lab.model.runner import Launched, ModelRunner
 from nanopd_lab.model.startup import capture_graphs, measure_pool
-
-Prompt = str | Seq[int] | Mapping[str, Any]
 
 CPU_POOL_BYTES = 1 << 30
 
@@ -71,6 +68,8 @@ class Engine:
         config: see `EngineConfig`
         clock: seconds, for the metrics
         loaded: another engine's model, to share its weights; it must be what `config` asks for
+        scheduler: the class that decides what each step computes
+        memory: makes the pool's tensor, as `torch.empty` does
 
     Raises:
         ValueError: unknown or unsupported model, impossible sizes; before anything large is allocated where
@@ -82,6 +81,8 @@ class Engine:
         config: EngineConfig,
         clock: Callable[[], float] = time.monotonic,
         loaded: LoadedModel | None = None,
+        scheduler: type[Scheduler] = Scheduler,
+        memory: Memory = torch.empty,
     ) -> None:
         self.config = config
         self.clock = clock
@@ -124,12 +125,12 @@ class Engine:
         self.max_model_len = config.max_model_len or min(
             geometry.max_model_len, num_blocks * config.block_size
         )
-        self.cache = KVCache(shape, num_blocks, self.device)
+        self.cache = KVCache(shape, num_blocks, self.device, memory)
         self.runner.use_cache(self.cache)
         self.ahead = config.async_scheduling if config.async_scheduling is not None else gpu
         if gpu and config.cuda_graphs:
             capture_graphs(self.runner, config, self.max_model_len)
-        self.scheduler = Scheduler(
+        self.scheduler = scheduler(
             config.parts.allocator(num_blocks, config.enable_prefix_caching),
             block_size=config.block_size,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -167,31 +168,7 @@ class Engine:
         Raises:
             InvalidRequestError: neither text nor token ids, ids out of range, or text without a tokenizer.
         """
-        text = None
-        if isinstance(prompt, Mapping):
-            text = prompt.get("prompt")
-            prompt = prompt.get("prompt_token_ids") or text or ""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequestError(
-                    f"{self.config.model} has no tokenizer; give the prompt as token ids"
-                )
-            return prompt, list(self.tokenizer(prompt)["input_ids"])
-        if isinstance(prompt, torch.Tensor):
-            prompt = prompt.tolist()
-        ids = list(prompt)
-        vocab = self.loaded.geometry.vocab_size
-        if not all(type(token) is int for token in ids) or (ids and not 0 <= min(ids) <= max(ids) < vocab):
-            ids = [self._checked(token, position, vocab) for position, token in enumerate(ids)]
-        return text, ids
-
-    @staticmethod
-    def _checked(token: Any, position: int, vocab: int) -> int:
-        if not hasattr(token, "__index__") or isinstance(token, bool) or not 0 <= token.__index__() < vocab:
-            raise InvalidRequestError(
-                f"prompt token {position} is {token!r}; token ids are integers from 0 to {vocab - 1}"
-            )
-        return int(token.__index__())
+        return tokenize(prompt, self.tokenizer, self.loaded.geometry.vocab_size, self.config.model)
 
     def make_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | BeamSearchParams | None = None

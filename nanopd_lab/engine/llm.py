@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,11 +14,11 @@ from tqdm import tqdm
 from nanopd_lab.core import BeamSearchParams, FinishReason, SamplingParams
 from nanopd_lab.engine.beam import BeamGroup
 from nanopd_lab.engine.config import EngineConfig, EngineParts
-from nanopd_lab.engine.engine import Engine, EngineStats, Prompt
+from nanopd_lab.engine.engine import Engine, EngineStats
 from nanopd_lab.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from nanopd_lab.engine.prompts import Messages, Prompt, as_batch, as_conversations, render_chat
 from nanopd_lab.errors import InvalidRequestError, NonFiniteLogitsError
 
-Messages = Seq[Mapping[str, Any]]
 # What the weights in memory depend on.
 WEIGHT_SETTINGS = frozenset({"model", "dtype", "device", "seed", "optimise"})
 
@@ -132,7 +132,7 @@ class LLM:
             InvalidRequestError: a prompt cannot be served; it is named, and none has been started
             NonFiniteLogitsError: the model produced NaN or infinity
         """
-        batch = _as_batch(prompts)
+        batch = as_batch(prompts)
         if isinstance(sampling_params, SamplingParams) or sampling_params is None:
             sampling_params = [sampling_params or SamplingParams()] * len(batch)
         if len(sampling_params) != len(batch):
@@ -166,10 +166,9 @@ class LLM:
         chat_template: str | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, each a list of `{"role": …, "content": …}`."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [
-            self.render_chat(conversation, add_generation_prompt, chat_template)  # type: ignore[arg-type]
-            for conversation in conversations
+            self.render_chat(conversation, add_generation_prompt, chat_template)
+            for conversation in as_conversations(messages)
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -177,31 +176,15 @@ class LLM:
         self, messages: Messages, add_generation_prompt: bool = True, chat_template: str | None = None
     ) -> dict[str, Any]:
         """The prompt that the model's chat template makes of a conversation: its text and token ids."""
-        tokenizer = self.get_tokenizer()
-        if tokenizer is None or not (chat_template or tokenizer.chat_template):
-            raise InvalidRequestError(
-                f"{self.engine.config.model} has no chat template; pass chat_template or use generate"
-            )
-        if not messages:
-            raise InvalidRequestError("the conversation is empty; give at least one message")
-        for message in messages:
-            if not {"role", "content"} <= set(message):
-                raise InvalidRequestError(f"message {dict(message)!r} lacks 'role' or 'content'")
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=chat_template,
+        return render_chat(
+            messages, self.get_tokenizer(), self.engine.config.model, add_generation_prompt, chat_template
         )
-        # The template writes the special tokens itself.
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return {"prompt": text, "prompt_token_ids": ids}
 
     def beam_search(
         self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams, use_tqdm: bool = True
     ) -> list[BeamSearchOutput]:
         """The `beam_width` best continuations of each prompt that beam search finds, best first."""
-        batch = _as_batch(prompts)
+        batch = as_batch(prompts)
         ids = self._submit(batch, [params] * len(batch))
         groups: dict[str, BeamGroup] = {}
         for request_id in ids:
@@ -267,13 +250,3 @@ class LLM:
             bar.close()
             for request_id in pending:
                 self.engine.abort(request_id)
-
-
-def _as_batch(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    """A list of prompts out of one prompt or many: a list of integers is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    batch = list(prompts)
-    if batch and all(hasattr(item, "__index__") for item in batch):
-        return [batch]  # type: ignore[list-item]
-    return batch  # type: ignore[return-value]

@@ -11,8 +11,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from nanopd_lab.core import SamplingParams, Sequence
-from nanopd_lab.engine.engine import Engine, Prompt
+from nanopd_lab.engine.engine import Engine
 from nanopd_lab.engine.outputs import RequestOutput
+from nanopd_lab.engine.prompts import Prompt
 
 
 @dataclass(frozen=True)

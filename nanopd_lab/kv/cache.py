@@ -8,12 +8,15 @@ bf16) instead of one small copy per layer; for attention the layout costs nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nanopd_lab.core import BlockCopy
+
+Memory = Callable[..., torch.Tensor]
+"""Called with the size, `dtype=` and `device=`."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,16 @@ class KVCache:
         shape: what one block holds
         num_blocks: blocks in the pool
         device: where
+        memory: makes the tensor; a transport's own where other workers are to reach it
     """
 
-    def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: KVShape, num_blocks: int, device: torch.device, memory: Memory = torch.empty
+    ) -> None:
         self.shape = shape
         self.num_blocks = num_blocks
         # Not zeroed: nobody reads a slot before it is written, and on a CPU untouched pages cost nothing.
-        self.tensor = torch.empty(
+        self.tensor = memory(
             (num_blocks, shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim),
             dtype=shape.dtype,
             device=device,

@@ -27,9 +27,12 @@ class Launched:
     plan: StepPlan
     chunks: tuple[Chunk, ...]
     drawn: Drawn | None
+    computed: torch.cuda.Event | None = None  # where another worker is going to read what the step wrote
 
     def result(self) -> list[list[SampledToken]]:
         """Element i holds the `samples` tokens drawn behind `plan.chunks[i]`. Waits for the device."""
+        if self.computed is not None:
+            self.computed.synchronize()
         drawn = self.drawn.result() if self.drawn else []
         if self.chunks == self.plan.chunks and all(chunk.samples == 1 for chunk in self.chunks):
             return [[token] for token in drawn]
@@ -90,7 +93,11 @@ class ModelRunner:
                 logits_row += 1
         drawn = draw(logits, rows) if rows else None
         self._remember(chunks, drawn)
-        return Launched(plan, chunks, drawn)
+        computed = None
+        if self.device.type == "cuda" and any(chunk.sequence.hand_off for chunk in chunks):
+            computed = torch.cuda.Event()
+            computed.record()
+        return Launched(plan, chunks, drawn, computed)
 
     def logits(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
         """`[R, vocab]`, a row for each chunk that ends in a sample; stores the batch's K and V."""

@@ -1,0 +1,510 @@
+"""`Cluster`: many engines behind one `generate`.
+
+with Cluster(ClusterConfig(model="smollm2", workers=3, policy="1p2d")) as cluster:
+    outputs = cluster.generate(["The capital of France is"], SamplingParams(max_tokens=8, temperature=0))
+    print(outputs[0].outputs[0].text, outputs[0].paths[0].route)
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from nanopd_lab.cluster.accounts import PathReport
+from nanopd_lab.cluster.config import ClusterConfig
+from nanopd_lab.cluster.controller import Controller, Emit, Settled
+from nanopd_lab.cluster.host import StepRecord
+from nanopd_lab.cluster.inline import InlineLauncher
+from nanopd_lab.cluster.process import ProcessLauncher, WorkerSpec
+from nanopd_lab.core import FinishReason, Logprob, SamplingParams
+from nanopd_lab.engine.detokenizer import Detokenizer, NoDetokenizer
+from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanopd_lab.engine.prompts import Messages, Prompt, as_batch, as_conversations, render_chat, tokenize
+from nanopd_lab.errors import InvalidRequestError
+from nanopd_lab.router import WorkerView
+
+SETTLE_S = 10.0
+
+
+class RequestFailedError(ValueError):
+    """A request ended with an error: its deadline, its attempts, or what the model returned."""
+
+
+@dataclass
+class ClusterOutput(RequestOutput):
+    """As `RequestOutput`, and for each sample where its tokens came from."""
+
+    paths: list[PathReport] = field(default_factory=list)
+
+    @property
+    def settled(self) -> bool:
+        """True once the accounts are complete: every worker has given back what it held of the request."""
+        return self.finished and bool(self.paths) and all(path.complete for path in self.paths)
+
+
+@dataclass(eq=False)
+class _Sample:
+    index: int
+    text: Detokenizer | NoDetokenizer
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative: float = 0.0
+    finish: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class _Tracked:
+    request_id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    samples: list[_Sample]
+    paths: dict[int, PathReport] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return all(sample.finish is not None for sample in self.samples)
+
+
+class Cluster:
+    """Workers, a controller, and a thread that keeps both going (with `launcher="inline"` the caller's own).
+
+    Args:
+        config: see `ClusterConfig`
+        clock: seconds on one clock for all workers
+
+    Raises:
+        ValueError: a setting is wrong, or a worker could not be started; nothing is left running.
+    """
+
+    def __init__(self, config: ClusterConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.clock = clock
+        policy, roles = config.route_policy()
+        self.controller = Controller(policy, dict(zip(config.names, roles, strict=True)), config.limits)
+        self._numbers = itertools.count()
+        self._serial = itertools.count()
+        self._tracked: dict[str, _Tracked] = {}
+        self._fresh: list[ClusterOutput] = []
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._closed = False
+        self._crash: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self.launcher: InlineLauncher | ProcessLauncher
+        if config.launcher == "inline":
+            self.launcher = self._start_inline()
+        else:
+            self.tokenizer, self.vocab_size = _vocabulary(config.model)
+            self.launcher = self._start_processes()
+            self._thread = threading.Thread(target=self._drive, name="nanopd-controller", daemon=True)
+            self._thread.start()
+
+    def _start_inline(self) -> InlineLauncher:
+        from nanopd_lab.cluster.build import build_host
+        from nanopd_lab.transfer.registry import create_transport
+
+        config = self.config
+        devices = dict(zip(config.names, config.worker_devices(), strict=True))
+        pools: dict[str, Any] = {}
+        loaded: dict[Any, Any] = {}
+        lives: dict[str, int] = {}
+
+        def start(name: str) -> Any:
+            lives[name] = lives.get(name, -1) + 1
+            device = devices[name]
+            transport = create_transport(
+                config.transport, devices=list(devices.values()), one_process=True, pools=pools
+            )
+            host, model = build_host(
+                name, config.engine_config(str(device)), transport, config.terms, life=lives[name],
+                trace=config.trace, loaded=loaded.get(device), clock=self.clock,
+            )  # fmt: skip
+            loaded[device] = model
+            self.tokenizer, self.vocab_size = model.tokenizer, model.geometry.vocab_size
+            return host
+
+        return InlineLauncher(self.controller, start, config.names, self.clock, config.max_restarts)
+
+    def _start_processes(self) -> ProcessLauncher:
+        config = self.config
+        devices = config.worker_devices()
+        threads = config.worker_threads() if devices[0].type == "cpu" else config.threads
+        specs = [
+            WorkerSpec(
+                name,
+                config.engine_config(str(device)),
+                config.transport,
+                tuple(map(str, devices)),
+                config.terms,
+                threads,
+                config.trace,
+            )  # fmt: skip
+            for name, device in zip(config.names, devices, strict=True)
+        ]
+        return ProcessLauncher(
+            self.controller, specs, config.max_restarts, config.start_timeout_s, self.clock
+        )
+
+    # ------------------------------------------------------------------ the caller's side
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> str:
+        """Queue a request and return its id at once; `poll` tells what becomes of it.
+
+        Raises:
+            InvalidRequestError: it can never be served
+            ClusterBusyError: the queue is full
+            ClusterDownError: no worker is left
+        """
+        params = params or SamplingParams()
+        text, ids = tokenize(prompt, self.tokenizer, self.vocab_size, self.config.model)
+        if params.stop_strings and self.tokenizer is None:
+            raise InvalidRequestError(
+                f"{self.config.model} has no tokenizer; use stop_token_ids instead of stop"
+            )
+        if params.seed is None and not params.greedy:
+            from nanopd_lab.model.sampling import request_seed
+
+            # What one engine would give its nth request; signed, as `SamplingParams` wants it.
+            seed = request_seed(self.config.seed, next(self._serial))
+            params = replace(params, seed=seed - (1 << 64) if seed >= 1 << 63 else seed)
+        else:
+            next(self._serial)
+        with self._lock:
+            self._check_open()
+            name = request_id or f"cluster-{next(self._numbers)}"
+            now = self.clock()
+            self.controller.validate(ids, params)
+            if name in self._tracked:
+                raise InvalidRequestError(f"request id {name!r} is already in use")
+            samples = [_Sample(index, self._reader(ids, params)) for index in range(params.n)]
+            tracked = _Tracked(name, text, ids, params, RequestMetrics(now), samples)
+            deadline = now + (self.config.request_timeout_s if timeout_s is None else timeout_s)
+            submitted = 0
+            self._tracked[name] = tracked
+            try:
+                for index in range(params.n):
+                    self.controller.submit(name, ids, params, now, deadline, index)
+                    submitted += 1
+            except ValueError:
+                del self._tracked[name]
+                if submitted:
+                    self.controller.cancel(name, now)
+                raise
+            self._collect()
+        self._wake()
+        return name
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; what it has stays. Unknown ids are ignored."""
+        with self._lock:
+            self.controller.cancel(request_id, self.clock())
+            self._collect()
+        self._wake()
+
+    def poll(self, timeout: float = 0.0) -> list[ClusterOutput]:
+        """Requests that have got tokens, have ended or have settled since the last call; waits up to `timeout`
+        seconds for some."""
+        if self._thread is None:
+            self._check_open()
+            deadline = self.clock() + timeout
+            while True:
+                self._take(self.launcher.step())  # type: ignore[union-attr]
+                if self._fresh or self.clock() >= deadline:
+                    break
+        with self._changed:
+            if not self._fresh and timeout > 0 and self._thread is not None:
+                self._changed.wait(timeout)
+            self._check_crash()
+            found, self._fresh = self._fresh, []
+            return found
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ClusterOutput]:
+        """Continue each prompt; outputs are in the order of the prompts, with their accounts.
+
+        Raises:
+            InvalidRequestError: a prompt cannot be served; it is named, and none has been started
+            RequestFailedError: a request ended with an error; the others are cancelled
+        """
+        batch = as_batch(prompts)
+        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
+            sampling_params = [sampling_params or SamplingParams()] * len(batch)
+        if len(sampling_params) != len(batch):
+            raise InvalidRequestError(
+                f"{len(batch)} prompts but {len(sampling_params)} sampling_params; give one, or one for each prompt"
+            )
+        for number, (prompt, params) in enumerate(zip(batch, sampling_params, strict=True)):
+            try:
+                ids = tokenize(prompt, self.tokenizer, self.vocab_size, self.config.model)[1]
+                self.controller.validate(ids, params)
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"prompt {number}: {error}") from None
+        names: list[str] = []
+        outputs: dict[str, ClusterOutput] = {}
+        try:
+            names += [
+                self.submit(prompt, params) for prompt, params in zip(batch, sampling_params, strict=True)
+            ]
+            for output in self.stream(names, use_tqdm):
+                outputs[output.request_id] = output
+                for sample in output.outputs:
+                    if sample.error is not None:
+                        raise RequestFailedError(f"prompt {names.index(output.request_id)}: {sample.error}")
+        except BaseException:
+            for name in names:
+                self.cancel(name)
+            raise
+        return [outputs[name] for name in names]
+
+    def stream(self, request_ids: Seq[str], use_tqdm: bool = False) -> Iterator[ClusterOutput]:
+        """Outputs of these requests as they grow, until all have settled. Others' outputs are dropped meanwhile."""
+        pending = set(request_ids)
+        bar = tqdm(
+            total=len(pending),
+            desc="Processed prompts",
+            unit="prompt",
+            disable=not use_tqdm,
+            dynamic_ncols=True,
+        )
+        finished: dict[str, float] = {}
+        with bar:
+            while pending:
+                for output in self.poll(0.1):
+                    if output.request_id not in pending:
+                        continue
+                    if output.finished and output.request_id not in finished:
+                        finished[output.request_id] = self.clock()
+                        bar.update()
+                    if output.settled:
+                        pending.discard(output.request_id)
+                    yield output
+                # A worker that is slow to give blocks back need not hold the caller up.
+                pending -= {
+                    name for name in pending & set(finished) if self.clock() - finished[name] > SETTLE_S
+                }
+
+    def chat(
+        self,
+        messages: Messages | Seq[Messages],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ClusterOutput]:
+        """Answer one conversation or many, each a list of `{"role": …, "content": …}`."""
+        prompts = [
+            render_chat(each, self.tokenizer, self.config.model) for each in as_conversations(messages)
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    # ------------------------------------------------------------------ looking inside
+
+    def workers(self) -> list[WorkerView]:
+        """The workers that are up, as the policy sees them."""
+        with self._lock:
+            return self.controller.views()
+
+    def steps(self) -> dict[str, list[StepRecord]]:
+        """With `trace=True`: every worker's steps since the last call, for timelines."""
+        with self._lock:
+            if isinstance(self.launcher, ProcessLauncher):
+                found = self.launcher.steps()
+                self._collect()
+                return found
+            taken = {}
+            for name, host in self.launcher.hosts.items():
+                taken[name], host.steps = host.steps or [], []
+            return taken
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a worker has lost a block, or holds one although nothing runs."""
+        with self._lock:
+            self.controller.check_integrity()
+            if isinstance(self.launcher, ProcessLauncher):
+                wrong = [text for text in self.launcher.ask("check").values() if text]
+                self._collect()
+                assert not wrong or self.controller.num_unsettled, "; ".join(wrong)
+                return
+            for host in self.launcher.hosts.values():
+                host.core.check_integrity()
+
+    def close(self) -> None:
+        """Stop all workers. Requests that have not finished are lost. Safe to call twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._thread is not None:
+            self._wake()
+            self._thread.join(timeout=30)
+        self.launcher.close()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ the driver
+
+    def _drive(self) -> None:
+        assert isinstance(self.launcher, ProcessLauncher)
+        try:
+            while True:
+                with self._lock:
+                    if self._closed:
+                        return
+                    self.launcher.pump(0.0)
+                    self._collect()
+                    timeout = self.launcher.until_due(1.0)
+                self.launcher.wait(timeout)
+        except BaseException as error:
+            with self._changed:
+                self._crash = error
+                self._changed.notify_all()
+
+    def _wake(self) -> None:
+        if isinstance(self.launcher, ProcessLauncher):
+            self.launcher.wake()
+
+    def _collect(self) -> None:
+        self.launcher.collect()
+        events, self.launcher.events = self.launcher.events, []
+        self._take(events)
+
+    def _take(self, events: Seq[Any]) -> None:
+        """Turn the controller's events into outputs."""
+        touched: dict[str, _Tracked] = {}
+        for event in events:
+            tracked = self._tracked.get(event.request_id)
+            if tracked is None:
+                continue
+            touched[event.request_id] = tracked
+            if isinstance(event, Settled):
+                tracked.paths[event.index] = event.path
+            elif isinstance(event, Emit):
+                self._read(tracked, tracked.samples[event.index], event)
+        if not touched:
+            return
+        with self._changed:
+            self._fresh += [self._output(tracked) for tracked in touched.values()]
+            self._changed.notify_all()
+        for name, tracked in touched.items():
+            if len(tracked.paths) == len(tracked.samples):
+                self._tracked.pop(name, None)
+
+    def _read(self, tracked: _Tracked, sample: _Sample, event: Emit) -> None:
+        if sample.finish is not None:
+            return  # ended at a stop string, before the controller knew
+        now = self.clock()
+        if event.tokens and tracked.metrics.first_token_time is None:
+            tracked.metrics.first_token_time = now
+        stopped = None
+        for number, token in enumerate(event.tokens):
+            sample.tokens.append(token.token)
+            sample.cumulative += token.logprob
+            if token.top_logprobs is not None:
+                sample.logprobs.append(token.top_logprobs)
+            # A stop token is part of token_ids but not of the text.
+            ends = event.finish_reason is FinishReason.STOP and number == len(event.tokens) - 1
+            if not ends:
+                found = sample.text.push(token.token)
+                if found and len(sample.tokens) >= tracked.params.min_tokens:
+                    stopped = found
+                    break
+        if event.finish_reason is not None and not stopped:
+            stopped = sample.text.end()
+        if stopped:
+            sample.finish, sample.stop_reason = FinishReason.STOP, stopped
+            if event.finish_reason is None:
+                self.controller.finish(tracked.request_id, sample.index, FinishReason.STOP, now, stopped)
+        elif event.finish_reason is not None:
+            sample.finish, sample.stop_reason, sample.error = (
+                event.finish_reason,
+                event.stop_reason,
+                event.error,
+            )
+        if tracked.finished and tracked.metrics.finished_time is None:
+            tracked.metrics.finished_time = now
+
+    def _output(self, tracked: _Tracked) -> ClusterOutput:
+        metrics = tracked.metrics
+        paths = [tracked.paths[index] for index in sorted(tracked.paths)]
+        metrics.num_computed_tokens = sum(path.computed_tokens for path in paths)
+        metrics.num_cached_tokens = sum(path.cached_tokens for path in paths)
+        scheduled = [a.prefill.scheduled for path in paths for a in path.attempts if a.prefill]
+        metrics.first_scheduled_time = min((each for each in scheduled if each is not None), default=None)
+        return ClusterOutput(
+            request_id=tracked.request_id,
+            prompt=tracked.prompt,
+            prompt_token_ids=tracked.prompt_ids,
+            outputs=[self._completion(tracked, sample) for sample in tracked.samples],
+            finished=tracked.finished,
+            metrics=metrics,
+            paths=paths if len(paths) == len(tracked.samples) else [],
+        )
+
+    def _completion(self, tracked: _Tracked, sample: _Sample) -> CompletionOutput:
+        logprobs = None
+        if tracked.params.logprobs is not None:
+            logprobs = [
+                {token: entry._replace(decoded_token=self._decode(token)) for token, entry in top.items()}
+                for top in sample.logprobs
+            ]
+        return CompletionOutput(
+            index=sample.index,
+            text=sample.text.text,
+            token_ids=list(sample.tokens),
+            cumulative_logprob=sample.cumulative if logprobs is not None else None,
+            logprobs=logprobs,
+            finish_reason=str(sample.finish) if sample.finish else None,
+            stop_reason=sample.stop_reason,
+            error=sample.error,
+        )
+
+    def _decode(self, token: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.decode([token])
+
+    def _reader(self, ids: list[int], params: SamplingParams) -> Detokenizer | NoDetokenizer:
+        if self.tokenizer is None or not params.detokenize:
+            return NoDetokenizer()
+        return Detokenizer(self.tokenizer, ids, params.stop_strings, params.include_stop_str_in_output)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the cluster is closed; make a new one")
+        self._check_crash()
+
+    def _check_crash(self) -> None:
+        if self._crash is not None:
+            raise RuntimeError(f"the controller stopped: {self._crash}") from self._crash
+
+
+def _vocabulary(model: str) -> tuple[Any, int]:
+    """The tokenizer, or None, and the number of tokens, without loading weights."""
+    from nanopd_lab.model.loading import load_tokenizer, read_config, resolve_folder
+    from nanopd_lab.model.shapes import shape_config
+
+    if model.startswith("random:"):
+        return None, int(shape_config(model.removeprefix("random:")).vocab_size)
+    path = resolve_folder(model)
+    return load_tokenizer(path), int(read_config(path, model).vocab_size)

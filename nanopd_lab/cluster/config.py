@@ -1,0 +1,122 @@
+"""What a cluster can be told, checked before anything is loaded or started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nanopd_lab.cluster.controller import Limits
+from nanopd_lab.cluster.worker import LeaseTerms
+from nanopd_lab.engine.config import EngineConfig
+from nanopd_lab.router import Policy, Role, create_policy
+
+if TYPE_CHECKING:
+    import torch
+
+LAUNCHERS = ("inline", "process")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """All settings of a cluster. Settings of the workers' engines go into `engine`, by the names of `EngineConfig`.
+
+    model:       as for `LLM`
+    workers:     how many, each with an engine of its own
+    policy:      "collocated", "1p2d" (any xPyD), "disaggregated", "round-robin", "least-loaded", or a `Policy`
+    launcher:    "process" (one process a worker) or "inline" (all in this thread, one after another)
+    transport:   "auto", "inproc", "shm", "p2p", "pinned"
+    devices:     of the workers, for example ("cuda:0", "cuda:1"); None: a GPU each, or the CPU
+    share_devices: allow more workers than GPUs; they then share them
+    threads:     of each worker process on a CPU; None: the cores, divided
+    engine:      for example {"max_num_batched_tokens": 256}
+    seed:        of random weights and of requests that bring no seed
+    request_timeout_s: a request that has not finished by then ends with an error
+    max_restarts: how often a worker that died is started again
+    limits, terms: see there
+    trace:       keep every step's begin and end, for timelines
+
+    Raises:
+        ValueError: a setting is out of range, or more workers than GPUs.
+    """
+
+    model: str
+    workers: int = 2
+    policy: str | Policy = "collocated"
+    launcher: str = "process"
+    transport: str = "auto"
+    devices: tuple[str, ...] | None = None
+    share_devices: bool = False
+    threads: int | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    request_timeout_s: float = 600.0
+    start_timeout_s: float = 300.0
+    max_restarts: int = 3
+    limits: Limits = field(default_factory=Limits)
+    terms: LeaseTerms = field(default_factory=LeaseTerms)
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.workers, int) or self.workers < 1:
+            raise ValueError(f"workers is {self.workers!r}; it must be an integer of at least 1")
+        if self.launcher not in LAUNCHERS:
+            raise ValueError(f"launcher is {self.launcher!r}; choose one of {', '.join(LAUNCHERS)}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; a worker needs at least 1")
+        if not self.request_timeout_s > 0:
+            raise ValueError(f"request_timeout_s is {self.request_timeout_s}; it must be positive")
+        if self.devices is not None and len(self.devices) != self.workers:
+            raise ValueError(f"{len(self.devices)} devices for {self.workers} workers; give one for each")
+        if unknown := set(self.engine) & {"model", "seed", "device"}:
+            raise ValueError(f"engine sets {sorted(unknown)[0]!r}, which is a setting of the cluster itself")
+        self.route_policy()
+        self.engine_config("cpu")
+
+    def route_policy(self) -> tuple[Policy, list[Role]]:
+        """A policy to route with, and the workers' roles."""
+        if isinstance(self.policy, str):
+            return create_policy(self.policy, self.workers)
+        return self.policy, [Role.MIXED] * self.workers
+
+    @property
+    def names(self) -> list[str]:
+        return [f"w{number}" for number in range(self.workers)]
+
+    def engine_config(self, device: str) -> EngineConfig:
+        """Of one worker's engine."""
+        try:
+            return EngineConfig(self.model, seed=self.seed, device=device, **self.engine)
+        except TypeError as error:
+            raise ValueError(f"engine: {error}; settings are the fields of EngineConfig") from None
+
+    def worker_devices(self) -> list[torch.device]:
+        """One for each worker.
+
+        Raises:
+            ValueError: one does not exist here, or workers would share a GPU without `share_devices`.
+        """
+        import torch
+
+        if self.devices is not None:
+            found = [self.engine_config(device).resolve_device() for device in self.devices]
+        elif torch.cuda.is_available():
+            count = torch.cuda.device_count()
+            found = [torch.device("cuda", number % count) for number in range(self.workers)]
+        else:
+            found = [torch.device("cpu")] * self.workers
+        gpus = [device for device in found if device.type == "cuda"]
+        if len(set(gpus)) < len(gpus) and not self.share_devices:
+            raise ValueError(
+                f"{len(gpus)} workers for {len(set(gpus))} GPU(s); lower workers, or let them share with "
+                "share_devices=True (set kv_cache_memory_bytes in `engine`, so that their pools fit)"
+            )
+        return found
+
+    def worker_threads(self) -> int:
+        """Threads of each worker's CPU operators: never more than there are cores, all together."""
+        if self.threads is not None:
+            return self.threads
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // self.workers)
