@@ -79,9 +79,13 @@ class PinnedTransport(CudaPoolTransport):
         details = super()._show(pool)
         self._slot_bytes = max(self._slot_bytes, pool.block_bytes)
         with torch.cuda.device(pool.memory.device):
-            self._ring = torch.empty(self._slots, self._slot_bytes, dtype=torch.uint8, pin_memory=True)
+            self._ring = self._pinned(self._slots * self._slot_bytes)
             self._inward = torch.cuda.Stream(pool.memory.device)
         return details
+
+    @staticmethod
+    def _pinned(num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def _through(self, source: torch.device, worker: str) -> torch.device:
         if source not in self._outward:
