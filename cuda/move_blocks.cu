@@ -4,6 +4,8 @@
 //   copy     from and to are the cache, both lists given
 //   gather   `to` is a contiguous buffer: to_ids is null, item i goes to place i
 //   scatter  `from` is a contiguous buffer: from_ids is null
+//   pull     `from` is another pool, perhaps on another GPU or of another process (its memory mapped here): all blocks
+//            in one launch, where a copy for each would cost more to launch than to do
 #include "portable.h"
 
 constexpr int THREADS = 256;

@@ -42,6 +42,7 @@ _library.define(
 _library.define("copy_blocks(Tensor(a!) kv_cache, Tensor from_ids, Tensor to_ids) -> ()")
 _library.define("gather_blocks(Tensor kv_cache, Tensor ids) -> Tensor")
 _library.define("scatter_blocks(Tensor(a!) kv_cache, Tensor ids, Tensor blocks) -> ()")
+_library.define("pull_blocks(Tensor(a!) to_pool, Tensor to_ids, Tensor from_pool, Tensor from_ids) -> ()")
 
 
 def _limits(tensor: torch.Tensor) -> gpu.DeviceLimits:
@@ -200,6 +201,13 @@ def _block_bytes(kv_cache: torch.Tensor) -> int:
     return size
 
 
+def _reaches(target: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether a kernel on the target's device can read the source."""
+    if source.device == target.device:
+        return True
+    return source.is_cuda and torch.cuda.can_device_access_peer(target.device, source.device)
+
+
 def _move(
     source: torch.Tensor,
     from_ids: torch.Tensor | None,
@@ -208,10 +216,11 @@ def _move(
     count: int,
 ) -> None:
     size = _block_bytes(source)
-    if size != _block_bytes(target) or source.dtype != target.dtype or source.device != target.device:
+    if size != _block_bytes(target) or source.dtype != target.dtype or not _reaches(target, source):
         raise KernelArgumentError(
-            f"blocks must have the same size, type and device: {source.dtype} {list(source.shape)} on "
-            f"{source.device}, {target.dtype} {list(target.shape)} on {target.device}"
+            f"blocks must have the same size and type, on one device or one with access to the other: "
+            f"{source.dtype} {list(source.shape)} on {source.device}, {target.dtype} {list(target.shape)} on "
+            f"{target.device}"
         )
     for name, ids in (("from_ids", from_ids), ("to_ids", to_ids)):
         if ids is not None:
@@ -242,6 +251,13 @@ def _gather_blocks_cuda(kv_cache: torch.Tensor, ids: torch.Tensor) -> torch.Tens
 
 def _scatter_blocks_cuda(kv_cache: torch.Tensor, ids: torch.Tensor, blocks: torch.Tensor) -> None:
     _move(blocks, None, kv_cache, ids, ids.shape[0])
+
+
+def _pull_blocks_cuda(
+    to_pool: torch.Tensor, to_ids: torch.Tensor, from_pool: torch.Tensor, from_ids: torch.Tensor
+) -> None:
+    with torch.cuda.device(to_pool.device):  # the launch goes to the current context
+        _move(from_pool, from_ids, to_pool, to_ids, to_ids.shape[0])
 
 
 # ---- CPU: the reference, in fp32 ------------------------------------------------------------------------
@@ -288,6 +304,12 @@ def _scatter_blocks_cpu(kv_cache: torch.Tensor, ids: torch.Tensor, blocks: torch
     kv_cache[ids] = blocks
 
 
+def _pull_blocks_cpu(
+    to_pool: torch.Tensor, to_ids: torch.Tensor, from_pool: torch.Tensor, from_ids: torch.Tensor
+) -> None:
+    to_pool[to_ids] = from_pool[from_ids]
+
+
 # ---- fake: shapes only, for torch.compile ----------------------------------------------------------------
 
 
@@ -310,6 +332,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callab
     "copy_blocks": (_copy_blocks_cuda, _copy_blocks_cpu, _nothing_fake),
     "gather_blocks": (_gather_blocks_cuda, _gather_blocks_cpu, _gather_fake),
     "scatter_blocks": (_scatter_blocks_cuda, _scatter_blocks_cpu, _nothing_fake),
+    "pull_blocks": (_pull_blocks_cuda, _pull_blocks_cpu, _nothing_fake),
 }
 for _name, (_cuda, _cpu, _fake) in _IMPLEMENTATIONS.items():
     _library.impl(_name, _cuda, "CUDA")
@@ -400,3 +423,22 @@ def scatter_blocks(
     if validate_values:
         validate.check_block_ids("ids", ids, kv_cache)
     torch.ops.nanopd.scatter_blocks(kv_cache, ids, blocks)
+
+
+def pull_blocks(
+    to_pool: torch.Tensor,
+    to_ids: torch.Tensor,
+    from_pool: torch.Tensor,
+    from_ids: torch.Tensor,
+    validate_values: bool = True,
+) -> None:
+    """Copy block from_ids[i] of one pool onto block to_ids[i] of another, all in one launch.
+
+    Both pools `[num_blocks, ...]` with blocks of the same size and type, ids int64 on the target's device. The pools
+    may be on different GPUs if the target's has access to the other's memory, and that access is switched on: torch
+    does so on its first copy between the two (`nanopd_lab.transfer.device_memory.enable_peer_access`).
+    """
+    if validate_values:
+        validate.check_block_ids("to_ids", to_ids, to_pool)
+        validate.check_block_ids("from_ids", from_ids, from_pool)
+    torch.ops.nanopd.pull_blocks(to_pool, to_ids, from_pool, from_ids)

@@ -18,7 +18,6 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Mapping, MutableSequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +45,12 @@ class Segment:
             descriptor = os.memfd_create(name)
             # pids and descriptors are re-used; the name tells a newcomer that it has found the right one.
             self.details: dict[str, Any] = {"pid": os.getpid(), "fd": descriptor, "name": name}
-            self._finalizer = weakref.finalize(self, os.close, descriptor)
+            self._finalizer: weakref.finalize[..., Any] = weakref.finalize(self, os.close, descriptor)
         else:
             path = Path(tempfile.gettempdir(), name)
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
             self.details = {"path": str(path)}
-            self._finalizer = weakref.finalize(self, partial(path.unlink, missing_ok=True))
+            self._finalizer = weakref.finalize(self, _unlink, path)
         self.details["num_bytes"] = num_bytes
         os.truncate(descriptor, num_bytes)
         if not anonymous:
@@ -60,6 +59,10 @@ class Segment:
     def close(self) -> None:
         """Let nobody else open it any more. Safe to call twice."""
         self._finalizer()
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def _path_of(details: Mapping[str, Any]) -> Path:
@@ -99,3 +102,36 @@ def map_integers(details: Mapping[str, Any]) -> MutableSequence[int]:
     finally:
         os.close(descriptor)
     return memoryview(mapping).cast("q")  # type: ignore[return-value]  # it is one in all but name
+
+
+class SharedGenerations:
+    """Makes generation tables that other processes can read, and remembers where they are."""
+
+    def __init__(self) -> None:
+        self._segments: list[tuple[MutableSequence[int], Segment]] = []
+
+    def make(self, num_blocks: int) -> MutableSequence[int]:
+        """`num_blocks` zeros of 64 bits."""
+        segment = Segment(8 * num_blocks)
+        table = map_integers(segment.details)
+        self._segments.append((table, segment))
+        return table
+
+    def details(self, table: MutableSequence[int]) -> dict[str, Any]:
+        """For `map_integers` in another process.
+
+        Raises:
+            TransferError: the table was not made here.
+        """
+        for known, segment in self._segments:
+            if known is table:
+                return segment.details
+        raise TransferError(
+            "other processes cannot read this generation table; make it with the transport's own `generations`"
+        )
+
+    def close(self) -> None:
+        """Nobody can find them any more; who has mapped them still reads them."""
+        for _, segment in self._segments:
+            segment.close()
+        self._segments.clear()

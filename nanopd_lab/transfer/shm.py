@@ -14,42 +14,9 @@ import torch
 from nanopd_lab.cpu import block_copy
 from nanopd_lab.transfer.base import Pool, PoolAddress, TransferError
 from nanopd_lab.transfer.pulls import Job, Peer, PoolTransport
-from nanopd_lab.transfer.segments import Segment, map_integers, map_tensor
+from nanopd_lab.transfer.segments import Segment, SharedGenerations, map_integers, map_tensor
 
 PIECE_BYTES = 32 << 20  # copied between two looks at whether to go on: some 3 ms
-
-
-class SharedGenerations:
-    """Makes generation tables that other processes can read, and remembers where they are."""
-
-    def __init__(self) -> None:
-        self._segments: list[tuple[MutableSequence[int], Segment]] = []
-
-    def make(self, num_blocks: int) -> MutableSequence[int]:
-        """`num_blocks` zeros of 64 bits."""
-        segment = Segment(8 * num_blocks)
-        table = map_integers(segment.details)
-        self._segments.append((table, segment))
-        return table
-
-    def details(self, table: MutableSequence[int]) -> dict[str, Any]:
-        """For `map_integers` in another process.
-
-        Raises:
-            TransferError: the table was not made here.
-        """
-        for known, segment in self._segments:
-            if known is table:
-                return segment.details
-        raise TransferError(
-            "other processes cannot read this generation table; make it with the transport's own `generations`"
-        )
-
-    def close(self) -> None:
-        """Nobody can find them any more; who has mapped them still reads them."""
-        for _, segment in self._segments:
-            segment.close()
-        self._segments.clear()
 
 
 class ShmTransport(PoolTransport):

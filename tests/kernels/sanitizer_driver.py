@@ -55,6 +55,7 @@ def main() -> None:
         ids = torch.tensor([2, 0], device="cuda")
         ops.scatter_blocks(problem.kv_cache, ids, ops.gather_blocks(problem.kv_cache, ids))
         ops.copy_blocks(problem.kv_cache, ids[:1], ids[1:])
+        ops.pull_blocks(problem.kv_cache.clone(), ids, problem.kv_cache, ids.flip(0))
     torch.cuda.synchronize()
     print("all kernels ran")
 

@@ -128,7 +128,7 @@ def test_store(dtype: torch.dtype) -> None:
     )  # full sectors only
 
 
-def test_copy_gather_and_scatter() -> None:
+def test_copy_gather_scatter_and_pull() -> None:
     cache = torch.randn(6, 2, 2, 2, 8, 64)
     expected = cache.clone()
     sources, targets = torch.tensor([1, 2]), torch.tensor([4, 0])
@@ -141,6 +141,10 @@ def test_copy_gather_and_scatter() -> None:
     emulated.move_blocks(packed, None, cache, torch.tensor([5, 3]), 2)
     expected[[5, 3]] = packed
     assert torch.equal(cache, expected)
+    pool = torch.zeros(4, *cache.shape[1:])
+    emulated.move_blocks(cache, torch.tensor([5, 0, 2]), pool, torch.tensor([1, 3, 0]), 3, instrument=True)
+    assert torch.equal(pool[[1, 3, 0]], cache[[5, 0, 2]])
+    assert not pool[2].any()
 
 
 def product(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

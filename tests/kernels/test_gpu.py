@@ -103,6 +103,12 @@ def test_store_and_moves(dtype: torch.dtype) -> None:
     ops.scatter_blocks(cache, order[20:27], packed)
     expected[order[20:27]] = packed
     assert torch.equal(cache, expected)
+    other = torch.zeros_like(cache)
+    ops.pull_blocks(other, order[:9], cache, order[30:39])
+    assert torch.equal(other[order[:9]], cache[order[30:39]])
+    assert not other[order[9:]].any()
+    with pytest.raises(KernelArgumentError, match="same size and type"):
+        ops.pull_blocks(other[:, :1].contiguous(), order[:9], cache, order[30:39])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -60,6 +60,8 @@ def test_ops_pass_torchs_own_checks(problem: Problem) -> None:
     ids = torch.tensor([1, 0])
     check(torch.ops.nanopd.gather_blocks.default, (problem.kv_cache, ids), test_utils=tests)
     check(torch.ops.nanopd.copy_blocks.default, (problem.kv_cache, ids[:1], ids[1:]), test_utils=tests)
+    other = problem.kv_cache.clone()
+    check(torch.ops.nanopd.pull_blocks.default, (other, ids, problem.kv_cache, ids), test_utils=tests)
 
 
 def test_ops_compile_into_one_graph(problem: Problem) -> None:
@@ -78,6 +80,10 @@ def test_moves_on_a_cpu() -> None:
     assert torch.equal(cache[[0, 2]], before[ids])
     ops.scatter_blocks(cache, torch.tensor([5, 3]), ops.gather_blocks(cache, ids))
     assert torch.equal(cache[[5, 3]], before[ids])
+    other = torch.zeros(3, *cache.shape[1:])
+    ops.pull_blocks(other, torch.tensor([2, 0]), cache, ids)
+    assert torch.equal(other[[2, 0]], cache[ids])
+    assert other[1].abs().sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -118,6 +124,9 @@ def test_bad_slots_and_block_ids(problem: Problem) -> None:
         ops.kv_store(key, key, problem.kv_layer, torch.tensor([10**6]))
     with pytest.raises(KernelArgumentError, match="to_ids reach from 99 to 99"):
         ops.copy_blocks(problem.kv_cache, torch.tensor([0]), torch.tensor([99]))
+    pools = (problem.kv_cache, torch.tensor([0, 1]), problem.kv_cache.clone(), torch.tensor([0, -1]))
+    with pytest.raises(KernelArgumentError, match="from_ids reach from -1 to 0"):
+        ops.pull_blocks(*pools)
     starts = torch.tensor([0, 50, 60], dtype=torch.int32)
     with pytest.raises(KernelArgumentError, match="more query tokens than context"):
         validate.check_query_start(torch.zeros(60, 9, 64), starts, problem.context_lens)

@@ -13,6 +13,9 @@ from tests.transfer.workers import Worker, make_worker, results_of
 KINDS = [
     pytest.param(("inproc", "cpu"), id="inproc"),
     pytest.param(("shm", "cpu"), id="shm"),
+    pytest.param(("inproc", "cuda"), id="inproc-cuda", marks=pytest.mark.gpu),
+    pytest.param(("p2p", "cuda"), id="p2p", marks=pytest.mark.gpu),
+    pytest.param(("pinned", "cuda"), id="pinned", marks=pytest.mark.gpu),
 ]
 Make = Callable[..., Worker]
 
@@ -25,7 +28,9 @@ def make(request: pytest.FixtureRequest) -> Iterator[Make]:
     made: list[Worker] = []
 
     def build(name: str, num_blocks: int = 20, **options: object) -> Worker:
-        made.append(make_worker(kind, name, num_blocks, pools, device=device, **options))  # type: ignore[arg-type]
+        # With several GPUs, workers are on different ones; with one they share it.
+        place = f"cuda:{len(made) % torch.cuda.device_count()}" if device == "cuda" else device
+        made.append(make_worker(kind, name, num_blocks, pools, device=place, **options))  # type: ignore[arg-type]
         return made[-1]
 
     yield build

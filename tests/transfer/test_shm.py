@@ -128,7 +128,6 @@ if __name__ == "__main__":
         reader.start(0, Worker("doomed", reader.transport, reader.pool, doomed.address), [1], [1])
         print(results_of(reader.transport, 1)[0].status.value)
         source.ask("close")
-        source.process.join()
         {end}
 """
 

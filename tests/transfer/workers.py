@@ -14,18 +14,11 @@ from typing import Any
 
 import torch
 
-from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullResult, Transport
-from nanopd_lab.transfer.inproc import InprocTransport
-from nanopd_lab.transfer.shm import ShmTransport
+from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullResult, TransferError, Transport
+from nanopd_lab.transfer.registry import create_transport
 
 SIZE = (3, 2, 8, 16)  # of a block: 1,536 bytes in bf16
 FOREVER = 60.0
-
-
-def make_transport(name: str, pools: MutableMapping[str, Pool] | None = None) -> Transport:
-    if name == "inproc":
-        return InprocTransport(pools if pools is not None else {})
-    return {"shm": ShmTransport}[name]()
 
 
 @dataclass
@@ -64,7 +57,7 @@ def make_worker(
     device: str = "cpu",
     seed: int = 0,
 ) -> Worker:
-    transport = make_transport(kind, pools)
+    transport = create_transport(kind, pools=pools)
     memory = transport.allocate((num_blocks, *size), torch.bfloat16, torch.device(device))
     fill(memory, seed)
     pool = Pool(memory, transport.generations(num_blocks))
@@ -104,13 +97,33 @@ def _serve(
 ) -> None:
     worker = make_worker(kind, name, num_blocks, size=size, device=device, seed=seed)
     pipe.send(worker.address)
-    while (command := pipe.recv()) != "close":
-        if command == "refill":  # hands out every block again, as an allocator would
-            for block in range(num_blocks):
-                worker.pool.generations[block] += 1
-            fill(worker.pool.memory, seed + 1)
-        pipe.send("done")
+    while (command := pipe.recv())[0] != "close":
+        pipe.send(_obey(worker, seed, *command))
     worker.transport.close()
+
+
+def _obey(worker: Worker, seed: int, command: str, *given: Any) -> Any:
+    if command == "refill":  # hands out every block again, as an allocator would
+        for block in range(worker.pool.memory.shape[0]):
+            worker.pool.generations[block] += 1
+        fill(worker.pool.memory, seed + 1)
+    elif command == "connect":
+        try:
+            worker.transport.connect(*given)
+        except TransferError as error:
+            return error
+    elif command == "disconnect":
+        worker.transport.disconnect(*given)
+    elif command == "pull":  # pull_id, source, blocks, targets; all of generation 0
+        pull_id, source, blocks, targets = given
+        worker.transport.start(Pull(pull_id, source, blocks, [0] * len(blocks), targets), soon())
+    elif command == "results":
+        return results_of(worker.transport, *given)
+    elif command == "holds":  # in these blocks, those of a pool that was filled from this seed
+        targets, seed_of_source, blocks = given
+        wanted = contents(worker.pool.memory.shape, seed_of_source)
+        return torch.equal(worker.bytes[targets], wanted.view(len(wanted), -1).view(torch.uint8)[blocks])
+    return None
 
 
 @dataclass
@@ -123,11 +136,12 @@ class Remote:
     pipe: Connection
     expected: torch.Tensor = field(repr=False)
 
-    def ask(self, command: str) -> None:
+    def ask(self, *command: Any) -> Any:
         self.pipe.send(command)
-        if command != "close":
-            assert self.pipe.poll(FOREVER)
-            self.pipe.recv()
+        if command[0] == "close":
+            return self.process.join()
+        assert self.pipe.poll(FOREVER), f"{self.name} does not answer {command[0]}"
+        return self.pipe.recv()
 
     def kill(self) -> None:
         os.kill(self.process.pid, signal.SIGKILL)
