@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 
 from nanopd_lab.cluster.host import WorkerHost
+from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Capacity
-from nanopd_lab.cluster.worker import LeaseTerms, WorkerCore
+from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.engine.engine import Engine
 from nanopd_lab.engine.handover import HandoverScheduler

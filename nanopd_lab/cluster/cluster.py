@@ -142,14 +142,14 @@ class Cluster:
         threads = config.worker_threads() if devices[0].type == "cpu" else config.threads
         specs = [
             WorkerSpec(
-                name,
-                config.engine_config(str(device)),
-                config.transport,
-                tuple(map(str, devices)),
-                config.terms,
-                threads,
-                config.trace,
-            )  # fmt: skip
+                name=name,
+                config=config.engine_config(str(device)),
+                transport=config.transport,
+                devices=tuple(map(str, devices)),
+                terms=config.terms,
+                threads=threads,
+                trace=config.trace,
+            )
             for name, device in zip(config.names, devices, strict=True)
         ]
         return ProcessLauncher(

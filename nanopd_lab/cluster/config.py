@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nanopd_lab.cluster.controller import Limits
-from nanopd_lab.cluster.worker import LeaseTerms
+from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.router import Policy, Role, create_policy
 

@@ -41,7 +41,7 @@ from nanopd_lab.cluster.messages import (
 from nanopd_lab.core import FinishReason, Route, SampledToken, SamplingParams
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import blocks_for
-from nanopd_lab.router.policy import JobView, Policy, Role, WorkerView, legal_routes
+from nanopd_lab.router import Collocated, JobView, Policy, Role, WorkerView, legal_routes
 
 
 class ClusterBusyError(ValueError):
@@ -326,11 +326,14 @@ class Controller:
             if job.attempt is attempt and needed:
                 self._retry(job, f"worker {name} {reason}", name)
             self._close(job, attempt, worker)
-        if not self._can_serve():
-            # Serving goes on with whoever is left.
-            for each in self._workers.values():
+        left = [each for each in self._workers.values() if each.state is not State.GONE]
+        if not (any(each.role.prefills for each in left) and any(each.role.decodes for each in left)):
+            for each in left:  # serving goes on with whoever is left
                 each.role = Role.MIXED
-        if not any(each.state is not State.GONE for each in self._workers.values()):
+        if len(left) == 1:
+            self.policy = Collocated()
+            left[0].role = Role.MIXED
+        if not left:
             for job in list(self._queue):
                 self._end(job, FinishReason.ERROR, error=f"no worker is left; the last one, {name}, {reason}")
         self._dispatch()
@@ -531,10 +534,6 @@ class Controller:
     def _send(self, worker: str, message: ToWorker) -> None:
         if self._workers[worker].state is State.UP:
             self.actions.append(Send(worker, message))
-
-    def _can_serve(self) -> bool:
-        left = [worker.role for worker in self._workers.values() if worker.state is not State.GONE]
-        return any(role.prefills for role in left) and any(role.decodes for role in left)
 
     def _check_alive(self) -> None:
         if all(worker.state is State.GONE for worker in self._workers.values()):

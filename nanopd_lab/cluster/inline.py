@@ -46,7 +46,8 @@ class InlineLauncher:
         self._restarts = dict.fromkeys(names, max_restarts)
         for name in names:
             self.start(name)
-        self.collect()
+        for name in names:
+            self.deliver(name)
 
     def start(self, name: str) -> None:
         """Bring a worker up and introduce it to the others."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import queue
 import threading
 import time
@@ -20,8 +21,8 @@ from typing import Any
 
 from nanopd_lab.cluster.controller import Action, Controller, Fence, Send, State
 from nanopd_lab.cluster.host import Connect, Disconnect, StepRecord
+from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Hello
-from nanopd_lab.cluster.worker import LeaseTerms
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.transfer import PoolAddress
 
@@ -76,6 +77,7 @@ class StartFailed:
 
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     """The body of a worker's process: build, say hello, then turn after turn until the pipe ends."""
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of several processes would write over each other
     try:
         import torch
 
@@ -268,9 +270,10 @@ class ProcessLauncher:
             if each is self._awake:
                 while self._awake.poll():
                     self._awake.recv()
-            elif isinstance(each, Connection):
-                if not self._receive(children[each], each):
-                    died.append(children[each])
+            elif (
+                isinstance(each, Connection) and each in children and not self._receive(children[each], each)
+            ):
+                died.append(children[each])
         # What a worker said before it died has been read by now: its pipe is ready whenever its sentinel is.
         died += [sentinels[each] for each in ready if isinstance(each, int)]
         for name in dict.fromkeys(died):

@@ -9,10 +9,11 @@ writing to are not given back before the transport says how the pull ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
+from nanopd_lab.cluster.lease import Lease, LeaseTerms
 from nanopd_lab.cluster.messages import (
     Beat,
     Begin,
@@ -38,27 +39,6 @@ from nanopd_lab.transfer import Pull, PullResult, PullStatus
 MAX_STRIKES = 2  # steps that may fail under a sequence before it is given up
 
 
-@dataclass(frozen=True)
-class LeaseTerms:
-    """How long blocks are kept for somebody who doesn't answer, seconds.
-
-    A lease lasts `duration`, is renewed every sixth of it and then lasts two thirds of it from there at least (vLLM's
-    NIXL connector). `patience`: how long the target waits for room in its own pool, or for the source to publish
-    again what it re-used.
-    """
-
-    duration: float = 30.0
-    patience: float = 30.0
-
-    @property
-    def renewal(self) -> float:
-        return self.duration / 6
-
-    @property
-    def extension(self) -> float:
-        return self.duration * 2 / 3
-
-
 @dataclass(eq=False)
 class _Try:
     """One try, seen from one worker."""
@@ -68,7 +48,7 @@ class _Try:
     source: str | None = None  # set on the target
     sent: int = 0  # output tokens reported
     published: tuple[int, int] = (0, 0)  # preemptions so far, blocks
-    lease_until: float | None = None
+    lease: Lease | None = None  # on the source, once all is computed
     # On the target: what the source has, which blocks are here, which are on their way.
     offer: Published | None = None
     arrived: set[int] = field(default_factory=set)
@@ -81,16 +61,24 @@ class _Try:
     usage: Usage = field(default_factory=Usage)
 
 
+def missing_blocks(offered: int, arrived: Container[int], under_way: Container[int]) -> list[int]:
+    """Positions in the block table that can be pulled now: the source offers the first `offered` of them, and what is
+    here or on its way need not be asked for again."""
+    return [position for position in range(offered) if position not in arrived and position not in under_way]
+
+
 class WorkerCore:
-    """See the module.
+    """See the module. A subclass may replace `missing`, as a function with the same meaning.
 
     Args:
         name: this worker's
         scheduler: its own; nobody else adds to it
         terms: of leases
         generation: of a block of the own pool; None: the allocator's
-        block_bytes: for the accounts
+        lease: makes a `Lease`
     """
+
+    missing = staticmethod(missing_blocks)
 
     def __init__(
         self,
@@ -98,13 +86,13 @@ class WorkerCore:
         scheduler: HandoverScheduler,
         terms: LeaseTerms | None = None,
         generation: Callable[[int], int] | None = None,
-        block_bytes: int = 0,
+        lease: Callable[[LeaseTerms, float], Lease] = Lease,
     ) -> None:
         self.name = name
         self.scheduler = scheduler
         self.terms = terms or LeaseTerms()
         self.generation = generation or scheduler.allocator.generation  # type: ignore[attr-defined]
-        self.block_bytes = block_bytes
+        self.lease = lease
         self.outbox: list[FromWorker] = []
         self.pulls: list[Pull] = []  # to be started
         self.cancelled_pulls: list[int] = []  # to be cancelled
@@ -131,8 +119,8 @@ class WorkerCore:
             self._pull(each)
         elif isinstance(message, Release | Cancel):
             self._drop(each)
-        elif isinstance(message, Extend) and each.lease_until is not None:
-            each.lease_until = max(each.lease_until, now + self.terms.extension)
+        elif isinstance(message, Extend) and each.lease is not None:
+            each.lease.renew(now)
 
     def _take_on(self, message: Begin | Expect) -> None:
         work = message.work
@@ -231,7 +219,7 @@ class WorkerCore:
             top = sequence.logprobs[-1] if sequence.logprobs else None
             last = sequence.tokens[-1]
             token, count = SampledToken(last, top[last].logprob if top else 0.0, top), len(sequence.blocks)
-            each.lease_until = self.now + self.terms.duration
+            each.lease = self.lease(self.terms, self.now)
         if token is None and (sequence.preemptions, count) <= each.published:
             return
         each.published = (sequence.preemptions, count)
@@ -247,11 +235,7 @@ class WorkerCore:
         if offer is None or offer is each.spent or sequence not in self.scheduler.receiving:
             return
         busy = {position for pull in each.under_way.values() for position in pull}
-        wanted = [
-            position
-            for position in range(min(len(offer.blocks), len(sequence.blocks)))
-            if position not in each.arrived and position not in busy
-        ]
+        wanted = self.missing(len(offer.blocks), each.arrived, busy)
         if wanted:
             assert each.source is not None
             pull = Pull(
@@ -315,7 +299,7 @@ class WorkerCore:
         for each in list(self._tries.values()):
             if each.dropped:
                 continue
-            if each.lease_until is not None and now >= each.lease_until:
+            if each.lease is not None and each.lease.expired(now):
                 self._fail(
                     each, f"worker {self.name}: nobody pulled the blocks within {self.terms.duration} s"
                 )
@@ -343,8 +327,8 @@ class WorkerCore:
         """When `tick` has something to do next, if nothing else happens."""
         times: list[float] = []
         for each in self._tries.values():
-            if each.lease_until is not None:
-                times.append(each.lease_until)
+            if each.lease is not None:
+                times.append(each.lease.until)
             if each.source is not None and not each.dropped:
                 times.append(each.renew_at)
                 if self._waits_here(each):
@@ -360,7 +344,7 @@ class WorkerCore:
     def _drop(self, each: _Try) -> None:
         """Give all up, as soon as no pull writes to its blocks."""
         each.dropped = True
-        each.lease_until = None
+        each.lease = None
         self.cancelled_pulls += each.under_way
         if not each.under_way:
             self._finish(each)

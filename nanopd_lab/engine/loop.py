@@ -17,7 +17,10 @@ from nanopd_lab.core import SampledToken, Sequence, StepPlan
 class Launched(Protocol):
     """A step on its way through a device."""
 
-    plan: StepPlan
+    @property
+    def plan(self) -> StepPlan:
+        """What it computes."""
+        ...
 
     def result(self) -> list[list[SampledToken]]:
         """Element i holds the tokens drawn behind `plan.chunks[i]`; waits for them."""

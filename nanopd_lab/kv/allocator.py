@@ -14,7 +14,7 @@ content-addressed full blocks with LRU eviction follow vLLM's automatic prefix c
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -111,7 +111,7 @@ class BlockAllocator:
         self.enable_prefix_caching = enable_prefix_caching
         self.free: deque[int] = deque(range(num_blocks))
         self.refs = [0] * num_blocks
-        self.generations = [0] * num_blocks
+        self.generations: MutableSequence[int] = [0] * num_blocks
         self.contents: list[bytes | None] = [None] * num_blocks
         self.block_of: dict[bytes, int] = {}
         self.evictable: OrderedDict[int, None] = OrderedDict()

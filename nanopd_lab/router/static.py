@@ -31,7 +31,6 @@ class Disaggregated:
     """Prefill on the prefill worker with the fewest prompt tokens to do, decode on the one with the fewest outputs.
 
     This is static xPyD where roles are PREFILL and DECODE; mixed workers serve as both, but a route has two workers.
-    If only one is left, it serves alone.
     """
 
     name = "disaggregated"
@@ -43,7 +42,7 @@ class Disaggregated:
         source = min(sources, key=lambda worker: (worker.prefill_tokens, worker.jobs))
         targets = _prefer(job, [w for w in workers if w.role.decodes and w.name != source.name])
         if not targets:
-            return Collocated().choose(job, workers, now)
+            return None
         target = min(targets, key=lambda worker: (worker.decoding, worker.jobs))
         reason = f"{source.prefill_tokens} prompt tokens queued, {target.decoding} decoding"
         return Decision(Route(source.name, target.name), reason)

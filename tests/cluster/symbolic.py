@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from nanopd_lab.cluster.controller import Controller, Emit, Limits, Settled
 from nanopd_lab.cluster.host import WorkerHost
 from nanopd_lab.cluster.inline import InlineLauncher
+from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Capacity
-from nanopd_lab.cluster.worker import LeaseTerms, WorkerCore
+from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.core import SampledToken, SamplingParams, StepPlan
 from nanopd_lab.engine.handover import HandoverScheduler
 from nanopd_lab.kv import BlockAllocator

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopd_lab.cluster.controller import ClusterBusyError, ClusterDownError, Limits, State
-from nanopd_lab.cluster.worker import LeaseTerms
+from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.core import FinishReason, SamplingParams
 from nanopd_lab.router import Role, create_policy
 from tests.cluster.symbolic import Harness, Sizes
@@ -169,7 +169,8 @@ class Simulation:
         settled = harness.settled[name, 0]
         assert settled.path.complete
         assert not settled.path.problems(), settled.path.problems()
-        assert settled.path.finished is not None and settled.path.finished <= deadline + 8.5
+        assert settled.path.finished is not None
+        assert settled.path.finished <= deadline + 8.5
 
 
 def replay(
