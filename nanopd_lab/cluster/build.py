@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from nanopd_lab.cluster.config import ClusterParts
 from nanopd_lab.cluster.host import WorkerHost
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Capacity
-from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.engine.engine import Engine
 from nanopd_lab.engine.handover import HandoverScheduler
@@ -29,6 +29,7 @@ def build_host(
     trace: bool = False,
     loaded: LoadedModel | None = None,
     clock: Callable[[], float] = time.monotonic,
+    parts: ClusterParts | None = None,
 ) -> tuple[WorkerHost, LoadedModel]:
     """Load the model, lay out the pool where others can reach it, and put a worker around both.
 
@@ -37,6 +38,7 @@ def build_host(
             block of an earlier one is never taken for a valid one.
         trace: keep a record of every step
         loaded: another worker's model in this process, to share its weights
+        parts: exchanged parts of the worker
 
     Returns:
         the host, and the model, for others to share
@@ -44,6 +46,7 @@ def build_host(
     Raises:
         ValueError: as `Engine`.
     """
+    parts = parts or ClusterParts()
     engine = Engine(config, clock, loaded, HandoverScheduler, transport.allocate)
     scheduler = engine.scheduler
     assert isinstance(scheduler, HandoverScheduler)
@@ -68,7 +71,7 @@ def build_host(
         str(engine.device),
     )
     host = WorkerHost(
-        WorkerCore(name, scheduler, terms),
+        parts.worker(name, scheduler, terms, lease=parts.lease),
         engine.runner,
         transport,
         capacity,

@@ -119,16 +119,18 @@ class Cluster:
         pools: dict[str, Any] = {}
         loaded: dict[Any, Any] = {}
         lives: dict[str, int] = {}
+        copying = config.parts.copying
+        transport_name = "inproc" if copying else config.transport
 
         def start(name: str) -> Any:
             lives[name] = lives.get(name, -1) + 1
             device = devices[name]
             transport = create_transport(
-                config.transport, devices=list(devices.values()), one_process=True, pools=pools
+                transport_name, devices=list(devices.values()), one_process=True, pools=pools, **copying
             )
             host, model = build_host(
                 name, config.engine_config(str(device)), transport, config.terms, life=lives[name],
-                trace=config.trace, loaded=loaded.get(device), clock=self.clock,
+                trace=config.trace, loaded=loaded.get(device), clock=self.clock, parts=config.parts,
             )  # fmt: skip
             loaded[device] = model
             self.tokenizer, self.vocab_size = model.tokenizer, model.geometry.vocab_size

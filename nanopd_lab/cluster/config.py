@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nanopd_lab.cluster.controller import Limits
-from nanopd_lab.cluster.lease import LeaseTerms
+from nanopd_lab.cluster.lease import Lease, LeaseTerms
+from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.router import Policy, Role, create_policy
+from nanopd_lab.transfer.packing import pack_blocks, unpack_blocks
 
 if TYPE_CHECKING:
     import torch
 
 LAUNCHERS = ("inline", "process")
+
+
+@dataclass(frozen=True)
+class ClusterParts:
+    """The exchangeable parts of a cluster's workers, beside those of their engines; each default is the package's own.
+
+    worker:       a `WorkerCore`, perhaps with another `missing`
+    lease:        called with (terms, now), returns a `Lease`
+    pack, unpack: how transport 'inproc' gets blocks out of one pool and into another, see `transfer.packing`
+    """
+
+    worker: type[WorkerCore] = WorkerCore
+    lease: Callable[[LeaseTerms, float], Lease] = Lease
+    pack: Callable[[torch.Tensor, Seq[int]], torch.Tensor] = pack_blocks
+    unpack: Callable[[torch.Tensor, Seq[int], torch.Tensor], None] = unpack_blocks
+
+    @property
+    def copying(self) -> dict[str, Any]:
+        """Options of 'inproc' that are not the package's own."""
+        own = {"pack": (self.pack, pack_blocks), "unpack": (self.unpack, unpack_blocks)}
+        return {name: mine for name, (mine, default) in own.items() if mine is not default}
 
 
 @dataclass(frozen=True)
@@ -36,6 +60,7 @@ class ClusterConfig:
     max_restarts: how often a worker that died is started again
     limits, terms: see there
     trace:       keep every step's begin and end, for timelines
+    parts:       exchanged parts of the workers; with launcher "inline" only
 
     Raises:
         ValueError: a setting is out of range, or more workers than GPUs.
@@ -57,12 +82,23 @@ class ClusterConfig:
     limits: Limits = field(default_factory=Limits)
     terms: LeaseTerms = field(default_factory=LeaseTerms)
     trace: bool = False
+    parts: ClusterParts = field(default_factory=ClusterParts)
 
     def __post_init__(self) -> None:
         if not isinstance(self.workers, int) or self.workers < 1:
             raise ValueError(f"workers is {self.workers!r}; it must be an integer of at least 1")
         if self.launcher not in LAUNCHERS:
             raise ValueError(f"launcher is {self.launcher!r}; choose one of {', '.join(LAUNCHERS)}")
+        if self.launcher != "inline" and self.parts != ClusterParts():
+            raise ValueError(
+                f"parts are exchanged, and launcher is {self.launcher!r}: code cannot be sent to another process; set "
+                'launcher="inline"'
+            )
+        if self.parts.copying and self.transport not in ("auto", "inproc"):
+            raise ValueError(
+                f"parts exchange {' and '.join(self.parts.copying)}, which only transport 'inproc' uses, and transport "
+                f"is {self.transport!r}; leave it out"
+            )
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}; a worker needs at least 1")
         if not self.request_timeout_s > 0:

@@ -35,6 +35,7 @@ hint = _session.hint
 solution = _session.solution
 use = _session.use
 parts = _session.parts
+cluster_parts = _session.cluster_parts
 progress = _session.progress
 record = _session.record
 ledger = _session.ledger
@@ -52,6 +53,7 @@ __all__ = [
     "UnknownExerciseError",
     "all_exercises",
     "check",
+    "cluster_parts",
     "cuda",
     "examine",
     "exercise",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from nanopd_lab.cluster.config import ClusterParts
 from nanopd_lab.engine.config import EngineParts
 from nanopd_lab.lab import exercises
 
@@ -29,6 +30,7 @@ class Exercise:
     hints:     from an idea to almost the code
     plug:      takes an engine's parts and an implementation, returns parts with it in place;
                None for an exercise that is no part of an engine
+    cluster_plug: the same for a part of a cluster's workers
     """
 
     name: str
@@ -37,6 +39,14 @@ class Exercise:
     check: Callable[[Any], int]
     hints: tuple[str, str, str]
     plug: Callable[[EngineParts, Any], EngineParts] | None = None
+    cluster_plug: Callable[[ClusterParts, Any], ClusterParts] | None = None
+
+    @property
+    def carrier(self) -> tuple[str, str] | None:
+        """What hands an implementation on, and where to; None for an exercise that is no part of anything."""
+        if self.cluster_plug is not None:
+            return "lab.cluster_parts()", "the cluster"
+        return None if self.plug is None else ("lab.parts()", "the engine")
 
     def __post_init__(self) -> None:
         assert self.name.count(".") == 1, f"an exercise is named <concept>.<what>, not {self.name!r}"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+from nanopd_lab.cluster.config import ClusterParts
 from nanopd_lab.engine.config import EngineParts
 from nanopd_lab.lab import store
 from nanopd_lab.lab.checking import CannotCheckError, Counterexample, NotWrittenError
@@ -147,20 +148,33 @@ class Session:
     def parts(self) -> EngineParts:
         """`EngineParts` with every part of the learner's that passed its check; the rest is the package's."""
         parts = EngineParts()
-        if self.mode == "reference":
-            return parts
-        for name, attempt in self._attempts.items():
-            plug = find(name).plug
-            if plug is None:
+        for entry, impl in self._passed(lambda entry: entry.plug is not None):
+            assert entry.plug is not None
+            parts = entry.plug(parts, impl)
+        return parts
+
+    def cluster_parts(self) -> ClusterParts:
+        """The same for a cluster's workers; those of their engines are still in `parts`."""
+        parts = ClusterParts()
+        for entry, impl in self._passed(lambda entry: entry.cluster_plug is not None):
+            assert entry.cluster_plug is not None
+            parts = entry.cluster_plug(parts, impl)
+        return parts
+
+    def _passed(self, wanted: Callable[[Exercise], bool]) -> Iterator[tuple[Exercise, Any]]:
+        """The learner's implementations that passed; warns of those that are not checked yet."""
+        for name, attempt in self._attempts.items() if self.mode == "learner" else ():
+            entry = find(name)
+            if entry.carrier is None or not wanted(entry):
                 continue
             if attempt.status is Status.PASS:
-                parts = plug(parts, attempt.impl)
+                yield entry, attempt.impl
             elif attempt.status is Status.UNCHECKED:
                 warnings.warn(
-                    f'{name} is not checked yet, so the engine gets the package\'s own; run lab.check("{name}")',
-                    stacklevel=2,
+                    f"{name} is not checked yet, so {entry.carrier[1]} gets the package's own; run "
+                    f'lab.check("{name}")',
+                    stacklevel=3,
                 )
-        return parts
 
     def progress(self) -> Table:
         """Every exercise, how far it is, and whose implementation is in use."""
@@ -169,7 +183,7 @@ class Session:
             attempt = self._attempts.get(entry.name)
             status = attempt.status if attempt else Status.TODO
             owner = "yours" if self.use(entry.name) is not entry.reference else "the package's"
-            where = f"{owner}, in the engine" if entry.plug else owner
+            where = f"{owner}, in {entry.carrier[1]}" if entry.carrier else owner
             rows.append((entry.notebook, entry.name, str(status), where))
         done = sum(row[2] == Status.PASS for row in rows)
         caption = f"{done} of {len(rows)} done"
@@ -234,7 +248,9 @@ def _examine(entry: Exercise, impl: Any) -> Report:
     except Counterexample as found:
         return Report(entry.name, Status.FAIL, "wrong", found)
     whose = "the package's own" if own else "yours"
-    where = f" lab.parts() carries {'it' if own else 'yours'} into the engine." if entry.plug else ""
+    where = ""
+    if entry.carrier:
+        where = f" {entry.carrier[0]} carries {'it' if own else 'yours'} into {entry.carrier[1]}."
     return Report(entry.name, Status.PASS, f"{whose}: {cases:,} cases right.{where}")
 
 

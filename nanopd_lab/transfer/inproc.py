@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, TransferError
+from nanopd_lab.transfer.packing import pack_blocks, unpack_blocks
 from nanopd_lab.transfer.pulls import Job, Peer, PoolTransport
 
 
@@ -33,6 +34,7 @@ class InprocTransport(PoolTransport):
         fault: called when a pull's copy is due: the reason why it fails, or None. It may also act, for example raise
             a generation of the source.
         hold: called in every `poll` for every pull: True leaves it for a later one
+        pack, unpack: how blocks get out of one pool and into another, see `transfer.packing`
     """
 
     name = "inproc"
@@ -43,9 +45,12 @@ class InprocTransport(PoolTransport):
         clock: Callable[[], float] = time.monotonic,
         fault: Callable[[Pull], str | None] = _nothing_wrong,
         hold: Callable[[Pull], bool] = _nothing_held,
+        pack: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] = pack_blocks,
+        unpack: Callable[[torch.Tensor, Sequence[int], torch.Tensor], None] = unpack_blocks,
     ) -> None:
         super().__init__(clock)
         self._pools, self._fault, self._hold = pools, fault, hold
+        self._pack, self._unpack = pack, unpack
 
     def allocate(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See `Transport`."""
@@ -85,24 +90,11 @@ class InprocTransport(PoolTransport):
                 error = f"{job.peer.worker} is gone"
             error = error or self._fault(job.pull)
             if error is None:
-                copy_blocks(
-                    self._registered().memory,
-                    job.pull.target_blocks,
-                    job.peer.pool.memory,
-                    job.pull.source_blocks,
-                )
+                memory = self._registered().memory
+                moved = self._pack(job.peer.pool.memory, job.pull.source_blocks).to(memory.device)
+                self._unpack(memory, job.pull.target_blocks, moved.view(-1, *memory.shape[1:]))
             self._end(job, error)
 
     def _stop(self) -> None:
         if self._pools.get(self._worker) is self._own:
             self._pools.pop(self._worker, None)
-
-
-def copy_blocks(
-    target: torch.Tensor, target_blocks: Sequence[int], source: torch.Tensor, source_blocks: Sequence[int]
-) -> None:
-    """`target[target_blocks[i]] = source[source_blocks[i]]`, whatever memory each is in. Shapes `[num_blocks, ...]`."""
-    to_ids = torch.tensor(target_blocks, device=target.device)
-    from_ids = torch.tensor(source_blocks, device=source.device)
-    moved = source.index_select(0, from_ids).to(target.device)
-    target.index_copy_(0, to_ids, moved.view(-1, *target.shape[1:]))
