@@ -118,10 +118,19 @@ class PathReport:
     @property
     def transfer_s(self) -> float:
         """Time during which at least one pull was under way."""
+        return self._pulling(float("inf"))
+
+    @property
+    def transfer_hidden_s(self) -> float:
+        """What of `transfer_s` cost the request nothing: the source was still computing."""
+        sampled = self.last.prefill.sampled if self.last and self.last.prefill else None
+        return self._pulling(float("-inf") if sampled is None else sampled)
+
+    def _pulling(self, end_s: float) -> float:
         usage = self.last.decode if self.last else None
         total, until = 0.0, float("-inf")
         for begin, end in sorted(usage.pulls) if usage else ():
-            total += max(0.0, end - max(begin, until))
+            total += max(0.0, min(end, end_s) - max(begin, until))
             until = max(until, end)
         return total
 
