@@ -53,25 +53,27 @@ def handover_timeline(
     end.set_xlim(1e3 * (sampled - zero - 0.5 * rest), 1e3 * (max(first_own, adopted) - zero + 0.1 * rest))
     for ax, unit in ((whole, 1.0), (end, 1e3)):
         for step in source:
-            number = chunks.index(step) + 1 if step in chunks else None
-            colour = WAITING if number is None else PREFILL
+            number, colour = (chunks.index(step) + 1, PREFILL) if step in chunks else ("", WAITING)
             _bar(ax, SOURCE, unit * (step.begin - zero), unit * (step.end - zero), colour, number)
         for step in target:
-            _bar(ax, TARGET, unit * (step.begin - zero), unit * (step.end - zero), DECODE)
+            begin, finish, sequences = step.begin - zero, step.end - zero, len(step.chunks)
+            _bar(ax, TARGET, unit * begin, unit * finish, DECODE, sequences)
         done = 0
         for begin, finish in sorted(last.decode.pulls):
             published = sum(chunk.end <= begin for chunk in chunks)
-            _bar(ax, LINK, unit * (begin - zero), unit * (finish - zero), KV, _range(done + 1, published))
+            _bar(
+                ax, LINK, unit * (begin - zero), unit * (finish - zero), KV, _range(done + 1, published), True
+            )
             done = published
         _lanes(ax, [f"{last.route.prefill} computes", "pulls", f"{last.route.decode} computes"])
     _moments(end, 1e3 * (sampled - zero), 1e3 * (adopted - zero))
     whole.set_xlabel("time since the long prompt arrived (s)")
     end.set_xlabel("the same, its end (ms)")
     legend: list[Patch | Line2D] = [
-        Patch(facecolor=PREFILL, label="chunk of the long prompt"),
+        Patch(facecolor=PREFILL, label="chunk of the prompt"),
         Patch(facecolor=KV, label="pull of its blocks"),
-        Patch(facecolor=DECODE, label="decode step"),
-        Line2D([], [], color=ALERT, linewidth=2, label="the transfer's visible time"),
+        Patch(facecolor=DECODE, label="decode step (number: sequences)"),
+        Line2D([], [], color=ALERT, linewidth=2, label="visible time"),
     ]
     if any(step not in chunks and step.end - zero > whole.get_xlim()[0] for step in source):
         legend.append(Patch(facecolor=WAITING, label="other prompts"))
@@ -122,20 +124,22 @@ def _range(first: int, last: int) -> str:
     return f"{first}–{last}" if last > first else f"{last}"
 
 
-def _bar(ax: Axes, lane: int, begin: float, end: float, colour: str, number: int | str | None = None) -> None:
+def _bar(
+    ax: Axes, lane: int, begin: float, end: float, colour: str, text: int | str = "", beside: bool = False
+) -> None:
+    """A bar with a text in it, if there is room; if not, above it if `beside`."""
     low, high = ax.get_xlim()
     if end < low or begin > high:
         return
     width = max(end - begin, NARROWEST * (high - low))
     bar = Rectangle((begin, lane - 0.34), width, 0.68, facecolor=colour, edgecolor="white", linewidth=0.6)
     ax.add_patch(bar)
-    if number is None:
-        return
     left, right = max(begin, low), min(begin + width, high)
-    fits = right - left > 0.014 * (high - low) * len(str(number))
-    colour, height = (INK, lane) if fits else (FAINT, lane - 0.5)
-    if colour == INK or lane == LINK:
-        ax.text((left + right) / 2, height, str(number), ha="center", va="center", fontsize=9, color=colour)
+    fits = right - left > 0.011 * (high - low) * len(str(text))
+    if text and (fits or beside):
+        ink = FAINT if not fits else PAPER if colour == DECODE else INK
+        middle, height = (left + right) / 2, lane if fits else lane - 0.5
+        ax.text(middle, height, str(text), ha="center", va="center", fontsize=9, color=ink)
 
 
 def _lanes(ax: Axes, names: Sequence[str]) -> None:
