@@ -60,9 +60,6 @@ def check_unpack(impl: Callable[[Tensor, Sequence[int], Tensor], None]) -> int:
         seen: list[Tensor] = []
         got = case.call(_spy(impl, seen), may_change=("pool",), pool=pool, blocks=blocks, buffer=buffer)
         after = seen[-1]
-        case.expect(
-            after.shape == pool.shape, str(list(after.shape)), str(list(pool.shape)), "the pool's shape"
-        )
         rows = {block: row for row, block in enumerate(blocks)}
         untouched = torch.equal(after, pool)
         for block in [*blocks, *range(len(pool))]:
@@ -106,10 +103,13 @@ def _noise(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def _spy(impl: Callable[..., Any], seen: list[Tensor]) -> Callable[..., Any]:
-    """`impl`, and a look at the pool that it is given: `call` hands out copies."""
+    """`impl`, and a look at the pool that it is given: `call` hands out copies.
+
+    Seen is a view of the pool's memory, as the attention backends have: it must see what is written.
+    """
 
     def spying(pool: Tensor, **rest: Any) -> Any:
-        seen.append(pool)
+        seen.append(pool.view(pool.shape))
         return impl(pool, **rest)
 
     return spying

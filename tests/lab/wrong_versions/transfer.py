@@ -104,6 +104,12 @@ def unpack_new_pool(pool, blocks, buffer):
     return pool
 
 
+def unpack_other_memory(pool, blocks, buffer):
+    changed = pool.clone()
+    changed[list(blocks)] = buffer
+    pool.data = changed
+
+
 def unpack_from_zero(pool, blocks, buffer):
     pool[: len(blocks)] = buffer
 
@@ -285,6 +291,7 @@ WRONG: dict[str, list[tuple[Version, str]]] = {
     ],
     "transfer.unpack_blocks": [
         (unpack_new_pool, "nothing was written"),
+        (unpack_other_memory, "nothing was written"),
         (unpack_from_zero, "of the buffer"),
         (unpack_slice, "blocks = (3, 0)"),
         (unpack_sorted, "row 1 is there"),
