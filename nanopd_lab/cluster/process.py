@@ -278,8 +278,9 @@ class ProcessLauncher:
         died += [sentinels[each] for each in ready if isinstance(each, int)]
         for name in dict.fromkeys(died):
             if name in self._children:
+                self._children[name].process.join(1.0)  # its pipe ends a moment before it does
                 code = self._children[name].process.exitcode
-                self._died(name, "died" if code is None else f"died with exit code {code}")
+                self._died(name, "closed its pipe" if code is None else f"died with exit code {code}")
         self.controller.tick(self.clock())
         self.collect()
 
