@@ -72,7 +72,8 @@ def test_draws_follow_the_filtered_distribution(params: SamplingParams) -> None:
 def test_a_flat_distribution_needs_the_whole_vocabulary(top_p: float) -> None:
     """top_p over more tokens than the shortlist holds."""
     logits = torch.randn(5000, generator=torch.Generator().manual_seed(2)) * 0.01
-    threshold = sampling._thresholds(logits[None] - logits.max(), [SamplingParams(top_p=top_p)])
+    filters = sampling.Filters([SamplingParams(top_p=top_p)], 5000, logits.device)
+    threshold = filters.thresholds(logits[None] - logits.max())
     kept = (logits - logits.max() >= threshold).sum().item()
     assert kept == (warped(logits, SamplingParams(top_p=top_p)) > 0).sum().item()
     assert kept > sampling.TOP_P_SHORTLIST * 0.9
