@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from nanopd_lab.core import Logprob, SampledToken, SamplingParams
+from nanopd_lab.kernels import gpu
+from nanopd_lab.kernels.selection import top_p_threshold
 from nanopd_lab.model.batch import to_device
 
-# top_p first looks at this many of the most likely tokens and sorts the whole vocabulary only if their
-# probability does not reach top_p.
+# Without the CUDA kernel top_p first looks at this many of the most likely tokens and sorts the whole vocabulary only
+# if their probability does not reach top_p.
 TOP_P_SHORTLIST = 1024
 _MASK = (1 << 64) - 1
 
@@ -67,7 +69,7 @@ class Recipe:
         params = [row.params for row in rows]
         self.positions = np.array([row.position for row in rows], np.uint64)
         self.banned = {number: list(row.banned) for number, row in enumerate(rows) if row.banned}
-        self.logits_rows = _places([row.logits_row for row in rows], None, device)
+        self.logits_rows = _places([row.logits_row for row in rows], len(rows), device)
         hot = [number for number, each in enumerate(params) if not each.greedy]
         self.num_drawn = len(hot)
         self.drawn = _places(hot, len(rows), device)
@@ -95,11 +97,9 @@ class Recipe:
         return to_device(numbers[:, None], torch.float64, device)
 
 
-def _places(rows: list[int], whole: int | None, device: torch.device) -> torch.Tensor | None:
-    """An index of `rows` on the device; None for all of them (`whole`, or as many as there are) in order."""
-    if rows == list(range(len(rows) if whole is None else whole)):
-        return None
-    return to_device(rows, torch.int64, device)
+def _places(rows: list[int], whole: int, device: torch.device) -> torch.Tensor | None:
+    """An index of `rows` on the device; None if they are all of `whole`, in order."""
+    return None if rows == list(range(whole)) else to_device(rows, torch.int64, device)
 
 
 @dataclass(frozen=True)
@@ -172,14 +172,7 @@ def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
 
 def _draw(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """`[D]` tokens drawn from `[D, vocab]` float32 logits of the rows that are not greedy."""
-    # A tiny temperature must not overflow: subtract the maximum first.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / recipe.temperature
-    if recipe.least is not None:
-        scaled = scaled.masked_fill(scaled < recipe.least, float("-inf"))
-    if recipe.filters is not None:
-        threshold = recipe.filters.thresholds(scaled)
-        scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
-    cumulative = scaled.exp().double().cumsum(-1)
+    cumulative = _weights(logits, recipe).double().cumsum(-1)
     total = cumulative[:, -1:]
     point = recipe.points(logits.device)
     target = torch.minimum(point * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -187,18 +180,29 @@ def _draw(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[1] - 1)
 
 
+def _weights(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """`[D, vocab]`: how likely each token is, relative to the likeliest; 0 for those that a filter removes."""
+    # A tiny temperature must not overflow: subtract the maximum first.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / recipe.temperature
+    if recipe.least is not None:
+        scaled = scaled.masked_fill(scaled < recipe.least, float("-inf"))
+    weights = scaled.exp()
+    if recipe.filters is None:
+        return weights
+    return weights.masked_fill(scaled < recipe.filters.thresholds(scaled, weights), 0.0)
+
+
 class Filters:
     """top_k and top_p of a batch's rows, as columns on the device."""
 
     def __init__(self, params: Seq[SamplingParams], vocab: int, device: torch.device) -> None:
-        top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
-        self.top_p = to_device([[p.top_p] for p in params], torch.float64, device)
-        self.limit = to_device([[k] for k in top_k], torch.int64, device)
-        self.keep_all = (self.top_p >= 1.0) & (self.limit >= vocab)
-        self.vocab = vocab
-        self.width = max([k for k in top_k if k < vocab], default=1)
-        if any(p.top_p < 1.0 and k == vocab for p, k in zip(params, top_k, strict=True)):
-            self.width = max(self.width, min(TOP_P_SHORTLIST, vocab))
+        by_k = [i for i, p in enumerate(params) if 0 < p.top_k < vocab]
+        by_p = [i for i, p in enumerate(params) if not 0 < p.top_k < vocab and p.top_p < 1.0]
+        self.by_k, self.by_p = _places(by_k, len(params), device), _places(by_p, len(params), device)
+        self.width = max((params[i].top_k for i in by_k), default=0)
+        self.limit = to_device([[params[i].top_k] for i in by_k], torch.int64, device)
+        self.top_p_of_k = to_device([[params[i].top_p] for i in by_k], torch.float64, device)
+        self.top_p = to_device([[params[i].top_p] for i in by_p], torch.float64, device)
 
     @classmethod
     def of(cls, params: Seq[SamplingParams], vocab: int, device: torch.device) -> Filters | None:
@@ -206,23 +210,53 @@ class Filters:
         some = any(0 < p.top_k < vocab or p.top_p < 1.0 for p in params)
         return cls(params, vocab, device) if some else None
 
-    def thresholds(self, scaled: torch.Tensor) -> torch.Tensor:
-        """`[R, 1]`: the smallest logit that top_k and then top_p keep."""
-        width, limit, top_p = self.width, self.limit, self.top_p
-        while True:
-            values = scaled.topk(width, dim=-1).values  # descending
-            rank = torch.arange(width, device=scaled.device)
-            weight = values.exp().double().masked_fill(rank >= limit, 0.0)
-            whole = scaled.exp().double().sum(-1, keepdim=True)
-            total = torch.where(limit < self.vocab, weight.sum(-1, keepdim=True), whole)
-            reached = weight.cumsum(-1) >= top_p * total
-            unfinished = (top_p < 1.0) & ~reached.any(-1, keepdim=True) & (limit > width)
-            if width == self.vocab or not bool(unfinished.any()):
-                break
-            width = self.vocab
-        last = torch.where(reached.any(-1), reached.int().argmax(-1), width - 1)[:, None]
-        last = torch.where(top_p < 1.0, last, width - 1).minimum(limit - 1)
-        return values.gather(-1, last.clamp(max=width - 1)).masked_fill(self.keep_all, float("-inf"))
+    def thresholds(self, scaled: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`[R, 1]`: the smallest logit that top_k and then top_p keep; `weights` are `scaled.exp()`."""
+        found = torch.full((len(scaled), 1), float("-inf"), device=scaled.device)
+        if len(self.limit):
+            found = _put(found, self.by_k, self._top_k(_take(scaled, self.by_k)))
+        if len(self.top_p):
+            weights = _take(weights, self.by_p)
+            target = self.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
+            found = _put(found, self.by_p, _top_p(_take(scaled, self.by_p), weights, target))
+        return found
+
+    def _top_k(self, scaled: torch.Tensor) -> torch.Tensor:
+        values = scaled.topk(self.width, dim=-1).values  # descending
+        rank = torch.arange(self.width, device=scaled.device)
+        weight = values.exp().double().masked_fill(rank >= self.limit, 0.0)
+        last = _first(weight.cumsum(-1) >= self.top_p_of_k * weight.sum(-1, keepdim=True))
+        last = torch.where(self.top_p_of_k < 1.0, last, self.width - 1).minimum(self.limit - 1)
+        return values.gather(-1, last)
+
+
+def _top_p(scaled: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`[R, 1]`: the largest logit at which the sum of weights, the likeliest token first, reaches the target."""
+    if scaled.is_cuda and gpu.can_compile():
+        return top_p_threshold(scaled, weights, target)
+    width = min(TOP_P_SHORTLIST, scaled.shape[1])
+    while True:
+        values = scaled.topk(width, dim=-1).values
+        reached = values.exp().double().cumsum(-1) >= target
+        # On a CPU nobody waits for the answer.
+        if width == scaled.shape[1] or bool(reached.any(-1).all()):
+            return values.gather(-1, _first(reached))
+        width = scaled.shape[1]
+
+
+def _first(reached: torch.Tensor) -> torch.Tensor:
+    """`[R, 1]`: the first place of each row that is True, or the last of all."""
+    return torch.where(reached.any(-1), reached.int().argmax(-1), reached.shape[1] - 1)[:, None]
+
+
+def _take(rows: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """`rows[index]`; all of them as they are if it is None."""
+    return rows if index is None else rows.index_select(0, index)
+
+
+def _put(rows: torch.Tensor, index: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """`rows` with `values` at `index`; the values if it is None."""
+    return values if index is None else rows.index_copy(0, index, values)
 
 
 def _logprobs(raw: torch.Tensor, tokens: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
