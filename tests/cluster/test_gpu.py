@@ -35,7 +35,7 @@ def start(transport: str, launcher: str, workers: int = 2, **more: Any) -> Clust
             share_devices=True,
             engine=ENGINE,
             **more,
-        )  # fmt: skip
+        )
     )
 
 
