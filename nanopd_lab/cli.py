@@ -101,6 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.kernels.cli import register as register_kernels
 
     register_kernels(commands)
+    from nanopd_lab.transfer.cli import register as register_transfer
+
+    register_transfer(commands)
     return parser
 
 
