@@ -37,7 +37,7 @@ from nanopd_lab.transfer.segments import map_tensor
 SCHEMA = "nanopd-lab/transfer/1"
 LINK_BYTES = 300_000_000  # of a yardstick's copy: far more than any cache, and about 2,048 tokens of Qwen3-8B
 IN_FLIGHT = (1, 4)
-LINKS = {"inproc": "memmove", "shm": "memmove", "p2p": "large copy", "pinned": "both ways at once"}
+LINKS = {"inproc": "large copy", "shm": "large copy", "p2p": "large copy", "pinned": "both ways at once"}
 
 
 def kv_shape(name: str, block_size: int = 16) -> KVShape:
@@ -133,6 +133,8 @@ class Pair:
                 ended += 1
             if on_cpu:
                 time.sleep(2e-5)  # what copies needs Python's lock between its pieces
+        if self.name == "inproc" and not on_cpu:  # orders its copies on the stream, and waits for none
+            torch.cuda.synchronize(self.plan.target)
         seconds = time.perf_counter() - begun
         if check:
             arrived = self.own.memory[list(pulls[-1].target_blocks)].view(torch.int16).view(count, -1)
@@ -203,7 +205,7 @@ def memmove_link(pair: Pair) -> Callable[[], float]:
 def copy_link(pair: Pair) -> Callable[[], float]:
     """One large copy between the pools on GPUs."""
     target = pair.own.memory.view(-1).view(torch.uint8)[:LINK_BYTES]
-    source = pair.source.view(-1)[:LINK_BYTES]
+    source = pair.source.view(-1).view(torch.uint8)[:LINK_BYTES]
     return lambda: _seconds(
         lambda: target.copy_(source, non_blocking=True), [pair.plan.target, pair.plan.source]
     )
