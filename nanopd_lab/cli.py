@@ -106,6 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     register_kernels(commands)
     register_cluster(commands)
+    from nanopd_lab.transfer.cli import register as register_transfer
+
+    register_transfer(commands)
     return parser
 
 
