@@ -83,6 +83,9 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
 
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
+        device = spec.config.resolve_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # no context on the first GPU for whoever forgets to name one
         from nanopd_lab.cluster.build import build_host
         from nanopd_lab.transfer.registry import create_transport
 

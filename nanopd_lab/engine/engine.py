@@ -29,6 +29,7 @@ from nanopd_lab.engine.scheduler import Scheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import AllocatorStats
 from nanopd_lab.kv.cache import KVCache, KVShape, Memory
+from nanopd_lab.model.batch import on_device
 from nanopd_lab.model.compilation import compile_model
 from nanopd_lab.model.inference import optimise
 from nanopd_lab.model.loading import LoadedModel, load_model
@@ -88,6 +89,11 @@ class Engine:
         self.config = config
         self.clock = clock
         self.device = config.resolve_device()
+        with on_device(self.device):
+            self._build(loaded, scheduler, memory)
+
+    def _build(self, loaded: LoadedModel | None, scheduler: type[Scheduler], memory: Memory) -> None:
+        config = self.config
         dtype = config.resolve_dtype(self.device)
         gpu = self.device.type == "cuda"
         # Everything cheap that can be wrong is found out before the weights are read.

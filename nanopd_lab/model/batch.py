@@ -9,6 +9,7 @@ to nothing).
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import attrgetter
@@ -234,3 +235,8 @@ def metadata_of(
         context_lens_host=batch.contexts if batch else (),
         packed=PackedLengths(lens, tables.view(-1), header),
     )
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one meanwhile: streams, events and graphs that name none are then its own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from nanopd_lab.attention.base import AttentionBackend, AttentionMetadata
 from nanopd_lab.core import Chunk, SampledToken, Sequence, StepPlan
 from nanopd_lab.kv.cache import KVCache
-from nanopd_lab.model.batch import Layout, TableMemory, metadata_of, order, pack, select
+from nanopd_lab.model.batch import Layout, TableMemory, metadata_of, on_device, order, pack, select
 from nanopd_lab.model.graphs import GraphSet
 from nanopd_lab.model.paged import PagedBatch, bind_cache
 from nanopd_lab.model.sampling import Drawn, Recipe, SamplingRow, draw, request_seed
@@ -106,19 +106,20 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Put the plan on the device's queue."""
-        self.cache.copy_blocks(plan.copies)
-        chunks = order(plan.chunks)
-        logits = self.logits(chunks)
-        draws = self._prepare([chunk for chunk in chunks if chunk.samples], logits.shape[1])
-        drawn = draw(logits, draws.recipe) if draws.recipe else None
-        self._draws = draws  # not before: a launch that fails must leave what the step before has drawn
-        if drawn and draws.goes_on:
-            self._remember(drawn.tokens)
-        computed = None
-        if self.device.type == "cuda" and any(chunk.sequence.hand_off for chunk in chunks):
-            computed = torch.cuda.Event()
-            computed.record()
-        return Launched(plan, chunks, drawn, computed)
+        with on_device(self.device):
+            self.cache.copy_blocks(plan.copies)
+            chunks = order(plan.chunks)
+            logits = self.logits(chunks)
+            draws = self._prepare([chunk for chunk in chunks if chunk.samples], logits.shape[1])
+            drawn = draw(logits, draws.recipe) if draws.recipe else None
+            self._draws = draws  # not before: a launch that fails must leave what the step before has drawn
+            if drawn and draws.goes_on:
+                self._remember(drawn.tokens)
+            computed = None
+            if self.device.type == "cuda" and any(chunk.sequence.hand_off for chunk in chunks):
+                computed = torch.cuda.Event()
+                computed.record()
+            return Launched(plan, chunks, drawn, computed)
 
     def logits(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
         """`[R, vocab]`, a row for each chunk that ends in a sample; stores the batch's K and V."""
