@@ -55,6 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", help="end the output before this text (repeatable)")
     generate.add_argument("--ignore-eos", action="store_true", help="go on behind the stop token")
     generate.add_argument("--json", action="store_true", help="one JSON object a prompt, with metrics")
+    from nanopd_lab.cluster.cli import add_cluster_options
+    from nanopd_lab.cluster.cli import register as register_cluster
+
+    add_cluster_options(generate)
     generate.set_defaults(run=_generate)
 
     info = commands.add_parser("info", help="what this machine has and what the engine would use")
@@ -101,6 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.kernels.cli import register as register_kernels
 
     register_kernels(commands)
+    register_cluster(commands)
+    from nanopd_lab.transfer.cli import register as register_transfer
+
+    register_transfer(commands)
     return parser
 
 
@@ -143,13 +151,14 @@ def _generate(args: argparse.Namespace) -> int:
         ignore_eos=args.ignore_eos,
     )
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
-    llm = _llm(args)
     quiet = args.json or len(prompts) == 1
-    if args.chat:
-        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        outputs = llm.chat(conversations, params, use_tqdm=not quiet)
+    if args.workers > 1:
+        from nanopd_lab.cluster.cli import cluster_of
+
+        with cluster_of(args) as cluster:
+            outputs = _answers(cluster, prompts, params, args.chat, quiet)
     else:
-        outputs = llm.generate(prompts, params, use_tqdm=not quiet)
+        outputs = _answers(_llm(args), prompts, params, args.chat, quiet)
     for prompt, output in zip(prompts, outputs, strict=True):
         if args.json:
             from dataclasses import asdict
@@ -159,6 +168,13 @@ def _generate(args: argparse.Namespace) -> int:
         for sample in output.outputs:
             print(f"[{sample.finish_reason}] {prompt}{' →' if args.chat else ''}{sample.text}")
     return 0
+
+
+def _answers(engine: Any, prompts: list[str], params: Any, chat: bool, quiet: bool) -> list[Any]:
+    if chat:
+        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return list(engine.chat(conversations, params, use_tqdm=not quiet))
+    return list(engine.generate(prompts, params, use_tqdm=not quiet))
 
 
 def _info(args: argparse.Namespace) -> int:

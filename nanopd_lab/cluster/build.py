@@ -76,7 +76,7 @@ def build_host(
         transport,
         capacity,
         transport.register(name, Pool(engine.cache.tensor, generations)),
-        ahead=engine.ahead,
+        ahead=engine.loop.ahead,
         clock=clock,
         steps=[] if trace else None,
     )

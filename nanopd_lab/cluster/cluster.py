@@ -24,7 +24,7 @@ from nanopd_lab.cluster.host import StepRecord
 from nanopd_lab.cluster.inline import InlineLauncher
 from nanopd_lab.cluster.process import ProcessLauncher, WorkerSpec
 from nanopd_lab.core import FinishReason, Logprob, SamplingParams
-from nanopd_lab.engine.detokenizer import Detokenizer, NoDetokenizer
+from nanopd_lab.engine.detokenizer import Detokenizer
 from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanopd_lab.engine.prompts import Messages, Prompt, as_batch, as_conversations, render_chat, tokenize
 from nanopd_lab.errors import InvalidRequestError
@@ -52,7 +52,7 @@ class ClusterOutput(RequestOutput):
 @dataclass(eq=False)
 class _Sample:
     index: int
-    text: Detokenizer | NoDetokenizer
+    text: Detokenizer | None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative: float = 0.0
@@ -428,12 +428,12 @@ class Cluster:
                 sample.logprobs.append(token.top_logprobs)
             # A stop token is part of token_ids but not of the text.
             ends = event.finish_reason is FinishReason.STOP and number == len(event.tokens) - 1
-            if not ends:
+            if sample.text and not ends:
                 found = sample.text.push(token.token)
                 if found and len(sample.tokens) >= tracked.params.min_tokens:
                     stopped = found
                     break
-        if event.finish_reason is not None and not stopped:
+        if sample.text and event.finish_reason is not None and not stopped:
             stopped = sample.text.end()
         if stopped:
             sample.finish, sample.stop_reason = FinishReason.STOP, stopped
@@ -474,7 +474,7 @@ class Cluster:
             ]
         return CompletionOutput(
             index=sample.index,
-            text=sample.text.text,
+            text=sample.text.text if sample.text else "",
             token_ids=list(sample.tokens),
             cumulative_logprob=sample.cumulative if logprobs is not None else None,
             logprobs=logprobs,
@@ -486,9 +486,9 @@ class Cluster:
     def _decode(self, token: int) -> str | None:
         return None if self.tokenizer is None else self.tokenizer.decode([token])
 
-    def _reader(self, ids: list[int], params: SamplingParams) -> Detokenizer | NoDetokenizer:
+    def _reader(self, ids: list[int], params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None or not params.detokenize:
-            return NoDetokenizer()
+            return None
         return Detokenizer(self.tokenizer, ids, params.stop_strings, params.include_stop_str_in_output)
 
     def _check_open(self) -> None:

@@ -83,6 +83,9 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
 
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
+        device = spec.config.resolve_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # no context on the first GPU for whoever forgets to name one
         from nanopd_lab.cluster.build import build_host
         from nanopd_lab.transfer.registry import create_transport
 
@@ -278,8 +281,9 @@ class ProcessLauncher:
         died += [sentinels[each] for each in ready if isinstance(each, int)]
         for name in dict.fromkeys(died):
             if name in self._children:
+                self._children[name].process.join(1.0)  # its pipe ends a moment before it does
                 code = self._children[name].process.exitcode
-                self._died(name, "died" if code is None else f"died with exit code {code}")
+                self._died(name, "closed its pipe" if code is None else f"died with exit code {code}")
         self.controller.tick(self.clock())
         self.collect()
 

@@ -44,13 +44,15 @@ class BlockManager:
         Raises:
             OutOfBlocks: fewer than `missing(sequence, count)` are free.
         """
-        copies = []
-        for position in range(sequence.num_computed // self.block_size, len(sequence.blocks)):
-            block = sequence.blocks[position]
+        copies: list[BlockCopy] = []
+        blocks, start, size = sequence.blocks, sequence.num_computed, self.block_size
+        for position in range(start // size, len(blocks)):
+            block = blocks[position]
             if self.allocator.is_shared(block):
-                sequence.blocks[position] = fresh = self.allocator.copy_on_write(block)
+                blocks[position] = fresh = self.allocator.copy_on_write(block)
                 copies.append(BlockCopy(block, fresh))
-        self.grow_table(sequence.blocks, sequence.num_computed + count, self.block_size, self.allocator)
+        if start + count > len(blocks) * size:
+            self.grow_table(blocks, start + count, size, self.allocator)
         return copies
 
     def fork(self, parent: Sequence) -> list[int]:

@@ -26,7 +26,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._ids = list(prompt_token_ids[-CONTEXT:])
         self._prefix = 0
-        self._read = len(self._ids)
+        self._read = self._context = len(self._ids)
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._hold_back = 0 if include_stop else max((len(text) - 1 for text in self._stop), default=0)
@@ -36,9 +36,14 @@ class Detokenizer:
     def _decode(self, start: int, end: int | None = None) -> str:
         return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
 
-    def push(self, token: int) -> str | None:
-        """Add a token; returns the stop string that it completed, or None."""
-        self._ids.append(token)
+    @property
+    def num_pushed(self) -> int:
+        """Tokens of the sample so far."""
+        return len(self._ids) - self._context
+
+    def push(self, *tokens: int) -> str | None:
+        """Add tokens; returns the stop string that they completed, or None."""
+        self._ids.extend(tokens)
         known = self._decode(self._prefix, self._read)
         now = self._decode(self._prefix)
         if len(now) <= len(known) or now.endswith("\ufffd"):
@@ -49,8 +54,10 @@ class Detokenizer:
 
     def end(self) -> str | None:
         """No more tokens: release an unfinished character and what was held back."""
+        if self._ended:
+            return None
         fresh = self._decode(self._prefix)[len(self._decode(self._prefix, self._read)) :]
-        stopped = None if self._ended else self._extend(fresh)
+        stopped = self._extend(fresh)
         self._ended = True
         return stopped
 
@@ -75,15 +82,3 @@ class Detokenizer:
         if self._ended or not self._hold_back:
             return self._text
         return self._text[: -self._hold_back]
-
-
-class NoDetokenizer:
-    """For models without a tokenizer, and for `detokenize=False`."""
-
-    text = ""
-
-    def push(self, token: int) -> None:
-        return None
-
-    def end(self) -> None:
-        return None

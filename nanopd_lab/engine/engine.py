@@ -18,16 +18,18 @@ from dataclasses import dataclass, field
 import torch
 
 from nanopd_lab.attention import check_backend, create_backend
-from nanopd_lab.core import BeamSearchParams, FinishReason, Request, SamplingParams, Sequence
+from nanopd_lab.core import BeamSearchParams, FinishReason, Request, SamplingParams, Sequence, StepPlan
 from nanopd_lab.engine.beam import BeamGroup
 from nanopd_lab.engine.config import EngineConfig
-from nanopd_lab.engine.detokenizer import Detokenizer, NoDetokenizer
+from nanopd_lab.engine.detokenizer import Detokenizer
+from nanopd_lab.engine.loop import StepLoop
 from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanopd_lab.engine.prompts import Prompt, tokenize
 from nanopd_lab.engine.scheduler import Scheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import AllocatorStats
 from nanopd_lab.kv.cache import KVCache, KVShape, Memory
+from nanopd_lab.model.batch import on_device
 from nanopd_lab.model.compilation import compile_model
 from nanopd_lab.model.inference import optimise
 from nanopd_lab.model.loading import LoadedModel, load_model
@@ -57,7 +59,7 @@ class _Tracked:
     request: Request
     metrics: RequestMetrics
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by sample index
-    text: dict[int, Detokenizer | NoDetokenizer] = field(default_factory=dict)
+    text: dict[int, Detokenizer] | None = None  # by sample index; None if nobody wants any
     beams: BeamGroup | None = None
 
 
@@ -87,6 +89,11 @@ class Engine:
         self.config = config
         self.clock = clock
         self.device = config.resolve_device()
+        with on_device(self.device):
+            self._build(loaded, scheduler, memory)
+
+    def _build(self, loaded: LoadedModel | None, scheduler: type[Scheduler], memory: Memory) -> None:
+        config = self.config
         dtype = config.resolve_dtype(self.device)
         gpu = self.device.type == "cuda"
         # Everything cheap that can be wrong is found out before the weights are read.
@@ -127,7 +134,6 @@ class Engine:
         )
         self.cache = KVCache(shape, num_blocks, self.device, memory)
         self.runner.use_cache(self.cache)
-        self.ahead = config.async_scheduling if config.async_scheduling is not None else gpu
         if gpu and config.cuda_graphs:
             capture_graphs(self.runner, config, self.max_model_len)
         self.scheduler = scheduler(
@@ -141,8 +147,9 @@ class Engine:
             victim_policy=config.parts.victim_policy,
             block_manager=config.parts.block_manager,
         )
+        ahead = gpu if config.async_scheduling is None else config.async_scheduling
+        self.loop = StepLoop(self.scheduler, self._launch, ahead)
         self._tracked: dict[str, _Tracked] = {}
-        self._under_way: Launched | None = None
         self._computed_tokens = 0
 
     def _count_blocks(self, shape: KVShape) -> int:
@@ -210,6 +217,8 @@ class Engine:
         tracked = _Tracked(request, RequestMetrics(request.arrival))
         tracked.sequences[0] = sequence
         tracked.beams = self.scheduler.beam_group(request.request_id)
+        if self.tokenizer is not None and request.params.detokenize and not request.beam:
+            tracked.text = {}
         self._tracked[request.request_id] = tracked
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -235,41 +244,13 @@ class Engine:
         Args:
             final_only: return requests only when they have ended
         """
-        ready, self._under_way = self._under_way, self._launch()
-        if not self.ahead or (ready is None and self._under_way is None):
-            ready, self._under_way = self._under_way, None
-            if ready is None and self.has_unfinished:
+        done = self.loop.step()
+        if done is None:
+            if self.loop.under_way is None and self.has_unfinished:
                 raise RuntimeError("the chunk policy gives no tokens to any prompt; nothing can run")
-        return [] if ready is None else self._take_in(ready, final_only)
-
-    def _launch(self) -> Launched | None:
-        """Plan the next step and put it on the device's queue; None if there is none to plan yet."""
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return None
-        now = self.clock()
-        for chunk in plan.chunks:
-            metrics = self._tracked[chunk.sequence.request.request_id].metrics
-            if metrics.first_scheduled_time is None:
-                metrics.first_scheduled_time = now
-        try:
-            return self.runner.launch(plan)
-        except BaseException:
-            self.scheduler.roll_back(plan)
-            raise
-
-    def _take_in(self, launched: Launched, final_only: bool) -> list[RequestOutput]:
-        """Wait for a step's tokens and pass them on."""
-        try:
-            sampled = launched.result()
-        except BaseException:
-            for lost in (self._under_way, launched):
-                if lost is not None:
-                    self.scheduler.roll_back(lost.plan)
-            self._under_way = None
-            raise
-        touched = self.scheduler.complete(launched.plan, sampled)
-        self._computed_tokens += launched.plan.num_tokens
+            return []
+        plan, touched = done
+        self._computed_tokens += plan.num_tokens
         now = self.clock()
         progressed: dict[str, _Tracked] = {}
         for sequence in touched:
@@ -277,9 +258,10 @@ class Engine:
             tracked.sequences[sequence.index] = sequence
             if tracked.metrics.first_token_time is None:
                 tracked.metrics.first_token_time = now
-            if not sequence.request.beam:
-                self._read(tracked, sequence)
-            if not final_only or sequence.finished:
+            # Text takes longer than all else here: it is made when it is looked at, by somebody or for a stop string.
+            if tracked.text is not None and (not final_only or sequence.request.params.stop):
+                self._read(tracked.text, sequence)
+            if not final_only or sequence.finish_reason:
                 progressed[sequence.request.request_id] = tracked
         return [
             self._output(tracked, now)
@@ -287,25 +269,32 @@ class Engine:
             if not final_only or all(sequence.finished for sequence in tracked.sequences.values())
         ]
 
-    def _read(self, tracked: _Tracked, sequence: Sequence) -> None:
-        """Turn a sample's newest token into text and end the sample at a stop string."""
+    def _launch(self, plan: StepPlan) -> Launched:
+        """Put a plan on the device's queue."""
+        now = self.clock()
+        for chunk in plan.chunks:
+            if not chunk.sequence.tokens_computed:
+                metrics = self._tracked[chunk.sequence.request.request_id].metrics
+                if metrics.first_scheduled_time is None:
+                    metrics.first_scheduled_time = now
+        return self.runner.launch(plan)
+
+    def _read(self, text: dict[int, Detokenizer], sequence: Sequence) -> None:
+        """Turn what is new of a sample into text and end the sample at a stop string."""
         params = sequence.request.params
-        reader = tracked.text.get(sequence.index)
+        reader = text.get(sequence.index)
         if reader is None:
-            reader = NoDetokenizer()
-            if self.tokenizer is not None and params.detokenize:
-                reader = Detokenizer(
-                    self.tokenizer,
-                    sequence.request.prompt_token_ids,
-                    params.stop_strings,
-                    params.include_stop_str_in_output,
-                )
-            tracked.text[sequence.index] = reader
-        stopped = None
+            reader = text[sequence.index] = Detokenizer(
+                self.tokenizer,
+                sequence.request.prompt_token_ids,
+                params.stop_strings,
+                params.include_stop_str_in_output,
+            )
         # A stop token is part of token_ids but not of the text.
-        if sequence.finish_reason not in (FinishReason.STOP, FinishReason.ERROR):
-            stopped = reader.push(sequence.tokens[sequence.known_len - 1])
-        if sequence.finished:
+        end = sequence.known_len - (sequence.finish_reason == FinishReason.STOP)
+        fresh = sequence.tokens[sequence.prompt_len + reader.num_pushed : end]
+        stopped = reader.push(*fresh) if fresh else None
+        if sequence.finished and sequence.finish_reason != FinishReason.ABORT:
             stopped = stopped or reader.end()
         if stopped and sequence.output_len >= params.min_tokens:
             if sequence.finished:
@@ -334,8 +323,9 @@ class Engine:
 
     def _completion(self, tracked: _Tracked, sequence: Sequence) -> CompletionOutput:
         wants_logprobs = sequence.request.params.logprobs is not None
-        reader = tracked.text.get(sequence.index)
         logprobs = None
+        if tracked.text is not None:
+            self._read(tracked.text, sequence)
         if wants_logprobs:
             logprobs = [
                 {token: entry._replace(decoded_token=self._decode(token)) for token, entry in top.items()}
@@ -343,7 +333,7 @@ class Engine:
             ]
         return CompletionOutput(
             index=sequence.index,
-            text=reader.text if reader else "",
+            text=tracked.text[sequence.index].text if tracked.text is not None else "",
             token_ids=sequence.output_token_ids,
             cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
             logprobs=logprobs,

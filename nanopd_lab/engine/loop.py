@@ -22,7 +22,7 @@ class Launched(Protocol):
         """What it computes."""
         ...
 
-    def result(self) -> list[list[SampledToken]]:
+    def result(self) -> Seq[Seq[SampledToken]]:
         """Element i holds the tokens drawn behind `plan.chunks[i]`; waits for them."""
         ...
 

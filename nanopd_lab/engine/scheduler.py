@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from collections.abc import Sequence as Seq
 
 from nanopd_lab.core import (
@@ -185,26 +185,28 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can run before an earlier one is complete."""
-        chunks: dict[int, Chunk] = {}
-        copies: dict[int, list[BlockCopy]] = {}
+        chunks: dict[Sequence, Chunk] = {}
+        copies: dict[Sequence, list[BlockCopy]] = {}
         preempted: list[Sequence] = []
 
         decodes = [sequence for sequence in self.running if sequence.is_decoding]
-        decodes.sort(key=lambda sequence: (sequence.last_served, sequence.priority))
+        if len(decodes) > self.budget:
+            decodes.sort(key=lambda sequence: (sequence.last_served, sequence.priority))
+        plenty = self.allocator.num_free >= len(decodes)  # a decode takes one block at most
         for sequence in decodes:
             if len(chunks) == self.budget:
                 break
             if preempted and sequence not in self.running:  # lost its blocks to an older one in this loop
                 continue
-            if self._make_room(sequence, chunks, copies, preempted):
+            if plenty or self._make_room(sequence, chunks, copies, preempted):
                 self._place(sequence, 1, chunks, copies)
         num_decodes = len(chunks)
 
         if not preempted:
-            self._admit(self.budget - num_decodes)
+            self._admit(self.budget - num_decodes, chunks)
         # A sequence admitted just now may lack one token only (the rest was cached): it is a chunk like others.
-        known = {id(sequence) for sequence in decodes}
-        prefills = [s for s in self.running if s.remaining > 0 and id(s) not in known]
+        known = set(decodes)
+        prefills = [s for s in self.running if s not in known and s.remaining > 0]
         counts = self.chunk_policy(num_decodes, [s.remaining for s in prefills], self.budget)
         self._check_counts(counts, num_decodes, prefills)
         for sequence, count in zip(prefills, counts, strict=True):
@@ -222,8 +224,7 @@ class Scheduler:
                 return self.schedule() if preempted else None
             return None
         self.num_steps += 1
-        for chunk in chunks.values():
-            self._advance(chunk)
+        self._advance(chunks.values())
         return StepPlan(
             step=self.num_steps,
             chunks=tuple(chunks.values()),
@@ -239,13 +240,13 @@ class Scheduler:
         assert len(sampled) == len(plan.chunks)
         touched: list[Sequence] = []
         for chunk, tokens in zip(plan.chunks, sampled, strict=True):
-            sequence = chunk.sequence
+            sequence, end = chunk.sequence, chunk.start + chunk.count
             sequence.in_flight -= 1
-            if sequence.finished:  # since the step was planned
+            if sequence.finish_reason:  # since the step was planned
                 continue
             sequence.tokens_computed += chunk.count
-            if sequence.num_computed >= chunk.end:  # not preempted since
-                self.blocks.register(sequence, chunk.end)
+            if sequence.num_computed >= end:  # not preempted since
+                self.blocks.register(sequence, end)
             if not chunk.samples:
                 continue
             assert len(tokens) == chunk.samples
@@ -258,6 +259,9 @@ class Scheduler:
             elif sequence.request.beam:
                 sequence.candidates = tokens[0]
                 touched.extend(self._advance_beams(sequence.request))
+            elif chunk.samples == 1:
+                self.append(sequence, tokens[0])
+                touched.append(sequence)
             else:
                 family = [sequence, *(self.fork(sequence, index) for index in range(1, chunk.samples))]
                 for member, token in zip(family, tokens, strict=True):
@@ -283,21 +287,21 @@ class Scheduler:
 
     def append(self, sequence: Sequence, sampled: SampledToken) -> None:
         """Append a token and end the sequence if it is a stop token or the last one allowed."""
-        params = sequence.request.params
+        params, token = sequence.request.params, sampled.token
         if sequence.pending:
-            sequence.tokens[-sequence.pending] = sampled.token
+            sequence.tokens[-sequence.pending] = token
             sequence.pending -= 1
         else:
-            sequence.tokens.append(sampled.token)
+            sequence.tokens.append(token)
         sequence.cumulative_logprob += sampled.logprob
         if sampled.top_logprobs is not None:
             sequence.logprobs.append(sampled.top_logprobs)
         length = sequence.output_len
         if length >= params.min_tokens:
-            if sampled.token in (params.stop_token_ids or ()):
-                self.finish(sequence, FinishReason.STOP, sampled.token)
+            if params.stop_token_ids and token in params.stop_token_ids:
+                self.finish(sequence, FinishReason.STOP, token)
                 return
-            if not params.ignore_eos and sampled.token in self.eos_token_ids:
+            if not params.ignore_eos and token in self.eos_token_ids:
                 self.finish(sequence, FinishReason.STOP)
                 return
         if length >= params.max_tokens:
@@ -329,34 +333,36 @@ class Scheduler:
         self,
         sequence: Sequence,
         count: int,
-        chunks: dict[int, Chunk],
-        copies: dict[int, list[BlockCopy]],
+        chunks: dict[Sequence, Chunk],
+        copies: dict[Sequence, list[BlockCopy]],
     ) -> None:
         """Plan the sequence's next `count` tokens, with blocks to write them to."""
-        copies[id(sequence)] = self.blocks.extend(sequence, count)
-        samples = 0
-        if count == sequence.remaining:
-            first_token = len(sequence.tokens) == sequence.prompt_len and not sequence.request.beam
+        if made := self.blocks.extend(sequence, count):
+            copies[sequence] = made
+        start, samples = sequence.num_computed, 0
+        if start + count == len(sequence.tokens):
+            first_token = start + count == sequence.prompt_len and not sequence.request.beam
             samples = sequence.request.params.n if first_token else 1
-        chunks[id(sequence)] = Chunk(sequence, sequence.num_computed, count, samples)
+        chunks[sequence] = Chunk(sequence, start, count, samples)
 
-    def _advance(self, chunk: Chunk) -> None:
-        """The chunk is part of a plan: from here on its tokens count as computed."""
-        sequence = chunk.sequence
-        sequence.num_computed = chunk.end
-        sequence.in_flight += 1
-        self._serves += 1
-        sequence.last_served = self._serves
-        more = len(sequence.tokens) + 1 - sequence.prompt_len < sequence.request.params.max_tokens
-        if chunk.samples == 1 and not sequence.request.beam and more and not sequence.hand_off:
-            sequence.tokens.append(PENDING)
-            sequence.pending += 1
+    def _advance(self, chunks: Iterable[Chunk]) -> None:
+        """The chunks are a plan: from here on their tokens count as computed."""
+        for chunk in chunks:
+            sequence, request = chunk.sequence, chunk.sequence.request
+            sequence.num_computed = chunk.start + chunk.count
+            sequence.in_flight += 1
+            self._serves += 1
+            sequence.last_served = self._serves
+            more = len(sequence.tokens) + 1 - sequence.prompt_len < request.params.max_tokens
+            if chunk.samples == 1 and more and not request.beam and not sequence.hand_off:
+                sequence.tokens.append(PENDING)
+                sequence.pending += 1
 
     def _make_room(
         self,
         sequence: Sequence,
-        chunks: dict[int, Chunk],
-        copies: dict[int, list[BlockCopy]],
+        chunks: dict[Sequence, Chunk],
+        copies: dict[Sequence, list[BlockCopy]],
         preempted: list[Sequence],
         count: int = 1,
     ) -> bool:
@@ -366,8 +372,8 @@ class Scheduler:
             return True
         while self.blocks.missing(sequence, count) > self.allocator.num_free:
             victim = self.victim_policy(self.running)
-            chunks.pop(id(victim), None)
-            copies.pop(id(victim), None)
+            chunks.pop(victim, None)
+            copies.pop(victim, None)
             self._preempt(victim, preempted)
             if victim is sequence:
                 return False
@@ -381,13 +387,18 @@ class Scheduler:
         bisect.insort(self.waiting, sequence, key=lambda s: s.priority)
         preempted.append(sequence)
 
-    def _admit(self, room: int) -> None:
-        """Move waiting sequences to running while the budget, the sequence cap and the pool allow."""
-        if not self.waiting or room <= 0:
-            return
+    def _admit(self, room: int, placed: Container[Sequence]) -> None:
+        """Move waiting sequences to running while the budget, the sequence cap and the pool allow.
+
+        Those that are `placed` in this step have their blocks.
+        """
         # A step serves at most `budget` sequences; admitting more would only make them wait inside.
         cap = min(self.max_num_seqs, self.budget) - self.promised
-        reserved = sum(self.blocks.missing(s, s.remaining) for s in self.running if s.remaining > 0)
+        if not self.waiting or room <= 0 or len(self.running) >= cap:
+            return
+        reserved = sum(
+            self.blocks.missing(s, s.remaining) for s in self.running if s not in placed and s.remaining > 0
+        )
         room -= sum(s.remaining for s in self.running if not s.is_decoding)
         parked: list[Sequence] = []
         while self.waiting and room > 0:

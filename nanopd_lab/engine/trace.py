@@ -131,7 +131,7 @@ def run_traced(
     due = list(after_steps or [0] * len(prompts))
     outside = deque(sorted(range(len(prompts)), key=lambda number: due[number]))
     # A step is what is recorded, so each is completed before the next is planned.
-    ahead, engine.ahead = engine.ahead, False
+    ahead, engine.loop.ahead = engine.loop.ahead, False
     start = engine.clock()
     steps: list[StepRecord] = []
     outputs: dict[int, RequestOutput] = {}
@@ -152,7 +152,7 @@ def run_traced(
         step, ended = _step(engine, start, queued, len(outputs))
         steps.append(step)
         outputs |= ended
-    engine.ahead = ahead
+    engine.loop.ahead = ahead
     return Trace(
         steps=tuple(steps),
         outputs=tuple(outputs[number] for number in range(len(prompts))),

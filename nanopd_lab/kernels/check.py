@@ -25,6 +25,7 @@ from nanopd_lab.kernels.launches import (
     move_launch,
     prefill_launch,
     store_launch,
+    top_p_launch,
 )
 from nanopd_lab.kernels.problems import Problem, make_problem
 
@@ -69,6 +70,7 @@ def all_launches(full: bool = False) -> Iterator[tuple[str, Launch]]:
     for dtype in (torch.bfloat16, torch.float16):
         for rows in ROWS_TUNINGS:
             yield f"few_rows {ELEMENTS[dtype]} {rows}", few_rows_launch(dtype, rows, 64, 64)
+    yield "top_p", top_p_launch(4)
     yield "move_blocks", move_launch(4, 65536)
     yield "read_bandwidth", Launch("read_bandwidth.cu", "read_bandwidth", (1, 1, 1), 512)
 

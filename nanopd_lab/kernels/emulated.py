@@ -26,6 +26,7 @@ from nanopd_lab.kernels.launches import (
     prefill_launch,
     split_workspace,
     store_launch,
+    top_p_launch,
     workspace_bytes,
 )
 from nanopd_lab.kernels.report import RunResult
@@ -166,6 +167,20 @@ def few_rows(
     add, stride = (none, 0) if residual is None else (residual, residual.stride(0))
     args = [out, n, x, x.stride(0), weight, add, stride, rows, k]
     return out, execute(few_rows_launch(x.dtype, rows, n, k, tuning), args, instrument)
+
+
+def top_p_threshold(
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    target: torch.Tensor,
+    instrument: bool = False,
+    warps: int = 4,
+) -> tuple[torch.Tensor, RunResult]:
+    """See `selection.top_p_threshold`."""
+    rows, vocab = logits.shape
+    out = torch.full((rows, 1), float("nan"))
+    args = [out, logits, weights, target, vocab]
+    return out, execute(top_p_launch(rows, warps), args, instrument)
 
 
 def move_blocks(

@@ -44,6 +44,7 @@ def _cuda_core() -> Any:
     return core
 
 
+@functools.lru_cache(maxsize=1)
 def can_compile() -> bool:
     """True if cuda-core is installed."""
     return find_spec("cuda") is not None and find_spec("cuda.core") is not None

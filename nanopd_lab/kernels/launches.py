@@ -360,3 +360,8 @@ def few_rows_launch(
     }  # fmt: skip
     grid = (n // (16 * chosen.row_tiles), 1, 1)
     return Launch("few_rows.cu", "few_rows", grid, 32 * chosen.warps, 0, defines, overlaps=True)
+
+
+def top_p_launch(rows: int, warps: int = 32) -> Launch:
+    """Launch of the search for top_p's threshold: a block for each row."""
+    return Launch("top_p.cu", "top_p", (rows, 1, 1), 32 * warps, 0, {"WARPS": warps})

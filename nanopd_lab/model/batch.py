@@ -9,15 +9,17 @@ to nothing).
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from operator import attrgetter
 
 import numpy as np
 import torch
 
 from nanopd_lab.attention.base import AttentionMetadata, PackedLengths
 from nanopd_lab.core import PENDING, Chunk
-from nanopd_lab.kv import slots
+from nanopd_lab.kv import blocks_for
 
 
 @dataclass(frozen=True)
@@ -73,20 +75,67 @@ class PackedBatch:
     """A plan's chunks on the host, ordered by length: decode steps come first.
 
     packed: int32, the layout's fields and then `[sequences, width]` block tables
-    logits_rows: rows of the flat batch whose logits are needed
+    counts, ends: `[sequences]`, each chunk's tokens, and its context with them
     """
 
     chunks: tuple[Chunk, ...]
     layout: Layout
     packed: torch.Tensor
     width: int
-    lengths: tuple[int, ...]
-    contexts: tuple[int, ...]
+    counts: np.ndarray
+    ends: np.ndarray
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Tokens of the batch, padding apart."""
-        return sum(self.lengths)
+        return int(self.counts.sum())
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """`counts` for those who want integers."""
+        return tuple(self.counts.tolist())
+
+    @cached_property
+    def contexts(self) -> tuple[int, ...]:
+        """`ends` for those who want integers."""
+        return tuple(self.ends.tolist())
+
+
+class TableMemory:
+    """Which sequence's block table lies in which row of the latest batch, so that the next one can take it over.
+
+    A table is a list that only grows, except that a chunk may replace (copy-on-write) the blocks that it writes. A
+    sequence that gives up its blocks starts a new list.
+    """
+
+    def __init__(self) -> None:
+        self._tables = np.zeros((0, 0), np.int32)
+        self._lists: list[list[int]] = []  # kept, so that no other list gets the id of one of them
+        self._ids: list[int] = []
+
+    def fill(
+        self, tables: np.ndarray, chunks: Seq[Chunk], starts: np.ndarray, singles: int, size: int
+    ) -> None:
+        """Write the chunks' block tables to the rows of `tables`; the first `singles` chunks are of one token."""
+        lists = [chunk.sequence.blocks for chunk in chunks]
+        ids = list(map(id, lists))
+        before = np.arange(singles)
+        if ids[:singles] != self._ids[:singles]:
+            rows = {number: row for row, number in enumerate(self._ids)}
+            before = np.array([rows.get(number, -1) for number in ids[:singles]], np.int64)
+        shared = min(tables.shape[1], self._tables.shape[1])
+        tables[:singles, :shared] = self._tables[before, :shared] if shared else 0
+        tables[:singles, shared:] = 0
+        for row in [*np.flatnonzero(before < 0).tolist(), *range(singles, len(chunks))]:
+            known = lists[row][: tables.shape[1]]
+            tables[row, : len(known)] = known
+            tables[row, len(known) :] = 0
+        # The one block that a single token is written to is all that may be new.
+        places = starts[:singles] // size
+        tables[np.arange(singles), places] = [
+            blocks[place] for blocks, place in zip(lists, places.tolist(), strict=False)
+        ]
+        self._tables, self._lists, self._ids = tables, lists, ids
 
 
 def to_device(values: Seq[object], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -102,73 +151,62 @@ def select(rows: torch.Tensor, wanted: Seq[int]) -> torch.Tensor:
 
 def order(chunks: Seq[Chunk]) -> tuple[Chunk, ...]:
     """By length, decode steps first; stable, so equal ones stay in the plan's order."""
-    return tuple(sorted(chunks, key=lambda chunk: chunk.count))
+    return tuple(sorted(chunks, key=attrgetter("count")))
 
 
 def pack(
-    chunks: tuple[Chunk, ...], layout: Layout, block_size: int, sources: dict[int, int], pinned: bool
+    chunks: tuple[Chunk, ...],
+    layout: Layout,
+    block_size: int,
+    sources: dict[int, int],
+    pinned: bool,
+    memory: TableMemory | None = None,
 ) -> PackedBatch:
     """Flatten ordered chunks into the layout.
 
     Args:
         sources: by id(sequence), where the step before put the token it draws for that sequence
         pinned: in page-locked memory, so that the copy to a GPU runs behind the host's back
+        memory: of the batch before
     """
-    width = max(2, *(len(chunk.sequence.blocks) for chunk in chunks))
-    size = layout.size + len(chunks) * width
-    packed = torch.empty(size, dtype=torch.int32, pin_memory=pinned)
+    used = len(chunks)
+    starts = np.array([chunk.start for chunk in chunks])
+    counts = np.array([chunk.count for chunk in chunks])
+    ends = starts + counts
+    width = max(2, blocks_for(int(ends.max()), block_size))
+    packed = torch.empty(layout.size + used * width, dtype=torch.int32, pin_memory=pinned)
     flat = packed.numpy()
     view = {name: flat[first : first + length] for name, (first, length) in layout.fields.items()}
-    tables = flat[layout.size :].reshape(len(chunks), width)
-    tables[:] = 0
+    tables = flat[layout.size :].reshape(used, width)
+    singles = int(counts.searchsorted(1, side="right"))
+    (memory or TableMemory()).fill(tables, chunks, starts, singles, block_size)
 
-    tokens: list[int] = []
-    positions: list[int] = []
-    mapping: list[int] = []
-    pending: list[tuple[int, int]] = []
-    starts = [0]
-    for row, chunk in enumerate(chunks):
-        sequence, start, count = chunk.sequence, chunk.start, chunk.count
-        blocks = sequence.blocks
-        if count == 1:
-            token = sequence.tokens[start]
-            if token == PENDING:
-                pending.append((len(tokens), sources[id(sequence)]))
-            tokens.append(token)
-            positions.append(start)
-            mapping.append(blocks[start // block_size] * block_size + start % block_size)
-        else:
-            tokens.extend(sequence.tokens[start : start + count])
-            positions.extend(range(start, start + count))
-            mapping.extend(slots(blocks, start, count, block_size))
-        starts.append(len(tokens))
-        tables[row, : len(blocks)] = blocks
-
-    total, used = len(tokens), len(chunks)
+    query_start = np.concatenate([[0], counts.cumsum()])
+    total = int(query_start[-1])
+    tokens = [chunk.sequence.tokens[chunk.start] for chunk in chunks[:singles]]
+    for chunk in chunks[singles:]:
+        tokens += chunk.sequence.tokens[chunk.start : chunk.end]
+    rows = np.repeat(np.arange(used), counts)
+    positions = np.arange(total) + (starts - query_start[:-1])[rows]
+    blocks = tables[rows, positions // block_size].astype(np.int64)
     for name, values, padding in (
         ("input_ids", tokens, 0),
         ("positions", positions, 0),
-        ("slot_mapping", mapping, -1),
+        ("slot_mapping", blocks * block_size + positions % block_size, -1),
+        ("query_start", query_start, total),
+        ("context_lens", ends, 0),
+        ("decode_lens", np.where(counts == 1, ends, 0), 0),
+        ("prefill_lens", np.where(counts == 1, 0, ends), 0),
+        ("logits_index", query_start[1:] - 1, 0),
     ):
-        view[name][:total] = values
-        view[name][total:] = padding
+        view[name][: len(values)] = values
+        view[name][len(values) :] = padding
     view["source"][:] = -1
-    for place, source in pending:
-        view["input_ids"][place] = 0
-        view["source"][place] = source
-    view["query_start"][: used + 1] = starts
-    view["query_start"][used + 1 :] = total
-    lengths = np.diff(view["query_start"][: used + 1])
-    contexts = np.fromiter((chunk.start for chunk in chunks), np.int32, used) + lengths
-    for name, lens in (
-        ("context_lens", contexts),
-        ("decode_lens", np.where(lengths == 1, contexts, 0)),
-        ("prefill_lens", np.where(lengths == 1, 0, contexts)),
-        ("logits_index", view["query_start"][1 : used + 1] - 1),
-    ):
-        view[name][:used] = lens
-        view[name][used:] = 0
-    return PackedBatch(chunks, layout, packed, width, tuple(lengths.tolist()), tuple(contexts.tolist()))
+    # Only the token of a decode step may be unknown, so its place is its sequence's.
+    pending = np.flatnonzero(view["input_ids"][:singles] == PENDING)
+    view["input_ids"][pending] = 0
+    view["source"][pending] = [sources[id(chunks[row].sequence)] for row in pending.tolist()]
+    return PackedBatch(chunks, layout, packed, width, counts, ends)
 
 
 def metadata_of(
@@ -197,3 +235,8 @@ def metadata_of(
         context_lens_host=batch.contexts if batch else (),
         packed=PackedLengths(lens, tables.view(-1), header),
     )
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one meanwhile: streams, events and graphs that name none are then its own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -121,7 +121,8 @@ class Transport(Protocol):
         ...
 
     def connect(self, address: PoolAddress) -> None:
-        """Reach another worker's pool; a second address of the same worker (restarted) replaces the first.
+        """Reach another worker's pool, after the own one has been registered; a second address of the same worker
+        (restarted) replaces the first, as if it had been disconnected.
 
         Raises:
             TransferError: it cannot be reached, or its blocks have another size.
@@ -136,7 +137,8 @@ class Transport(Protocol):
         """Begin a pull; `deadline` on `time.monotonic()` is when it counts as failed.
 
         Raises:
-            TransferError: not connected to its source, or a block is out of range; nothing was started.
+            TransferError: not connected to its source, a block is out of range, a target block is named twice, or
+                its id is that of a pull under way; nothing was started.
         """
         ...
 
@@ -149,5 +151,6 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop everything, release memory shared with others. Safe to call twice."""
+        """Stop everything, release memory shared with others. Safe to call twice. The pulls that it cuts short are
+        reported by a last `poll`; everything else is refused from then on."""
         ...

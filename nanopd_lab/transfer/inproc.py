@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nanopd_lab.cpu import block_copy
+from nanopd_lab.kernels import ops
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, TransferError
 from nanopd_lab.transfer.packing import pack_blocks, unpack_blocks
 from nanopd_lab.transfer.pulls import Job, Peer, PoolTransport
@@ -34,7 +36,8 @@ class InprocTransport(PoolTransport):
         fault: called when a pull's copy is due: the reason why it fails, or None. It may also act, for example raise
             a generation of the source.
         hold: called in every `poll` for every pull: True leaves it for a later one
-        pack, unpack: how blocks get out of one pool and into another, see `transfer.packing`
+        pack, unpack: to get blocks out of one pool and into another through these, see `transfer.packing`; without
+            both they are copied directly where that is possible
     """
 
     name = "inproc"
@@ -45,8 +48,8 @@ class InprocTransport(PoolTransport):
         clock: Callable[[], float] = time.monotonic,
         fault: Callable[[Pull], str | None] = _nothing_wrong,
         hold: Callable[[Pull], bool] = _nothing_held,
-        pack: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] = pack_blocks,
-        unpack: Callable[[torch.Tensor, Sequence[int], torch.Tensor], None] = unpack_blocks,
+        pack: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
+        unpack: Callable[[torch.Tensor, Sequence[int], torch.Tensor], None] | None = None,
     ) -> None:
         super().__init__(clock)
         self._pools, self._fault, self._hold = pools, fault, hold
@@ -66,6 +69,8 @@ class InprocTransport(PoolTransport):
     def register(self, worker: str, pool: Pool) -> PoolAddress:
         """See `Transport`."""
         address = super().register(worker, pool)
+        if pool.memory.device.type == "cpu":
+            block_copy.prepare()
         self._pools[worker] = pool
         return address
 
@@ -90,11 +95,35 @@ class InprocTransport(PoolTransport):
                 error = f"{job.peer.worker} is gone"
             error = error or self._fault(job.pull)
             if error is None:
-                memory = self._registered().memory
-                moved = self._pack(job.peer.pool.memory, job.pull.source_blocks).to(memory.device)
-                self._unpack(memory, job.pull.target_blocks, moved.view(-1, *memory.shape[1:]))
+                self._copy(self._registered().memory, job.pull, job.peer.pool.memory)
             self._end(job, error)
+
+    def _copy(self, target: torch.Tensor, pull: Pull, source: torch.Tensor) -> None:
+        if self._pack is None and self._unpack is None:
+            copy_blocks(target, pull.target_blocks, source, pull.source_blocks)
+            return
+        packed = (self._pack or pack_blocks)(source, pull.source_blocks).to(target.device)
+        (self._unpack or unpack_blocks)(target, pull.target_blocks, packed.view(-1, *target.shape[1:]))
 
     def _stop(self) -> None:
         if self._pools.get(self._worker) is self._own:
             self._pools.pop(self._worker, None)
+
+
+def copy_blocks(
+    target: torch.Tensor, target_blocks: Sequence[int], source: torch.Tensor, source_blocks: Sequence[int]
+) -> None:
+    """`target[target_blocks[i]] = source[source_blocks[i]]`, whatever memory each is in. Shapes `[num_blocks, ...]`,
+    contiguous; blocks of the same size."""
+    size = target[0].numel() * target.itemsize
+    if source.device == target.device and source.data_ptr() != target.data_ptr():
+        # Directly: what is gathered first costs a second copy, and on a CPU fresh pages, which are slower by ten.
+        if target.device.type == "cpu":
+            block_copy.copy_blocks(source.data_ptr(), source_blocks, target.data_ptr(), target_blocks, size)
+            return
+        if target.is_cuda and size % 16 == 0 and source.dtype == target.dtype:
+            ids = torch.tensor([list(target_blocks), list(source_blocks)], device=target.device)
+            ops.pull_blocks(target, ids[0], source, ids[1], validate_values=False)
+            return
+    packed = pack_blocks(source, source_blocks).to(target.device)
+    unpack_blocks(target, target_blocks, packed.view(-1, *target.shape[1:]))

@@ -39,7 +39,7 @@ class P2PTransport(CudaPoolTransport):
                 f"'p2p' moves blocks in pieces of 16 bytes; {pool.block_bytes} is no multiple of 16"
             )
         details = super()._show(pool)
-        # Before the computation's kernels: a few of its thread blocks suffice, and they mostly wait for memory.
+        # Before the computation's kernels: its thread blocks are short and mostly wait for memory.
         self._stream = torch.cuda.Stream(pool.memory.device, priority=-1)
         with torch.cuda.device(pool.memory.device):  # compiled now, not while the first pull's deadline runs
             gpu.load(move_launch(1, pool.block_bytes), pool.memory.device.index)

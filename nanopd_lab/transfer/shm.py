@@ -55,6 +55,7 @@ class ShmTransport(PoolTransport):
         return self._tables.make(num_blocks)
 
     def _show(self, pool: Pool) -> dict[str, Any]:
+        block_copy.prepare()
         for memory, segment in self._segments:
             if memory.data_ptr() == pool.memory.data_ptr():
                 return {"memory": segment.details, "generations": self._tables.details(pool.generations)}
@@ -81,7 +82,6 @@ class ShmTransport(PoolTransport):
 
     def _copy(self) -> None:
         """The background thread. It reads pulls and writes blocks, and touches nothing else of the transport."""
-        block_copy.prepare()
         while self._copy_one(self._todo.get()):
             pass  # no name for the job here: it would keep a forgotten source's memory until the next pull
 

@@ -64,7 +64,7 @@ class Wire:
 
 
 class SymbolicTransport:
-    """Copies when polled, block by block over several polls, as a slow link would."""
+    """Copies when polled, some blocks whenever time has passed, as a slow link would."""
 
     name = "symbolic"
 
@@ -72,6 +72,7 @@ class SymbolicTransport:
         self.wire, self.runner, self.per_poll = wire, runner, per_poll
         self.under_way: dict[int, tuple[Pull, float, float, int, str | None]] = {}
         self.cancelled: set[int] = set()
+        self.last = wire.clock()
 
     def connect(self, address: PoolAddress) -> None:
         pass
@@ -85,7 +86,8 @@ class SymbolicTransport:
         self.under_way[pull.pull_id] = (pull, deadline, self.wire.clock(), 0, self.wire.fault(pull))
 
     def poll(self) -> list[PullResult]:
-        found = []
+        found: list[PullResult] = []
+        moves, self.last = self.wire.clock() > self.last, self.wire.clock()
         for number, (pull, deadline, started, done, fault) in list(self.under_way.items()):
             now = self.wire.clock()
 
@@ -97,11 +99,11 @@ class SymbolicTransport:
                 ended(PullStatus.FAILED, "cancelled")
             elif pull.source not in self.wire.pools:
                 ended(PullStatus.FAILED, "the source is gone")
-            elif fault == "fail" and done:
+            elif fault == "fail" and moves:
                 ended(PullStatus.FAILED, "the link broke")
             elif now >= deadline:
                 ended(PullStatus.FAILED, "deadline")
-            elif fault != "late":
+            elif fault != "late" and moves:
                 runner, allocator = self.wire.pools[pull.source]
                 size, stop = runner.block_size, min(done + self.per_poll, len(pull.source_blocks))
                 for i in range(done, stop):

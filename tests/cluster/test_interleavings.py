@@ -163,7 +163,8 @@ class Simulation:
         else:
             assert got == want[: len(got)], f"{name}: {got} is no beginning of {want}"
             if end.finish_reason is FinishReason.ERROR:
-                assert end.error is not None and len(end.error) > 20
+                assert end.error is not None
+                assert len(end.error) > 20
             else:
                 assert name in self.cancelled
         settled = harness.settled[name, 0]

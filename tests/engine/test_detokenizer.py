@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,3 +66,18 @@ def test_an_unfinished_character_is_shown_at_the_end() -> None:
     assert reader.text == "ab"
     reader.end()
     assert reader.text == "ab\ufffd"
+
+
+@given(
+    prompt=st.binary(max_size=8), output=st.binary(max_size=24), cuts=st.lists(st.integers(0, 24), max_size=3)
+)
+def test_several_tokens_at_once_are_the_same_text(prompt: bytes, output: bytes, cuts: list[int]) -> None:
+    """Also where the bytes are no text."""
+    one_by_one, at_once = Detokenizer(Bytes(), list(prompt)), Detokenizer(Bytes(), list(prompt))
+    for byte in output:
+        one_by_one.push(byte)
+    for begin, end in itertools.pairwise([0, *sorted(cuts), len(output)]):
+        at_once.push(*output[begin:end])
+    one_by_one.end()
+    at_once.end()
+    assert at_once.text == one_by_one.text

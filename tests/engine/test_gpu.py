@@ -138,6 +138,18 @@ def test_captured_steps_in_half_precision_are_as_close_as_launched_ones(
     assert (captured - exact).norm() < 1.3 * (launched - exact).norm()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_second_gpu_gives_the_tokens_of_the_first(dtype: str) -> None:
+    batch = prompts([1, 40, 300, 16])
+    params = SamplingParams(temperature=0.7, seed=1, top_p=0.9, max_tokens=40, ignore_eos=True)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        llm = LLM("random:tiny-gpu", dtype=dtype, device=device, kv_cache_memory_bytes=1 << 28)
+        found.append([output.outputs[0].token_ids for output in llm.generate(batch, params, use_tqdm=False)])
+    assert found[0] == found[1]
+
+
 def test_the_pool_is_what_the_step_leaves() -> None:
     share = 0.5
     llm = LLM("random:qwen3-0.6b", dtype="bfloat16", device="cuda", gpu_memory_utilization=share)

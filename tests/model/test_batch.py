@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nanopd_lab.core import PENDING, Chunk, Request, SamplingParams, Sequence
 from nanopd_lab.kv import blocks_for, slots
-from nanopd_lab.model.batch import Layout, order, pack
+from nanopd_lab.model.batch import Layout, TableMemory, order, pack
 
 SIZE = 4
 
@@ -73,3 +73,39 @@ def test_every_field_is_where_the_layout_says(
     assert field["query_start"][count:] == [total] * (more_sequences + 1)
     assert torch.equal(layout.lens(batch.packed)[: count + more_sequences + 1].cpu(),
                        torch.tensor(field["query_start"], dtype=torch.int32))  # fmt: skip
+
+
+@given(st.data(), st.integers(1, 12))
+def test_tables_taken_over_from_the_batch_before(data: st.DataObject, steps: int) -> None:
+    """Sequences that decode, pause, move their last block, start anew and come and go: as if packed afresh."""
+    memory, fresh = TableMemory(), iter(range(1, 100_000))
+    sequences: list[Sequence] = []
+    for step in range(steps):
+        for number in range(data.draw(st.integers(0, 3))):
+            tokens = list(range(1, data.draw(st.integers(2, 20))))
+            sequences.append(Sequence(Request(f"{step}-{number}", tokens, SamplingParams()), tokens=tokens))
+        chunks = []
+        for sequence in data.draw(st.permutations(sequences)):
+            event = data.draw(st.sampled_from(["go on"] * 5 + ["pause", "copy on write", "preempt", "end"]))
+            if event == "end":
+                sequences.remove(sequence)
+            elif event == "preempt":
+                sequence.blocks, sequence.num_computed = [], 0
+            if event in ("pause", "end"):
+                continue
+            start = sequence.num_computed
+            left = len(sequence.tokens) - start
+            count = data.draw(st.integers(1, left))
+            if event == "copy on write" and start % SIZE:
+                sequence.blocks[start // SIZE] = next(fresh)
+            while len(sequence.blocks) < blocks_for(start + count, SIZE):
+                sequence.blocks.append(next(fresh))
+            sequence.num_computed += count
+            if count == left:
+                sequence.tokens.append(1)
+            chunks.append(Chunk(sequence, start, count, int(count == left)))
+        if chunks:
+            batch = order(chunks)
+            layout = Layout(sum(chunk.count for chunk in batch) + 2, len(batch) + 1)
+            got = pack(batch, layout, SIZE, {}, pinned=False, memory=memory)
+            assert torch.equal(got.packed, pack(batch, layout, SIZE, {}, pinned=False).packed)

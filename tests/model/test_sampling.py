@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -72,10 +74,61 @@ def test_draws_follow_the_filtered_distribution(params: SamplingParams) -> None:
 def test_a_flat_distribution_needs_the_whole_vocabulary(top_p: float) -> None:
     """top_p over more tokens than the shortlist holds."""
     logits = torch.randn(5000, generator=torch.Generator().manual_seed(2)) * 0.01
-    threshold = sampling._thresholds(logits[None] - logits.max(), [SamplingParams(top_p=top_p)])
+    filters = sampling.Filters([SamplingParams(top_p=top_p)], 5000, logits.device)
+    scaled = logits[None] - logits.max()
+    threshold = filters.thresholds(scaled, scaled.exp())
     kept = (logits - logits.max() >= threshold).sum().item()
     assert kept == (warped(logits, SamplingParams(top_p=top_p)) > 0).sum().item()
     assert kept > sampling.TOP_P_SHORTLIST * 0.9
+
+
+def check_top_p(logits: list[float], weights: list[float], top_p: float, threshold: float) -> None:
+    """The threshold by its definition, with exact sums: enough with it, too little without it and its ties."""
+    target = top_p * math.fsum(weights)
+    pairs = list(zip(logits, weights, strict=True))
+    assert math.fsum(w for x, w in pairs if x >= threshold) >= target * (1 - 1e-12)
+    assert math.fsum(w for x, w in pairs if x > threshold) < target * (1 + 1e-12)
+
+
+LOGITS = st.one_of(
+    st.lists(st.floats(-60, 60, width=32), min_size=1, max_size=60),
+    st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=60),  # ties
+    st.lists(st.floats(-(2**-10), 2**-10, width=32), min_size=1, max_size=60),  # almost flat
+    st.lists(st.floats(-5, 0, width=32), min_size=1, max_size=60).map(lambda xs: [*xs, 40.0]),  # peaked
+)
+FILTERS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    top_p=st.one_of(st.sampled_from([1e-9, 0.5, 1 - 1e-9, 1.0]), st.floats(0.01, 1.0)),
+    top_k=st.sampled_from([0, 1, 2, 5, 30, 1000]),
+    min_p=st.sampled_from([0.0, 1e-6, 0.3]),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(LOGITS, FILTERS), min_size=1, max_size=5), st.sampled_from([4, 1024]))
+def test_filters_against_a_sorted_row(
+    batch: list[tuple[list[float], SamplingParams]], shortlist: int
+) -> None:
+    """Rows of different filters in one batch; each as if sorted alone, whether the shortlist suffices or not."""
+    vocab = max(len(row) for row, _ in batch)
+    logits = torch.tensor([row + [-100.0] * (vocab - len(row)) for row, _ in batch])
+    each = [SamplingRow(params, row, 0, 0, 0) for row, (_, params) in enumerate(batch)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "TOP_P_SHORTLIST", shortlist)
+        weights = sampling._weights(logits, sampling.Recipe(each, vocab, logits.device))
+    for row, (_, params) in enumerate(batch):
+        scaled = (logits[row] - logits[row].max()) / params.temperature
+        if params.min_p:
+            scaled[scaled < torch.tensor(params.min_p).log()] = float("-inf")
+        likeliest = scaled.sort(descending=True).values[: params.top_k or vocab]
+        if params.top_p < 1:
+            kept = scaled[weights[row] > 0]
+            check_top_p(likeliest.tolist(), likeliest.exp().tolist(), params.top_p, kept.min().item())
+            expected = scaled >= kept.min()
+        else:
+            expected = scaled >= likeliest[-1]
+        assert torch.equal(weights[row], scaled.exp() * expected)
 
 
 def test_greedy_takes_the_maximum_and_mixes_with_sampling() -> None:

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullStatus, TransferError
+from tests.transfer.simulated_gpus import SimulatedEvent, SimulatedGpus
 from tests.transfer.workers import Worker, make_worker, results_of
 
 KINDS = [
     pytest.param(("inproc", "cpu"), id="inproc"),
     pytest.param(("shm", "cpu"), id="shm"),
+    pytest.param(("p2p", "simulated"), id="p2p-simulated"),
+    pytest.param(("pinned", "simulated"), id="pinned-simulated"),
     pytest.param(("inproc", "cuda"), id="inproc-cuda", marks=pytest.mark.gpu),
     pytest.param(("p2p", "cuda"), id="p2p", marks=pytest.mark.gpu),
     pytest.param(("pinned", "cuda"), id="pinned", marks=pytest.mark.gpu),
@@ -21,9 +24,14 @@ Make = Callable[..., Worker]
 
 
 @pytest.fixture(params=KINDS)
-def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Makes workers of one transport that can reach each other; closes them."""
     kind, device = request.param
+    if device == "simulated":
+        gpus, device = SimulatedGpus(0, monkeypatch), "cpu"
+        asked = SimulatedEvent.query
+        # Time passes whenever somebody asks.
+        monkeypatch.setattr(SimulatedEvent, "query", lambda event: (gpus.run_a_little(), asked(event))[1])
     pools: dict[str, Pool] = {}
     made: list[Worker] = []
 

@@ -143,6 +143,16 @@ def test_fault_may_hand_a_block_out_again_during_the_copy() -> None:
     assert reader.poll()[0].status is PullStatus.STALE
 
 
+def test_pull_from_the_own_pool_reads_before_it_writes() -> None:
+    pools: dict[str, Pool] = {}
+    transport = InprocTransport(pools)
+    memory = torch.arange(4.0).repeat_interleave(2).view(4, 2)
+    transport.connect(transport.register("one", Pool(memory, [0] * 4)))
+    transport.start(Pull(0, "one", [0, 1, 2], [0] * 3, [1, 2, 3]), 1e9)
+    assert transport.poll()[0].status is PullStatus.DONE
+    assert memory[:, 0].tolist() == [0, 0, 1, 2]
+
+
 def test_held_pull_waits_until_its_deadline() -> None:
     now = [0.0]
     _, own, reader = workers(hold=lambda pull: True, clock=lambda: now[0])

@@ -1,117 +1,32 @@
-"""The relay on a simulated pair of GPUs: streams advance in random order and wait for nothing but events.
-
-A wait that is missing, or an event recorded too early, lets a slot be overwritten before it was copied out or read
-before it was filled, in some of the orders; the bytes then show it.
-"""
+"""The relay on simulated GPUs: right bytes in whatever order the streams advance."""
 
 from __future__ import annotations
-
-import contextlib
-import ctypes
-import random
-from collections import deque
-from typing import Any
 
 import pytest
 import torch
 
 from nanopd_lab.transfer import pinned
-from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullResult, PullStatus
+from nanopd_lab.transfer.base import Pool, Pull, PullResult, PullStatus
 from nanopd_lab.transfer.pinned import PinnedTransport
-from nanopd_lab.transfer.pulls import Peer
-
-
-class SimulatedStream:
-    device = torch.device("cpu")
-
-    def __init__(self, gpus: SimulatedGpus) -> None:
-        self.work: deque[tuple[str, Any]] = deque()
-        gpus.streams.append(self)
-
-    def wait_event(self, event: SimulatedEvent) -> None:
-        self.work.append(("wait", event))
-
-    def wait_stream(self, other: SimulatedStream) -> None:
-        event = SimulatedEvent()
-        event.record(other)
-        self.wait_event(event)
-
-    def step(self) -> bool:
-        """Do the first thing in the queue; False if there is none or it must wait."""
-        if not self.work or (self.work[0][0] == "wait" and not self.work[0][1].query()):
-            return False
-        what, given = self.work.popleft()
-        if what == "copy":
-            ctypes.memmove(*given)
-        elif what == "record":
-            given.passed = True
-        return True
-
-    def synchronize(self) -> None:
-        raise AssertionError("nothing in these tests may wait on the host")
-
-
-class SimulatedEvent:
-    passed = True  # as CUDA has it for an event never recorded
-
-    def record(self, stream: SimulatedStream) -> None:
-        self.passed = False
-        stream.work.append(("record", self))
-
-    def query(self) -> bool:
-        return self.passed
-
-
-class SimulatedGpus:
-    """Two devices, 'a' the source's and 'b' the reader's."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.streams: list[SimulatedStream] = []
-        self.computing = SimulatedStream(self)
-        self.enqueued = 0
-
-    def copy(self, target: int, source: int, num_bytes: int, stream: SimulatedStream) -> None:
-        stream.work.append(("copy", (target, source, num_bytes)))
-
-    def advance(self, steps: int) -> None:
-        for _ in range(steps):
-            self.random.choice(self.streams).step()
-
-
-class SimulatedPinned(PinnedTransport):
-    _pinned = staticmethod(lambda num_bytes: torch.zeros(num_bytes, dtype=torch.uint8))
-
-    def _check_cuda(self, device: torch.device) -> None:
-        pass
-
-    def _open(self, address: PoolAddress) -> Peer:
-        pool = address.details["pool"]
-        self._through(pool.memory.device, address.worker)
-        return Peer(address.worker, pool)
+from tests.transfer.simulated_gpus import SimulatedEvent, SimulatedGpus
 
 
 def simulate(
     seed: int, monkeypatch: pytest.MonkeyPatch, blocks: int = 60
-) -> tuple[SimulatedGpus, Any, Pool, Pool]:
-    gpus = SimulatedGpus(seed)
-    monkeypatch.setattr(pinned, "copy_async", gpus.copy)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: SimulatedStream(gpus))
-    monkeypatch.setattr(torch.cuda, "Event", SimulatedEvent)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: gpus.computing)
-    monkeypatch.setattr("nanopd_lab.transfer.cuda_pools.export_memory", lambda memory: {})
+) -> tuple[SimulatedGpus, PinnedTransport, Pool, Pool]:
+    gpus = SimulatedGpus(seed, monkeypatch)
     generator = torch.Generator().manual_seed(seed)
     memories = (torch.randint(256, (blocks, 24), generator=generator, dtype=torch.uint8) for _ in range(2))
-    transport = SimulatedPinned(slots=3, slot_bytes=24 * 5)
-    monkeypatch.setattr(transport, "_synchronize", lambda: None)
-    source, own = (Pool(memory, transport.generations(blocks)) for memory in memories)
+    other, transport = PinnedTransport(), PinnedTransport(slots=3, slot_bytes=24 * 5)
+    source, own = (
+        Pool(memory, t.generations(blocks)) for memory, t in zip(memories, (other, transport), strict=True)
+    )
     transport.register("reader", own)
-    transport.connect(PoolAddress("source", "pinned", blocks, 24, {"pool": source}))
+    transport.connect(other.register("source", source))
     return gpus, transport, source, own
 
 
-def run(gpus: SimulatedGpus, transport: SimulatedPinned, count: int) -> dict[int, PullResult]:
+def run(gpus: SimulatedGpus, transport: PinnedTransport, count: int) -> dict[int, PullResult]:
     found: list[PullResult] = []
     for _ in range(10_000):
         gpus.advance(gpus.random.randint(1, 20))

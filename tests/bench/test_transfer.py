@@ -1,0 +1,67 @@
+"""`nanopd-lab transfer`: that it measures and reports what it should; never how fast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanopd_lab.bench import transfer
+from nanopd_lab.cli import main
+
+
+def test_bench_writes_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(transfer, "LINK_BYTES", 1 << 20)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    path = tmp_path / "record.json"
+    arguments = [
+        "--shape",
+        "tiny-qwen3",
+        "--tokens",
+        "20",
+        "300",
+        "--rounds",
+        "2",
+        "--result-filename",
+        str(path),
+    ]
+    assert main(["transfer", "bench", *arguments]) == 0
+    record = json.loads(path.read_text())
+    assert record["schema"] == transfer.SCHEMA
+    assert record["provenance"]["commit"] is not None or record["provenance"]["date"]
+    kinds = {(row["transport"], row["processes"], row["tokens"], row["in_flight"]) for row in record["rows"]}
+    expected = {("inproc", 1), ("shm", 1), ("shm", 2)}
+    assert kinds == {(*pair, tokens, count) for pair in expected for tokens in (20, 300) for count in (1, 4)}
+    assert record["links_gb_s"].keys() == {"1", "2"}
+    assert all(row["gb_s"] > 0 and row["fraction_of_link"] > 0 for row in record["rows"])
+    assert transfer.table(record) in capsys.readouterr().out
+
+
+def test_wrong_bytes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "LINK_BYTES", 1 << 16)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("nanopd_lab.transfer.inproc.copy_blocks", lambda *_: None)
+    with pytest.raises(RuntimeError, match="inproc: the wrong bytes arrived"):
+        transfer.bench(["inproc"], [64], "tiny-qwen3", [1], 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "gpt-9"], "unknown shape 'gpt-9'; choose from"),
+        (["--transports", "pigeon"], r"unknown transports ['pigeon']; choose from inproc, shm, p2p, pinned"),
+        (["--tokens", "0"], "must be at least 1"),
+        (["--processes", "3"], "processes [3] 1 or 2"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["transfer", "bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_explain(capsys: pytest.CaptureFixture) -> None:
+    assert main(["transfer", "explain", "--devices", "cpu", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("shm: ")

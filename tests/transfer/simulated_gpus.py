@@ -1,0 +1,131 @@
+"""GPUs without a GPU: streams that advance in random order and wait for nothing but events.
+
+A wait that is missing, or an event recorded too early, shows in some of the orders as wrong bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import random
+from collections import deque
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nanopd_lab.transfer import cuda_pools, p2p, pinned
+from nanopd_lab.transfer.pinned import PinnedTransport
+
+
+class SimulatedStream:
+    device = torch.device("cpu")
+
+    def __init__(self, gpus: SimulatedGpus) -> None:
+        self.work: deque[tuple[str, Any]] = deque()
+        self.gpus = gpus
+        gpus.streams.append(self)
+
+    def wait_event(self, event: SimulatedEvent) -> None:
+        self.work.append(("wait", event))
+
+    def wait_stream(self, other: SimulatedStream) -> None:
+        event = SimulatedEvent()
+        event.record(other)
+        self.wait_event(event)
+
+    def step(self) -> bool:
+        """Do the first thing in the queue; False if there is none or it must wait."""
+        if not self.work or (self.work[0][0] == "wait" and not self.work[0][1].passed):
+            return False
+        what, given = self.work.popleft()
+        if what == "copy":
+            ctypes.memmove(*given)
+        elif what == "launch":
+            given()
+        elif what == "record":
+            given.passed = True
+        return True
+
+    def synchronize(self) -> None:
+        for _ in range(100_000):
+            if not self.work:
+                return
+            self.gpus.advance(1)
+        raise AssertionError("a stream waits for an event that never passes")
+
+
+class SimulatedEvent:
+    passed = True  # as CUDA has it for an event never recorded
+
+    def record(self, stream: SimulatedStream) -> None:
+        self.passed = False
+        stream.work.append(("record", self))
+
+    def query(self) -> bool:
+        return self.passed
+
+    def wait(self, stream: SimulatedStream) -> None:
+        stream.wait_event(self)
+
+
+class SimulatedGpus:
+    """Every stream of every device; `current` is what `torch.cuda.stream` has chosen, `computing` the default one."""
+
+    def __init__(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.random = random.Random(seed)
+        self.streams: list[SimulatedStream] = []
+        self.current = self.computing = SimulatedStream(self)
+        self._install(monkeypatch)
+
+    def advance(self, steps: int) -> None:
+        for _ in range(steps):
+            self.random.choice(self.streams).step()
+
+    def run_a_little(self) -> None:
+        self.advance(self.random.randint(0, 4))
+
+    def copy(self, target: int, source: int, num_bytes: int, stream: SimulatedStream) -> None:
+        stream.work.append(("copy", (target, source, num_bytes)))
+
+    def pull_blocks(self, *args: torch.Tensor, validate_values: bool) -> None:
+        self.current.work.append(("launch", lambda: torch.ops.nanopd.pull_blocks(*args)))
+
+    @contextlib.contextmanager
+    def stream(self, stream: SimulatedStream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def _install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In place of what the transports call of torch and the driver. All memory is the host's, one device 'cpu'."""
+        for name, value in {
+            "Stream": lambda *_, **__: SimulatedStream(self),
+            "Event": SimulatedEvent,
+            "device": lambda _: contextlib.nullcontext(),
+            "stream": self.stream,
+            "current_stream": lambda _: self.current,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        monkeypatch.setattr(
+            PinnedTransport, "_pinned", staticmethod(lambda n: torch.zeros(n, dtype=torch.uint8))
+        )
+        monkeypatch.setattr(pinned, "copy_async", self.copy)
+        monkeypatch.setattr(p2p, "gpu", SimpleNamespace(load=lambda *_: None))
+        monkeypatch.setattr(p2p, "ops", SimpleNamespace(pull_blocks=self.pull_blocks))
+        monkeypatch.setattr(cuda_pools.CudaPoolTransport, "_check_cuda", lambda *_: None)
+        monkeypatch.setattr(cuda_pools, "device_of", lambda _: torch.device("cpu"))
+        monkeypatch.setattr(
+            cuda_pools, "export_memory", lambda m: {"pointer": m.data_ptr(), "gpu": "simulated"}
+        )
+        monkeypatch.setattr(cuda_pools, "open_memory", _open_memory)
+
+
+def _open_memory(
+    details: Mapping[str, Any], shape: tuple[int, int], _: torch.device
+) -> tuple[torch.Tensor, None]:
+    raw = (ctypes.c_ubyte * (shape[0] * shape[1])).from_address(details["pointer"])
+    return torch.frombuffer(raw, dtype=torch.uint8).view(shape), None
