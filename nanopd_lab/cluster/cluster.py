@@ -95,7 +95,9 @@ class Cluster:
         self._numbers = itertools.count()
         self._serial = itertools.count()
         self._tracked: dict[str, _Tracked] = {}
-        self._fresh: list[ClusterOutput] = []
+        self._fresh: dict[
+            str, _Tracked
+        ] = {}  # changed since the last poll; outputs are made when somebody looks
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._closed = False
@@ -234,7 +236,8 @@ class Cluster:
             if not self._fresh and timeout > 0 and self._thread is not None:
                 self._changed.wait(timeout)
             self._check_crash()
-            found, self._fresh = self._fresh, []
+            found = [self._output(tracked) for tracked in self._fresh.values()]
+            self._fresh = {}
             return found
 
     def generate(
@@ -408,7 +411,7 @@ class Cluster:
         if not touched:
             return
         with self._changed:
-            self._fresh += [self._output(tracked) for tracked in touched.values()]
+            self._fresh |= touched
             self._changed.notify_all()
         for name, tracked in touched.items():
             if len(tracked.paths) == len(tracked.samples):

@@ -144,6 +144,7 @@ class _Child:
     outgoing: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
     address: PoolAddress | None = None
     ready: bool = False
+    lag_s: float = 0.0  # tests make a link slow
 
     def send_all(self) -> None:
         """The body of its sender thread."""
@@ -152,6 +153,8 @@ class _Child:
             while not self.outgoing.empty():
                 batch.append(self.outgoing.get())
             last = batch[-1] is None
+            if self.lag_s:
+                time.sleep(self.lag_s)
             with contextlib.suppress(OSError, ValueError):  # it has died; the sentinel says so
                 self.connection.send([each for each in batch if each is not None])
             if last:

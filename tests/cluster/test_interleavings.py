@@ -203,7 +203,7 @@ def test_workers_that_never_come_back(seed: int) -> None:
 def test_a_soak_of_ten_thousand_requests() -> None:
     done = retried = moved = failed = 0
     for seed in range(24):
-        simulation = Simulation(seed, Rates(submit=0.2))
+        simulation = Simulation(seed, Rates(submit=0.1))
         while len(simulation.jobs) < 420:
             simulation.turn()
         simulation.finish()

@@ -112,6 +112,20 @@ def test_decodes_of_several_requests_share_steps(pair: Cluster) -> None:
     assert max(batches) > 1
 
 
+def test_late_messages_change_nothing(pair: Cluster, llm: LLM) -> None:
+    batch = prompts([300, 40, 120], seed=8)
+    children = pair.launcher._children  # type: ignore[union-attr]
+    children["w0"].lag_s, children["w1"].lag_s = 0.05, 0.3
+    try:
+        outputs = pair.generate(batch, GREEDY, use_tqdm=False)
+    finally:
+        children["w0"].lag_s = children["w1"].lag_s = 0.0
+    assert [output.outputs[0].token_ids for output in outputs] == alone(llm, batch, GREEDY)
+    assert all(len(output.paths[0].attempts) == 1 for output in outputs)
+    assert max(output.paths[0].transfer_visible_s or 0 for output in outputs) > 0.1
+    pair.check_integrity()
+
+
 def test_a_caller_cancels(pair: Cluster) -> None:
     name = pair.submit(prompts([40])[0], LONG)
     wait_for(pair, lambda: tokens_of(pair, name) >= 3)
