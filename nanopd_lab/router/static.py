@@ -36,13 +36,13 @@ class Disaggregated:
     name = "disaggregated"
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
-        sources = _prefer(job, [worker for worker in workers if worker.role.prefills])
+        decoders = [worker for worker in workers if worker.role.decodes]
+        # A source needs somebody else to hand over to.
+        sources = _prefer(job, [w for w in workers if w.role.prefills and decoders and decoders != [w]])
         if not sources:
             return None
         source = min(sources, key=lambda worker: (worker.prefill_tokens, worker.jobs))
-        targets = _prefer(job, [w for w in workers if w.role.decodes and w.name != source.name])
-        if not targets:
-            return None
+        targets = _prefer(job, [worker for worker in decoders if worker is not source])
         target = min(targets, key=lambda worker: (worker.decoding, worker.jobs))
         reason = f"{source.prefill_tokens} prompt tokens queued, {target.decoding} decoding"
         return Decision(Route(source.name, target.name), reason)
