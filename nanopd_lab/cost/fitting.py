@@ -1,0 +1,153 @@
+"""From timed steps to the coefficients of the iteration model.
+
+For a given corner (how many tokens' products take as long as reading the weights, and how sharp it is) and a given
+host time the model is linear in what is left, which non-negative least squares finds. The relative error is
+minimised: a 5 ms step counts as much as a 500 ms one. Corner and host time are searched for around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanopd_lab.cost.iteration import IterationModel, StepFeatures
+
+Array = NDArray[np.float64]
+SHARPNESSES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
+MIN_SAMPLES = 8
+HOST_CANDIDATES = 12
+
+
+@dataclass(frozen=True)
+class StepSample:
+    """A step that was timed."""
+
+    step: StepFeatures
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FitError:
+    """Relative errors |predicted/measured - 1| over a set of steps."""
+
+    count: int
+    mean: float
+    maximum: float
+
+    def __str__(self) -> str:
+        return f"mean {self.mean:.1%}, max {self.maximum:.1%} over {self.count} steps"
+
+
+def errors(model: IterationModel, samples: Seq[StepSample]) -> FitError:
+    """How far the model is from these steps.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("no steps to compare the model with")
+    found = [abs(model.of_features(s.step) / s.seconds - 1) for s in samples]
+    return FitError(len(found), sum(found) / len(found), max(found))
+
+
+def fit_iteration(
+    samples: Seq[StepSample], *, vocab_share: float = 0.0, host_s: float | None = None
+) -> IterationModel:
+    """The model with the least squared relative error.
+
+    Args:
+        samples: mixed ones among them, or the terms cannot be told apart
+        vocab_share: see `IterationModel`; from the model's dimensions
+        host_s: launch overhead, if known (0 on a CPU, where host and device are one); None: it is looked for as the
+            floor under the shortest steps
+
+    Raises:
+        ValueError: fewer than eight samples, or one that took no time.
+    """
+    if len(samples) < MIN_SAMPLES or any(not s.seconds > 0 for s in samples):
+        raise ValueError(
+            f"a fit needs at least {MIN_SAMPLES} timed steps, got {len(samples)}; profile without --quick"
+        )
+    table = _Table(samples, vocab_share)
+    return min(
+        (table.fit(host) for host in (_host_candidates(table) if host_s is None else [host_s])),
+        key=table.loss,
+    )
+
+
+def _host_candidates(table: _Table) -> list[float]:
+    """None, and floors that several of the shortest steps lie near to: one step alone is no floor."""
+    times = np.sort(table.seconds)
+    few = times[: max(3, len(times) // 2)]
+    runs = [float(np.mean(few[: n + 1])) for n in range(2, len(few)) if few[n] <= 1.2 * few[0]]
+    return [0.0, *runs[-HOST_CANDIDATES:]]
+
+
+class _Table:
+    """Samples as columns."""
+
+    def __init__(self, samples: Seq[StepSample], vocab_share: float) -> None:
+        steps = [s.step for s in samples]
+        self.vocab_share = vocab_share
+        self.samples = samples
+        self.seconds: Array = np.array([s.seconds for s in samples])
+        drawn = np.array([s.drawn for s in steps], dtype=float)
+        self.weights: Array = np.where(drawn > 0, 1.0 + vocab_share, 1.0)
+        self.tokens: Array = np.array([s.tokens for s in steps]) + vocab_share * drawn
+        self.others: Array = np.array([[1.0, s.pairs, s.context, s.sequences] for s in steps], dtype=float)
+
+    def loss(self, model: IterationModel) -> float:
+        """Sum of squared relative errors."""
+        return sum((model.of_features(s.step) / s.seconds - 1) ** 2 for s in self.samples)
+
+    def fit(self, host_s: float) -> IterationModel:
+        """The best for a host time, from the steps that take longer than it."""
+        free = self.seconds > 1.1 * host_s
+        if free.sum() < 5:
+            free = np.ones(len(self.seconds), dtype=bool)
+        best: tuple[float, IterationModel] | None = None
+        corners = np.geomspace(0.25, 4096, 57)
+        for sharpness in SHARPNESSES:
+            for corner in corners:
+                found = self._solve(free, corner, sharpness)
+                if best is None or found[0] < best[0]:
+                    best = found[0], self._model(found[1], corner, sharpness, host_s)
+        assert best is not None
+        # Between the corners of the grid.
+        sharpness, model = best[1].sharpness, best[1]
+        if model.weight_s > 0 and model.token_s > 0:
+            middle = model.weight_s / model.token_s
+            for corner in np.geomspace(middle / 1.2, middle * 1.2, 25):
+                found = self._solve(free, corner, sharpness)
+                if found[0] < best[0]:
+                    best = found[0], self._model(found[1], corner, sharpness, host_s)
+        return best[1]
+
+    def _solve(self, free: NDArray[np.bool_], corner: float, sharpness: float) -> tuple[float, Array]:
+        from scipy.optimize import nnls
+
+        products = self.tokens / corner
+        high, low = np.maximum(self.weights, products), np.minimum(self.weights, products)
+        matrices = high * (1 + (low / high) ** sharpness) ** (1 / sharpness)
+        scaled = np.column_stack([matrices, self.others])[free] / self.seconds[free, None]
+        size = np.linalg.norm(scaled, axis=0)
+        size[size == 0] = 1.0
+        found, distance = nnls(scaled / size, np.ones(int(free.sum())))
+        return float(distance), found / size
+
+    def _model(self, found: Array, corner: float, sharpness: float, host_s: float) -> IterationModel:
+        weight, t0, pair, context, sequence = map(float, found)
+        return IterationModel(
+            t0_s=t0,
+            weight_s=weight,
+            token_s=weight / float(corner),
+            pair_s=pair,
+            context_s=context,
+            sequence_s=sequence,
+            host_s=host_s,
+            vocab_share=self.vocab_share,
+            sharpness=sharpness,
+        )
