@@ -19,6 +19,9 @@ Array = NDArray[np.float64]
 SHARPNESSES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
 MIN_SAMPLES = 8
 HOST_CANDIDATES = 12
+CORNER_STEP = 1.2
+CORNERS = tuple(0.25 * CORNER_STEP**n for n in range(54))  # in tokens; up to 3,900
+T0_MUST_REACH = 0.9  # of the error without it
 
 
 @dataclass(frozen=True)
@@ -108,25 +111,27 @@ class _Table:
         free = self.seconds > 1.1 * host_s
         if free.sum() < 5:
             free = np.ones(len(self.seconds), dtype=bool)
-        best: tuple[float, IterationModel] | None = None
-        corners = np.geomspace(0.25, 4096, 57)
-        for sharpness in SHARPNESSES:
-            for corner in corners:
-                found = self._solve(free, corner, sharpness)
-                if best is None or found[0] < best[0]:
-                    best = found[0], self._model(found[1], corner, sharpness, host_s)
-        assert best is not None
-        # Between the corners of the grid.
-        sharpness, model = best[1].sharpness, best[1]
-        if model.weight_s > 0 and model.token_s > 0:
-            middle = model.weight_s / model.token_s
-            for corner in np.geomspace(middle / 1.2, middle * 1.2, 25):
-                found = self._solve(free, corner, sharpness)
-                if found[0] < best[0]:
-                    best = found[0], self._model(found[1], corner, sharpness, host_s)
-        return best[1]
+        # A constant time and that of the weights differ only in the corner's shape: t0 must earn its place.
+        without, having = self._search(free, host_s, with_t0=False), self._search(free, host_s, with_t0=True)
+        return having[1] if having[0] < T0_MUST_REACH * without[0] else without[1]
 
-    def _solve(self, free: NDArray[np.bool_], corner: float, sharpness: float) -> tuple[float, Array]:
+    def _search(self, free: NDArray[np.bool_], host_s: float, with_t0: bool) -> tuple[float, IterationModel]:
+        """(root of the squared relative errors' sum, model) of the best corner."""
+        grid = [(corner, sharpness) for sharpness in SHARPNESSES for corner in CORNERS]
+        best = min((self._solve(free, *each, with_t0) for each in grid), key=lambda found: found[0])
+        _, _, corner, sharpness = best
+        # Between the corners of the grid.
+        finer = np.geomspace(corner / CORNER_STEP, corner * CORNER_STEP, 21)
+        distance, found, corner, sharpness = min(
+            (self._solve(free, float(each), sharpness, with_t0) for each in finer),
+            key=lambda found: found[0],
+        )
+        return distance, self._model(found, corner, sharpness, host_s)
+
+    def _solve(
+        self, free: NDArray[np.bool_], corner: float, sharpness: float, with_t0: bool
+    ) -> tuple[float, Array, float, float]:
+        """(distance, coefficients, corner, sharpness): linear, given the last two."""
         from scipy.optimize import nnls
 
         products = self.tokens / corner
@@ -135,15 +140,18 @@ class _Table:
         scaled = np.column_stack([matrices, self.others])[free] / self.seconds[free, None]
         size = np.linalg.norm(scaled, axis=0)
         size[size == 0] = 1.0
-        found, distance = nnls(scaled / size, np.ones(int(free.sum())))
-        return float(distance), found / size
+        scaled /= size
+        if not with_t0:
+            scaled[:, 1] = 0.0
+        found, distance = nnls(scaled, np.ones(int(free.sum())))
+        return float(distance), found / size, corner, sharpness
 
     def _model(self, found: Array, corner: float, sharpness: float, host_s: float) -> IterationModel:
         weight, t0, pair, context, sequence = map(float, found)
         return IterationModel(
             t0_s=t0,
             weight_s=weight,
-            token_s=weight / float(corner),
+            token_s=weight / corner,
             pair_s=pair,
             context_s=context,
             sequence_s=sequence,
