@@ -8,7 +8,7 @@ minimised: a 5 ms step counts as much as a 500 ms one. Corner and host time are 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,20 +65,39 @@ def fit_iteration(
         samples: mixed ones among them, or the terms cannot be told apart
         vocab_share: see `IterationModel`; from the model's dimensions
         host_s: launch overhead, if known (0 on a CPU, where host and device are one); None: it is looked for as the
-            floor under the shortest steps
+            floor under the shortest steps. What the device takes below that floor was not seen, only extrapolated:
+            profile with CUDA graphs for the device, and get the overhead without them from `launch_overhead`
 
     Raises:
-        ValueError: fewer than eight samples, or one that took no time.
+        ValueError: fewer than eight samples, also of those above `host_s`; or one that took no time.
     """
     if len(samples) < MIN_SAMPLES or any(not s.seconds > 0 for s in samples):
         raise ValueError(
             f"a fit needs at least {MIN_SAMPLES} timed steps, got {len(samples)}; profile without --quick"
         )
     table = _Table(samples, vocab_share)
+    if host_s is not None and table.above(host_s).sum() < MIN_SAMPLES:
+        raise ValueError(
+            f"only {table.above(host_s).sum()} of {len(samples)} steps take longer than the host's {host_s} s; "
+            f"at least {MIN_SAMPLES} must, or the device cannot be seen"
+        )
     return min(
         (table.fit(host) for host in (_host_candidates(table) if host_s is None else [host_s])),
         key=table.loss,
     )
+
+
+def launch_overhead(model: IterationModel, samples: Seq[StepSample]) -> IterationModel:
+    """The same device with the host time that meets these samples best, for example a profile without CUDA graphs.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("no steps to find the host time from")
+    hosts = [0.0, *sorted({s.seconds for s in samples})]
+    table = _Table(samples, model.vocab_share)
+    return min((replace(model, host_s=host) for host in hosts), key=table.loss)
 
 
 def _host_candidates(table: _Table) -> list[float]:
@@ -86,7 +105,7 @@ def _host_candidates(table: _Table) -> list[float]:
     times = np.sort(table.seconds)
     few = times[: max(3, len(times) // 2)]
     runs = [float(np.mean(few[: n + 1])) for n in range(2, len(few)) if few[n] <= 1.2 * few[0]]
-    return [0.0, *runs[-HOST_CANDIDATES:]]
+    return [0.0, *(host for host in runs[-HOST_CANDIDATES:] if table.above(host).sum() >= MIN_SAMPLES)]
 
 
 class _Table:
@@ -106,11 +125,13 @@ class _Table:
         """Sum of squared relative errors."""
         return sum((model.of_features(s.step) / s.seconds - 1) ** 2 for s in self.samples)
 
+    def above(self, host_s: float) -> NDArray[np.bool_]:
+        """Which steps say something of the device: those well above what the host takes."""
+        return np.asarray(self.seconds > 1.1 * host_s)
+
     def fit(self, host_s: float) -> IterationModel:
         """The best for a host time, from the steps that take longer than it."""
-        free = self.seconds > 1.1 * host_s
-        if free.sum() < 5:
-            free = np.ones(len(self.seconds), dtype=bool)
+        free = self.above(host_s)
         # A constant time and that of the weights differ only in the corner's shape: t0 must earn its place.
         without, having = self._search(free, host_s, with_t0=False), self._search(free, host_s, with_t0=True)
         return having[1] if having[0] < T0_MUST_REACH * without[0] else without[1]

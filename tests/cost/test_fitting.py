@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopd_lab.cost.fitting import FitError, StepSample, errors, fit_iteration
+from nanopd_lab.cost.fitting import FitError, StepSample, errors, fit_iteration, launch_overhead
 from nanopd_lab.cost.iteration import IterationModel, StepFeatures
 from nanopd_lab.cost.roofline import ChunkShape
 from nanopd_lab.cost.transfer_time import TransferModel, TransferSample
@@ -82,17 +82,54 @@ def test_never_negative_even_on_nonsense(seed: int) -> None:
     assert min(vars(found).values()) >= 0
 
 
-def test_launch_overhead_is_found_and_is_all_that_graphs_change() -> None:
-    # Device times as on an H100, and a host that takes longer than every decode step.
-    graphs = replace(PLANTED, t0_s=1e-4, weight_s=5e-3, token_s=2e-5, pair_s=1e-9, context_s=5e-8)
-    graphs = replace(graphs, sequence_s=1e-5, sharpness=4.0)
-    eager = replace(graphs, host_s=11e-3)
-    samples = timed(eager, 0.01)
-    assert sum(graphs.of_features(s.step) < 11e-3 for s in samples) > 30  # many are hidden under the host
+# Device times as on an H100, and a host that takes longer than every decode step.
+GRAPHS = IterationModel(
+    t0_s=1e-4, weight_s=5e-3, token_s=2e-5, pair_s=1e-9, context_s=5e-8, sequence_s=1e-5, vocab_share=0.27
+)
+EAGER = replace(GRAPHS, host_s=11e-3)
+
+
+def long_steps(model: IterationModel, noise: float, seed: int) -> list[StepSample]:
+    """Prompt chunks that no host can hide."""
+    rng = np.random.default_rng(seed)
+    found = [
+        StepFeatures.of([ChunkShape(int(n), int(past)), *[ChunkShape(1, 800)] * int(batch)])
+        for n, past, batch in zip(
+            rng.integers(600, 8000, 40), rng.integers(0, 4000, 40), rng.integers(0, 64, 40), strict=True
+        )
+    ]
+    return [StepSample(s, model.of_features(s) * float(np.exp(noise * rng.standard_normal()))) for s in found]
+
+
+def test_launch_overhead_is_found() -> None:
+    samples = [*timed(EAGER, 0.01), *long_steps(EAGER, 0.01, 0)]
+    assert sum(GRAPHS.of_features(s.step) < 11e-3 for s in samples) > 60  # most are hidden under the host
     found = fit_iteration(samples, vocab_share=0.27)
     assert found.host_s == pytest.approx(11e-3, rel=0.03)
-    assert errors(found, timed(eager, 0.0, seed=2)).mean < 0.03
-    assert fit_iteration(timed(graphs, 0.0), vocab_share=0.27).host_s < 6e-3  # no floor where there is none
+    assert errors(found, [*timed(EAGER, 0.0, seed=2), *long_steps(EAGER, 0.0, 2)]).mean < 0.02
+    # Where the device is the limit its share is the device's, not the host's passed on to t0.
+    assert found.token_s == pytest.approx(GRAPHS.token_s, rel=0.02)
+    assert found.device_seconds(StepFeatures.of([ChunkShape(1, 500)])) < 9e-3
+
+
+def test_no_launch_overhead_is_found_where_there_is_none() -> None:
+    samples = [*timed(GRAPHS, 0.0), *long_steps(GRAPHS, 0.0, 0)]
+    assert fit_iteration(samples, vocab_share=0.27).host_s < 5.5e-3
+
+
+def test_graphs_off_changes_only_the_host() -> None:
+    device = fit_iteration([*timed(GRAPHS, 0.01), *long_steps(GRAPHS, 0.01, 0)], vocab_share=0.27)
+    eager = launch_overhead(device, timed(EAGER, 0.01, seed=3))
+    assert eager.host_s == pytest.approx(11e-3, rel=0.02)
+    assert replace(eager, host_s=device.host_s) == device
+    assert errors(eager, timed(EAGER, 0.0, seed=4)).mean < 0.02
+    with pytest.raises(ValueError, match="no steps"):
+        launch_overhead(device, [])
+
+
+def test_a_host_that_hides_everything_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"only 0 of 90 steps take longer than the host's 9\.0 s"):
+        fit_iteration(timed(GRAPHS, 0.0), host_s=9.0)
 
 
 def test_errors() -> None:

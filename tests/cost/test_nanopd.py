@@ -39,6 +39,12 @@ def test_ties_are_collocated_and_a_full_decode_worker_repels() -> None:
     assert not published("h20").prefers_disaggregated(512, 200, 4, decode_batch=31)
 
 
+def test_the_new_sequence_counts_in_the_decode_batch_where_it_moves_to() -> None:
+    model = NanoPDModel(1e-4, 1e-2, 16, 0.0, 1e300)
+    assert model.disaggregated_seconds(1, 100, decode_batch=31) == pytest.approx(1e-4 + 100 * 2e-2)
+    assert model.collocated_seconds(1, 100, load=32) == pytest.approx(1e-4 + 100 * 2e-2)
+
+
 def test_bad_parameters() -> None:
     with pytest.raises(ValueError, match="bytes_per_s is 0"):
         NanoPDModel(1e-4, 1e-2, 16, 1e-4, 0)
