@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 from nanopd_lab.cost.roofline import ChunkShape, ModelDims
 
+MOST_STEPS = 1e12  # far below what a float counts in ones
+
 
 def smooth_max(a: float, b: float, sharpness: float) -> float:
     """`(a^p + b^p)^(1/p)`: the sum at p = 1, the maximum as p grows; a and b not negative."""
@@ -181,15 +183,17 @@ class IterationModel:
         """How many whole decode steps of the same batch fit into `seconds`: the inverse of `decode_run_seconds`.
 
         Raises:
-            ValueError: steps take no time by this model, so that any number fits.
+            ValueError: steps take no time by this model, or none that counts beside `seconds`.
         """
         first, growth = self._decode_line(batch, total_context)
-        if max(self.host_s, first) <= 0:
-            raise ValueError("decode steps take no time by this model; any number of them fits")
+        if max(self.host_s, first) <= seconds / MOST_STEPS or max(self.host_s, first) <= 0:
+            raise ValueError(
+                f"decode steps take no time beside {seconds} s by this model; any number of them fits"
+            )
         # Where the host is the limit, steps are alike; behind that, solve n·d + growth·n(n-1)/2 = left for n.
         floor = self._host_steps(first, growth, None)
         alike = seconds / self.host_s if self.host_s > 0 else math.inf
-        if floor is math.inf or alike < floor:
+        if alike < floor:
             guess = alike
         else:
             left, start = seconds - self.host_s * floor, first + growth * floor
@@ -214,10 +218,8 @@ class IterationModel:
         if first >= self.host_s:
             return 0
         limit = math.inf if most is None else most
-        if growth <= 0:
-            return limit
-        count = math.ceil((self.host_s - first) / growth)
-        return min(count, limit)
+        until = (self.host_s - first) / growth if growth > 0 else math.inf
+        return limit if until >= limit else math.ceil(until)
 
 
 def _series_terms(first: float, growth: float, total: float) -> float:

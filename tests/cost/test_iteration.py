@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopd_lab.cost.derived import derive
@@ -82,6 +82,7 @@ def test_a_decode_step_is_a_step(model: IterationModel, batch: int, each: int) -
     )
 
 
+@settings(max_examples=300)
 @given(MODELS, *RUNS, st.integers(0, 200))
 def test_a_decode_run_is_the_sum_of_its_steps(
     model: IterationModel, batch: int, context: int, steps: int
@@ -98,6 +99,7 @@ def test_a_decode_run_over_the_host_corner() -> None:
     assert model.decode_run_seconds(8, 8 * 400, 300) == pytest.approx(sum(times), rel=1e-12)
 
 
+@settings(max_examples=300)
 @given(MODELS, *RUNS, st.floats(0, 20))
 def test_steps_within_is_the_inverse(model: IterationModel, batch: int, context: int, seconds: float) -> None:
     steps = model.decode_steps_within(batch, context, seconds)
@@ -185,5 +187,13 @@ def test_what_cannot_be_derived() -> None:
         derive(MODEL).as_nanopd(1)
     with pytest.raises(ValueError, match="block_bytes is 0"):
         derive(MODEL, link=TransferModel(0, 0, 1e9))
-    with pytest.raises(ValueError, match="take no time"):
-        IterationModel(0, 0, 0, 0, 0, 0).decode_steps_within(1, 1, 1.0)
+    for nothing in (0.0, 1e-300):
+        with pytest.raises(ValueError, match=r"take no time beside 1\.0 s"):
+            IterationModel(nothing, 0, 0, 0, 0, 0).decode_steps_within(1, 1, 1.0)
+
+
+def test_a_cache_that_costs_next_to_nothing() -> None:
+    # The steps until the device overtakes the host are more than a float can hold.
+    model = IterationModel(1e-3, 0, 0, 0, 5e-324, 0, host_s=2e-3)
+    assert model.decode_run_seconds(1, 1, 10) == pytest.approx(20e-3)
+    assert model.decode_steps_within(1, 1, 1.001) == 500
