@@ -39,10 +39,12 @@ def samples_of(profile: Mapping[str, Any]) -> dict[str, list[StepSample]]:
     return found
 
 
-def fit_profile(profile: Mapping[str, Any], link: TransferModel | None = None) -> CostModel:
+def fit_profile(
+    profile: Mapping[str, Any], link: TransferModel | None = None, link_source: Any = None
+) -> CostModel:
     """Fit all prefill and decode steps and every other mixed one; the mixed ones left out are the check.
 
-    On a CPU host and device are one, and no launch overhead is looked for.
+    On a CPU host and device are one, and no launch overhead is looked for. `link_source` says where the link is from.
 
     Raises:
         ValueError: see `samples_of`; or fewer than four mixed steps.
@@ -69,7 +71,7 @@ def fit_profile(profile: Mapping[str, Any], link: TransferModel | None = None) -
         device,
         model,
         link,
-        {"profile": provenance},
+        {"profile": provenance, **({"transfer": link_source} if link_source else {})},
         {
             "errors": {name: asdict(errors(model, part)) for name, part in parts.items() if part},
             "dims": asdict(dims),

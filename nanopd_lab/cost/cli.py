@@ -62,8 +62,9 @@ def run_fit(args: argparse.Namespace) -> int:
     from nanopd_lab.cost.calibrate import describe, fit_link, fit_profile
     from nanopd_lab.cost.files import read_json
 
-    link = fit_link(read_json(args.transfer), args.transport) if args.transfer else None
-    cost = fit_profile(read_json(args.profile), link)
+    transfer = read_json(args.transfer) if args.transfer else None
+    link = fit_link(transfer, args.transport) if transfer else None
+    cost = fit_profile(read_json(args.profile), link, transfer and transfer["provenance"])
     print(describe(cost, args.prompt_tokens, args.context))
     if args.result_filename:
         cost.save(args.result_filename)

@@ -12,11 +12,12 @@ import torch
 from nanopd_lab.cli import main
 from nanopd_lab.core import StepPlan
 from nanopd_lab.cost.calibrate import describe, fit_link, fit_profile, samples_of
-from nanopd_lab.cost.files import CostModel
+from nanopd_lab.cost.files import CostModel, read_json
 from nanopd_lab.cost.grid import Grid, Point, grid_for
+from nanopd_lab.cost.hardware import load_model
 from nanopd_lab.cost.iteration import IterationModel, StepFeatures
 from nanopd_lab.cost.profile import StepTimer, profile
-from nanopd_lab.cost.roofline import ChunkShape
+from nanopd_lab.cost.roofline import ChunkShape, ModelDims
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.engine.engine import Engine
 from nanopd_lab.resources import data_dir
@@ -181,9 +182,23 @@ def test_fit_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cost.fit["errors"]["held_out"]["maximum"] < 0.01
     assert cost.iteration.token_s == pytest.approx(planted.token_s, rel=0.02)
     assert cost.iteration.pair_s == pytest.approx(planted.pair_s, rel=0.05)
+    assert set(cost.source) == {"profile", "transfer"}
     # The recorded link: 4.0 ms for 16 blocks of 2.36 MB through shared memory between two processes.
     assert cost.transfer is not None
     assert cost.transfer.seconds(16, 16 * 2_359_296) == pytest.approx(4.0e-3, rel=0.1)
+
+
+def test_the_recorded_profile_is_met_within_the_target() -> None:
+    record = read_json(data_dir() / "recorded" / "profile-cpu-2026-11-25.json")
+    found, kept = fit_profile(record), load_model("cpu-smollm2-fp32")
+    held_out = found.fit["errors"]["held_out"]
+    assert held_out["count"] == 16
+    assert held_out["mean"] < 0.10
+    assert held_out["maximum"] < 0.25
+    assert vars(found.iteration) == pytest.approx(vars(kept.iteration), rel=1e-3, abs=1e-12)
+    # Reading the weights: the same bandwidth as a large copy on that machine, 10.4 GB/s in transfer-cpu-2026-11-25.
+    dims = ModelDims(**found.fit["dims"])
+    assert dims.token_weights * 4 / found.iteration.weight_s == pytest.approx(10.4e9, rel=0.15)
 
 
 def test_fit_refuses_what_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
