@@ -65,7 +65,8 @@ def fit_profile(
     parts = {"fitted": used, "prefill": samples["prefill"], "decode": samples["decode"], "held_out": held_out}
     provenance = profile["provenance"]
     machine = provenance["machine"]
-    device = f"{machine['cpu']}, {profile['settings']['threads']} thread(s)" if on_cpu else machine["gpus"][0]
+    threads = profile["settings"]["threads"]
+    device = f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}" if on_cpu else machine["gpus"][0]
     return CostModel(
         f"{dims.name} in {profile['settings']['dtype']}",
         device,

@@ -27,13 +27,13 @@ from tqdm import tqdm
 from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.core import Chunk, Request, SamplingParams, StepPlan
 from nanopd_lab.core import Sequence as EngineSequence
+from nanopd_lab.cost.calibrate import MIN_ROUNDS, PROFILE_SCHEMA
 from nanopd_lab.cost.files import check_schema, read_json
 from nanopd_lab.cost.grid import Grid, Point, grid_for
 from nanopd_lab.cost.roofline import ModelDims
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.engine.engine import Engine
 
-SCHEMA = "nanopd-lab/profile/1"
 VISIT_SECONDS = 0.05  # a visit repeats shorter steps, up to MOST_REPEATS times
 MOST_REPEATS = 5
 SAVE_SECONDS = 5.0
@@ -127,12 +127,12 @@ def profile(
     Raises:
         ValueError: fewer than 3 rounds, a bad setting, or a `result` that is not a profile with the same settings.
     """
-    if rounds < 3:
-        raise ValueError(f"rounds is {rounds}; a median takes at least 3")
+    if rounds < MIN_ROUNDS:
+        raise ValueError(f"rounds is {rounds}; a median takes at least {MIN_ROUNDS}")
     known = None
     if result is not None and result.exists():
         known = read_json(result)
-        check_schema(known, SCHEMA, result.name, "it is no profile to continue; name another file")
+        check_schema(known, PROFILE_SCHEMA, result.name, "it is no profile to continue; name another file")
     settings: dict[str, Any] = {"model": model, "dtype": dtype, **engine_options}
     cuda = device != "cpu" and torch.cuda.is_available()
     grid = grid or grid_for("cuda" if cuda else "cpu", quick)
@@ -159,7 +159,7 @@ def profile(
         config.max_num_batched_tokens, engine.cache.num_blocks, engine.max_model_len, config.block_size
     )
     record = known or {
-        "schema": SCHEMA,
+        "schema": PROFILE_SCHEMA,
         "provenance": provenance(),
         "settings": settings,
         "block_size": config.block_size,

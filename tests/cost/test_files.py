@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,13 @@ def test_the_prior_of_a_device_and_launch_overhead() -> None:
     assert eager.decode_seconds(1, 512) == 0.0488
     with pytest.raises(ValueError, match="a100: nobody measured its launch overhead"):
         load_hardware("a100").prior(QWEN, cuda_graphs=False)
+
+
+def test_the_models_need_no_torch() -> None:
+    modules = ("calibrate", "derived", "files", "fitting", "grid", "hardware", "iteration", "nanopd", "cli")
+    imports = "; ".join(f"import nanopd_lab.cost.{name}" for name in modules)
+    code = f"import sys; {imports}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
