@@ -1,0 +1,163 @@
+"""From a profile to a cost model: fit, check on steps that were held out, derive nanoPD's numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from nanopd_lab.cost.derived import derive
+from nanopd_lab.cost.files import CostModel, check_schema
+from nanopd_lab.cost.fitting import StepSample, errors, fit_iteration
+from nanopd_lab.cost.grid import KINDS, Point
+from nanopd_lab.cost.iteration import StepFeatures
+from nanopd_lab.cost.roofline import ModelDims
+from nanopd_lab.cost.transfer_time import TransferModel, TransferSample
+
+PROFILE_SCHEMA = "nanopd-lab/profile/1"
+TRANSFER_SCHEMA = "nanopd-lab/transfer/1"
+MIN_ROUNDS = 3
+
+
+def samples_of(profile: Mapping[str, Any]) -> dict[str, list[StepSample]]:
+    """The timed steps of each kind: medians of at least three visits.
+
+    Raises:
+        ValueError: another schema, or a profile that is not complete.
+    """
+    check_schema(profile, PROFILE_SCHEMA, "the profile", "profile again (nanopd-lab profile)")
+    found: dict[str, list[StepSample]] = {kind: [] for kind in KINDS}
+    for row in profile["points"]:
+        if len(row["seconds"]) < MIN_ROUNDS:
+            raise ValueError(
+                f"the profile is not complete: a {row['kind']} step has {len(row['seconds'])} of {MIN_ROUNDS} visits; "
+                "run nanopd-lab profile with the same settings and file to continue it"
+            )
+        point = Point.from_record(row)
+        found[point.kind].append(StepSample(StepFeatures.of(point.chunks), statistics.median(row["seconds"])))
+    return found
+
+
+def fit_profile(
+    profile: Mapping[str, Any], link: TransferModel | None = None, link_source: Any = None
+) -> CostModel:
+    """Fit all prefill and decode steps and every other mixed one; the mixed ones left out are the check.
+
+    On a CPU host and device are one, and no launch overhead is looked for. `link_source` says where the link is from.
+
+    Raises:
+        ValueError: see `samples_of`; or fewer than four mixed steps.
+    """
+    samples = samples_of(profile)
+    mixed = samples["mixed"]
+    if len(mixed) < 4:
+        raise ValueError(
+            f"the profile has {len(mixed)} mixed steps; at least 4 are needed to fit and to check"
+        )
+    held_out = mixed[1::2]
+    used = [*samples["prefill"], *samples["decode"], *mixed[::2]]
+    dims = ModelDims(**profile["dims"])
+    on_cpu = profile["settings"]["device"] == "cpu"
+    model = fit_iteration(
+        used, vocab_share=dims.vocab_weights / dims.token_weights, host_s=0.0 if on_cpu else None
+    )
+    parts = {"fitted": used, "prefill": samples["prefill"], "decode": samples["decode"], "held_out": held_out}
+    provenance = profile["provenance"]
+    machine = provenance["machine"]
+    threads = profile["settings"]["threads"]
+    device = f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}" if on_cpu else machine["gpus"][0]
+    return CostModel(
+        f"{dims.name} in {profile['settings']['dtype']}",
+        device,
+        model,
+        link,
+        {"profile": provenance, **({"transfer": link_source} if link_source else {})},
+        {
+            "errors": {name: asdict(errors(model, part)) for name, part in parts.items() if part},
+            "dims": asdict(dims),
+            "block_size": profile["block_size"],
+            "block_bytes": profile["block_bytes"],
+        },
+    )
+
+
+def fit_link(record: Mapping[str, Any], transport: str) -> TransferModel:
+    """The link of a transport, from a record of `nanopd-lab transfer bench`: its pulls one at a time.
+
+    Raises:
+        ValueError: another schema, or a transport that the record lacks.
+    """
+    check_schema(
+        record, TRANSFER_SCHEMA, "the transfer record", "measure it again (nanopd-lab transfer bench)"
+    )
+    block = record["shape"]["block_bytes"]
+    rows = [r for r in record["rows"] if r["in_flight"] == 1]
+    names = sorted({r["transport"] for r in rows})
+    if transport not in names:
+        raise ValueError(f"the transfer record has no {transport!r}; it has {', '.join(names)}")
+    processes = max(r["processes"] for r in rows if r["transport"] == transport)
+    return TransferModel.fit(
+        [
+            TransferSample(r["blocks"], r["blocks"] * block, r["median_ms"] / 1e3)
+            for r in rows
+            if r["transport"] == transport and r["processes"] == processes
+        ]
+    )
+
+
+def describe(cost: CostModel, prompt_tokens: int = 512, context: int = 512) -> str:
+    """Coefficients, errors and derived numbers, for people."""
+    model, dims = cost.iteration, ModelDims(**cost.fit["dims"])
+    bandwidth = dims.token_weights * dims.weight_itemsize / model.weight_s if model.weight_s else None
+    peak = 2 * dims.token_weights / model.token_s if model.token_s else None
+    rows = [
+        ("t0", f"{1e3 * model.t0_s:.3f} ms a step"),
+        (
+            "weights",
+            f"{1e3 * model.weight_s:.3f} ms to read"
+            + (f" ({bandwidth / 1e9:,.1f} GB/s)" if bandwidth else ""),
+        ),
+        (
+            "products",
+            f"{1e6 * model.token_s:.3f} µs a token" + (f" ({peak / 1e9:,.0f} GFLOP/s)" if peak else ""),
+        ),
+        ("corner", f"sharpness {model.sharpness:g}"),
+        ("a1", f"{1e9 * model.pair_s:.3f} ns a (query, key) pair"),
+        ("a2", f"{1e6 * model.context_s:.3f} µs a token of context"),
+        ("a3", f"{1e6 * model.sequence_s:.1f} µs a sequence"),
+        ("host", f"{1e3 * model.host_s:.3f} ms a step, beside the device"),
+    ]
+    if cost.transfer:
+        link = cost.transfer
+        rows.append((
+            "transfer",
+            f"{1e3 * link.setup_s:.3f} ms + {1e6 * link.block_s:.2f} µs a block, {link.bytes_per_s / 1e9:.2f} GB/s",
+        ))  # fmt: skip
+    found = derive(
+        model,
+        prompt_tokens=prompt_tokens,
+        context=context,
+        link=cost.transfer,
+        block_bytes=cost.fit["block_bytes"],
+        block_size=cost.fit["block_size"],
+    )
+    rows += [
+        ("α", f"{1e3 * found.alpha_s:.4f} ms a prompt token (prompt of {prompt_tokens})"),
+        ("β", f"{1e3 * found.beta_s:.2f} ms a decode step (context {context})"),
+        ("threshold", f"{found.threshold:.1f} sequences"),
+        ("γ", f"{1e3 * found.gamma_s:.4f} ms a prompt token in a full decode batch"),
+    ]
+    if found.transfer_rate_s:
+        ratio = found.gamma_s / found.transfer_rate_s
+        rows.append(
+            ("transfer rate", f"{1e6 * found.transfer_rate_s:.3f} µs a token; γ is {ratio:.1f} times it")
+        )
+    lines = [f"{cost.model} on {cost.device}"]
+    lines += [f"  {name:<15}{text}" for name, text in rows]
+    for name, each in cost.fit["errors"].items():
+        label = "held-out mixed" if name == "held_out" else name
+        lines.append(
+            f"  error, {label:<15} mean {each['mean']:6.1%}   max {each['maximum']:6.1%}   of {each['count']} steps"
+        )
+    return "\n".join(lines)

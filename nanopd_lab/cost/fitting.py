@@ -1,0 +1,182 @@
+"""From timed steps to the coefficients of the iteration model.
+
+For a given corner (how many tokens' products take as long as reading the weights, and how sharp it is) and a given
+host time the model is linear in what is left, which non-negative least squares finds. The relative error is
+minimised: a 5 ms step counts as much as a 500 ms one. Corner and host time are searched for around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanopd_lab.cost.iteration import IterationModel, StepFeatures
+
+Array = NDArray[np.float64]
+SHARPNESSES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
+MIN_SAMPLES = 8
+HOST_CANDIDATES = 12
+CORNER_STEP = 1.2
+CORNERS = tuple(0.25 * CORNER_STEP**n for n in range(54))  # in tokens; up to 3,900
+T0_MUST_REACH = 0.9  # of the error without it
+
+
+@dataclass(frozen=True)
+class StepSample:
+    """A step that was timed."""
+
+    step: StepFeatures
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FitError:
+    """Relative errors |predicted/measured - 1| over a set of steps."""
+
+    count: int
+    mean: float
+    maximum: float
+
+    def __str__(self) -> str:
+        return f"mean {self.mean:.1%}, max {self.maximum:.1%} over {self.count} steps"
+
+
+def errors(model: IterationModel, samples: Seq[StepSample]) -> FitError:
+    """How far the model is from these steps.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("no steps to compare the model with")
+    found = [abs(model.of_features(s.step) / s.seconds - 1) for s in samples]
+    return FitError(len(found), sum(found) / len(found), max(found))
+
+
+def fit_iteration(
+    samples: Seq[StepSample], *, vocab_share: float = 0.0, host_s: float | None = None
+) -> IterationModel:
+    """The model with the least squared relative error.
+
+    Args:
+        samples: mixed ones among them, or the terms cannot be told apart
+        vocab_share: see `IterationModel`; from the model's dimensions
+        host_s: launch overhead, if known (0 on a CPU, where host and device are one); None: it is looked for as the
+            floor under the shortest steps. What the device takes below that floor was not seen, only extrapolated:
+            profile with CUDA graphs for the device, and get the overhead without them from `launch_overhead`
+
+    Raises:
+        ValueError: fewer than eight samples, also of those above `host_s`; or one that took no time.
+    """
+    if len(samples) < MIN_SAMPLES or any(not s.seconds > 0 for s in samples):
+        raise ValueError(
+            f"a fit needs at least {MIN_SAMPLES} timed steps, got {len(samples)}; profile without --quick"
+        )
+    table = _Table(samples, vocab_share)
+    if host_s is not None and table.above(host_s).sum() < MIN_SAMPLES:
+        raise ValueError(
+            f"only {table.above(host_s).sum()} of {len(samples)} steps take longer than the host's {host_s} s; "
+            f"at least {MIN_SAMPLES} must, or the device cannot be seen"
+        )
+    return min(
+        (table.fit(host) for host in (_host_candidates(table) if host_s is None else [host_s])),
+        key=table.loss,
+    )
+
+
+def launch_overhead(model: IterationModel, samples: Seq[StepSample]) -> IterationModel:
+    """The same device with the host time that meets these samples best, for example a profile without CUDA graphs.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("no steps to find the host time from")
+    hosts = [0.0, *sorted({s.seconds for s in samples})]
+    table = _Table(samples, model.vocab_share)
+    return min((replace(model, host_s=host) for host in hosts), key=table.loss)
+
+
+def _host_candidates(table: _Table) -> list[float]:
+    """None, and floors that several of the shortest steps lie near to: one step alone is no floor."""
+    times = np.sort(table.seconds)
+    few = times[: max(3, len(times) // 2)]
+    runs = [float(np.mean(few[: n + 1])) for n in range(2, len(few)) if few[n] <= 1.2 * few[0]]
+    return [0.0, *(host for host in runs[-HOST_CANDIDATES:] if table.above(host).sum() >= MIN_SAMPLES)]
+
+
+class _Table:
+    """Samples as columns."""
+
+    def __init__(self, samples: Seq[StepSample], vocab_share: float) -> None:
+        steps = [s.step for s in samples]
+        self.vocab_share = vocab_share
+        self.samples = samples
+        self.seconds: Array = np.array([s.seconds for s in samples])
+        drawn = np.array([s.drawn for s in steps], dtype=float)
+        self.weights: Array = np.where(drawn > 0, 1.0 + vocab_share, 1.0)
+        self.tokens: Array = np.array([s.tokens for s in steps]) + vocab_share * drawn
+        self.others: Array = np.array([[1.0, s.pairs, s.context, s.sequences] for s in steps], dtype=float)
+
+    def loss(self, model: IterationModel) -> float:
+        """Sum of squared relative errors."""
+        return sum((model.of_features(s.step) / s.seconds - 1) ** 2 for s in self.samples)
+
+    def above(self, host_s: float) -> NDArray[np.bool_]:
+        """Which steps say something of the device: those well above what the host takes."""
+        return np.asarray(self.seconds > 1.1 * host_s)
+
+    def fit(self, host_s: float) -> IterationModel:
+        """The best for a host time, from the steps that take longer than it."""
+        free = self.above(host_s)
+        # A constant time and that of the weights differ only in the corner's shape: t0 must earn its place.
+        without, having = self._search(free, host_s, with_t0=False), self._search(free, host_s, with_t0=True)
+        return having[1] if having[0] < T0_MUST_REACH * without[0] else without[1]
+
+    def _search(self, free: NDArray[np.bool_], host_s: float, with_t0: bool) -> tuple[float, IterationModel]:
+        """(root of the squared relative errors' sum, model) of the best corner."""
+        grid = [(corner, sharpness) for sharpness in SHARPNESSES for corner in CORNERS]
+        best = min((self._solve(free, *each, with_t0) for each in grid), key=lambda found: found[0])
+        _, _, corner, sharpness = best
+        # Between the corners of the grid.
+        finer = np.geomspace(corner / CORNER_STEP, corner * CORNER_STEP, 21)
+        distance, found, corner, sharpness = min(
+            (self._solve(free, float(each), sharpness, with_t0) for each in finer),
+            key=lambda found: found[0],
+        )
+        return distance, self._model(found, corner, sharpness, host_s)
+
+    def _solve(
+        self, free: NDArray[np.bool_], corner: float, sharpness: float, with_t0: bool
+    ) -> tuple[float, Array, float, float]:
+        """(distance, coefficients, corner, sharpness): linear, given the last two."""
+        from scipy.optimize import nnls
+
+        products = self.tokens / corner
+        high, low = np.maximum(self.weights, products), np.minimum(self.weights, products)
+        matrices = high * (1 + (low / high) ** sharpness) ** (1 / sharpness)
+        scaled = np.column_stack([matrices, self.others])[free] / self.seconds[free, None]
+        size = np.linalg.norm(scaled, axis=0)
+        size[size == 0] = 1.0
+        scaled /= size
+        if not with_t0:
+            scaled[:, 1] = 0.0
+        found, distance = nnls(scaled, np.ones(int(free.sum())))
+        return float(distance), found / size, corner, sharpness
+
+    def _model(self, found: Array, corner: float, sharpness: float, host_s: float) -> IterationModel:
+        weight, t0, pair, context, sequence = map(float, found)
+        return IterationModel(
+            t0_s=t0,
+            weight_s=weight,
+            token_s=weight / corner,
+            pair_s=pair,
+            context_s=context,
+            sequence_s=sequence,
+            host_s=host_s,
+            vocab_share=self.vocab_share,
+            sharpness=sharpness,
+        )

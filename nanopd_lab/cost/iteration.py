@@ -1,0 +1,231 @@
+"""How long one engine step takes: a sum of few terms, each with a physical meaning.
+
+    device = t0 + smooth_max(weights, products) + a1·Σ q(k + q/2) + a2·Σ context + a3·sequences
+    step   = max(host, device)
+
+A step computes for each sequence a chunk of q new tokens behind k past ones. `weights` is the time to read the
+matrices once, `products` that of the matrix products of all tokens: the larger of the two counts, with a round corner.
+Launch overhead is the host's own time. It runs beside the device's, so it is a floor and not a summand: CUDA graphs
+lower `host_s` and touch nothing else.
+
+Seconds everywhere. Pure arithmetic without torch, a clock or a lookup, as a simulator asks 100,000 times a second;
+runs of decode steps of an unchanged batch have closed forms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nanopd_lab.cost.roofline import ChunkShape, ModelDims
+
+MOST_STEPS = 1e12  # far below what a float counts in ones
+
+
+def smooth_max(a: float, b: float, sharpness: float) -> float:
+    """`(a^p + b^p)^(1/p)`: the sum at p = 1, the maximum as p grows; a and b not negative."""
+    low, high = (a, b) if a < b else (b, a)
+    if low <= 0.0:
+        return high
+    return high * (1.0 + (low / high) ** sharpness) ** (1.0 / sharpness)
+
+
+@dataclass(frozen=True)
+class StepFeatures:
+    """What the model needs to know of a step.
+
+    tokens:    new ones, all sequences together: Σ q
+    drawn:     sequences that draw a token, and so need a row of the vocabulary projection
+    pairs:     Σ q(k + q/2), the (query, key) pairs of causal attention without the half on the diagonal
+    context:   Σ (k + q), tokens whose K and V are read
+    sequences: number of chunks
+    """
+
+    tokens: int
+    drawn: int
+    pairs: float
+    context: int
+    sequences: int
+
+    @classmethod
+    def of(cls, chunks: Iterable[ChunkShape]) -> StepFeatures:
+        """Of the chunks of one step.
+
+        Raises:
+            ValueError: no chunk, or one without tokens or with a negative past.
+        """
+        tokens = drawn = context = sequences = 0
+        pairs = 0.0
+        for chunk in chunks:
+            if chunk.count < 1 or chunk.past < 0:
+                raise ValueError(f"{chunk} has no tokens or a negative past")
+            tokens += chunk.count
+            drawn += chunk.samples > 0
+            pairs += chunk.count * (chunk.past + chunk.count / 2)
+            context += chunk.past + chunk.count
+            sequences += 1
+        if not sequences:
+            raise ValueError("a step is one chunk or more; got none")
+        return cls(tokens, drawn, pairs, context, sequences)
+
+
+@dataclass(frozen=True)
+class IterationModel:
+    """One model on one device.
+
+    t0_s:        of every step, on the device
+    weight_s:    to read the weights that every token is multiplied with
+    token_s:     of one token's matrix products, where they are the limit
+    pair_s:      a1, of attention, each (query, key) pair
+    context_s:   a2, to read K and V of one token
+    sequence_s:  a3, each sequence
+    host_s:      of the host, each step: launch overhead
+    vocab_share: the vocabulary projection's weights as a part of those in `weight_s`. They are read if anybody draws
+                 a token, and each sequence that does adds so much of a token's products.
+    sharpness:   of the corner where products overtake reading; see `smooth_max`
+
+    Raises:
+        ValueError: a coefficient that is negative or not finite, or a sharpness below 1.
+    """
+
+    t0_s: float
+    weight_s: float
+    token_s: float
+    pair_s: float
+    context_s: float
+    sequence_s: float
+    host_s: float = 0.0
+    vocab_share: float = 0.0
+    sharpness: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; a coefficient is finite and not negative")
+        if self.sharpness < 1:
+            raise ValueError(f"sharpness is {self.sharpness}; it is at least 1 (weights and products add up)")
+
+    @classmethod
+    def from_roofline(
+        cls,
+        dims: ModelDims,
+        bandwidth_bytes_per_s: float,
+        peak_flops_per_s: float,
+        launch_overhead_s: float = 0.0,
+    ) -> IterationModel:
+        """A prior for a device that nobody has profiled: every byte at `bandwidth`, every FLOP at `peak`.
+
+        Raises:
+            ValueError: a bandwidth or a peak that is not positive.
+        """
+        if not (bandwidth_bytes_per_s > 0 and peak_flops_per_s > 0):
+            raise ValueError(
+                f"bandwidth {bandwidth_bytes_per_s} B/s and peak {peak_flops_per_s} FLOP/s must be positive"
+            )
+        return cls(
+            t0_s=0.0,
+            weight_s=dims.token_weights * dims.weight_itemsize / bandwidth_bytes_per_s,
+            token_s=2 * dims.token_weights / peak_flops_per_s,
+            pair_s=4 * dims.num_layers * dims.num_heads * dims.head_dim / peak_flops_per_s,
+            context_s=dims.kv_bytes_per_token / bandwidth_bytes_per_s,
+            sequence_s=0.0,
+            host_s=launch_overhead_s,
+            vocab_share=dims.vocab_weights / dims.token_weights,
+        )
+
+    # ---- any step --------------------------------------------------------------------------------------
+
+    def seconds(self, chunks: Iterable[ChunkShape]) -> float:
+        """Of a step that computes these chunks.
+
+        Raises:
+            ValueError: see `StepFeatures.of`.
+        """
+        return self.of_features(StepFeatures.of(chunks))
+
+    def of_features(self, step: StepFeatures) -> float:
+        """Of a step that is known by its totals."""
+        return max(self.host_s, self.device_seconds(step))
+
+    def device_seconds(self, step: StepFeatures) -> float:
+        """Of the device alone, as if the host took no time."""
+        return (
+            self.t0_s
+            + self._matrices(step.tokens, step.drawn)
+            + self.pair_s * step.pairs
+            + self.context_s * step.context
+            + self.sequence_s * step.sequences
+        )
+
+    def _matrices(self, tokens: int, drawn: int) -> float:
+        weights = self.weight_s * (1.0 + self.vocab_share) if drawn else self.weight_s
+        return smooth_max(weights, self.token_s * (tokens + self.vocab_share * drawn), self.sharpness)
+
+    # ---- decode steps ----------------------------------------------------------------------------------
+
+    def decode_seconds(self, batch: int, total_context: int) -> float:
+        """Of one decode step of `batch` sequences with `total_context` tokens in the cache before it, all together."""
+        first, _ = self._decode_line(batch, total_context)
+        return max(self.host_s, first)
+
+    def decode_run_seconds(self, batch: int, total_context: int, steps: int) -> float:
+        """Of so many decode steps of the same batch, each of which adds a token to every sequence.
+
+        The device's times are an arithmetic series; those of its first terms that the host exceeds count as the host's.
+        """
+        first, growth = self._decode_line(batch, total_context)
+        floor = self._host_steps(first, growth, steps)
+        rest = steps - floor
+        return self.host_s * floor + rest * first + growth * (floor * rest + rest * (rest - 1) / 2)
+
+    def decode_steps_within(self, batch: int, total_context: int, seconds: float) -> int:
+        """How many whole decode steps of the same batch fit into `seconds`: the inverse of `decode_run_seconds`.
+
+        Raises:
+            ValueError: steps take no time by this model, or none that counts beside `seconds`.
+        """
+        first, growth = self._decode_line(batch, total_context)
+        if max(self.host_s, first) <= seconds / MOST_STEPS or max(self.host_s, first) <= 0:
+            raise ValueError(
+                f"decode steps take no time beside {seconds} s by this model; any number of them fits"
+            )
+        # Where the host is the limit, steps are alike; behind that, solve n·d + growth·n(n-1)/2 = left for n.
+        floor = self._host_steps(first, growth, None)
+        alike = seconds / self.host_s if self.host_s > 0 else math.inf
+        if alike < floor:
+            guess = alike
+        else:
+            left, start = seconds - self.host_s * floor, first + growth * floor
+            guess = floor + _series_terms(start, growth, left)
+        # The solution is a float: put right what rounding may have moved by one.
+        steps = max(0, int(guess))
+        while steps > 0 and self.decode_run_seconds(batch, total_context, steps) > seconds:
+            steps -= 1
+        while self.decode_run_seconds(batch, total_context, steps + 1) <= seconds:
+            steps += 1
+        return steps
+
+    def _decode_line(self, batch: int, total_context: int) -> tuple[float, float]:
+        """(the device's time of the first step, what each further one takes longer)."""
+        slope = self.pair_s + self.context_s
+        constant = self.t0_s + self._matrices(batch, batch)
+        each = self.pair_s / 2 + self.context_s + self.sequence_s
+        return constant + batch * each + slope * total_context, slope * batch
+
+    def _host_steps(self, first: float, growth: float, most: int | None) -> float | int:
+        """Steps at the beginning of a decode run for which the host takes longer; `most` of them, if given."""
+        if first >= self.host_s:
+            return 0
+        limit = math.inf if most is None else most
+        until = (self.host_s - first) / growth if growth > 0 else math.inf
+        return limit if until >= limit else math.ceil(until)
+
+
+def _series_terms(first: float, growth: float, total: float) -> float:
+    """n, not rounded, with first + (first + growth) + … = total over n terms."""
+    if total <= 0:
+        return 0.0
+    b = first - growth / 2
+    # The root in the form that doesn't cancel as the growth goes to 0.
+    return 2 * total / (b + math.sqrt(b * b + 2 * growth * total))

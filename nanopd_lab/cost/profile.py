@@ -1,0 +1,226 @@
+"""Times steps of a real engine over a grid: the input of `nanopd-lab fit`.
+
+    nanopd-lab profile --model smollm2 --result-filename profile.json
+
+Plans are made by hand and run by the engine's own runner over its own pool, whose blocks are filled once, so that a
+step with 1,000 tokens of past costs that step only and not the prefill before it. The scheduler's time is not in it.
+
+All points are visited in turn, several rounds, and the median of the rounds counts: a slow moment of a shared machine
+then spoils one visit of many points and not all visits of one. The first visit of each is thrown away. Where the engine
+runs one step ahead (GPUs), so does the profiler, and a step's time is from one result to the next: the longer of what
+host and device take. A file that a cut run left is continued.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nanopd_lab.bench.provenance import provenance
+from nanopd_lab.core import Chunk, Request, SamplingParams, StepPlan
+from nanopd_lab.core import Sequence as EngineSequence
+from nanopd_lab.cost.calibrate import MIN_ROUNDS, PROFILE_SCHEMA
+from nanopd_lab.cost.files import check_schema, read_json
+from nanopd_lab.cost.grid import Grid, Point, grid_for
+from nanopd_lab.cost.roofline import ModelDims
+from nanopd_lab.engine.config import EngineConfig
+from nanopd_lab.engine.engine import Engine
+
+VISIT_SECONDS = 0.05  # a visit repeats shorter steps, up to MOST_REPEATS times
+MOST_REPEATS = 5
+SAVE_SECONDS = 5.0
+
+
+class StepTimer:
+    """Runs a point's plan on an engine and times it.
+
+    Args:
+        engine: idle; what its pool holds is lost
+        clock: seconds
+    """
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.perf_counter) -> None:
+        assert not engine.has_unfinished, "the engine has requests under way"
+        self.engine = engine
+        self.clock = clock
+        # Memory that nobody has written may hold numbers that are slow or not finite.
+        pool = engine.cache.tensor
+        generator = torch.Generator().manual_seed(0)
+        block = torch.randn(pool.shape[1:], generator=generator).to(pool.dtype).to(pool.device)
+        pool.copy_(block.expand_as(pool))
+
+    def plan(self, point: Point) -> StepPlan:
+        """A plan with a sequence for each chunk, which owns blocks as in a pool that is used from its start."""
+        size, used, chunks = self.engine.config.block_size, 0, []
+        vocab = self.engine.loaded.geometry.vocab_size
+        params = SamplingParams(temperature=0, max_tokens=1 << 20, ignore_eos=True, detokenize=False)
+        for number, chunk in enumerate(point.chunks):
+            end = chunk.past + chunk.count
+            known = [(7 * number + 13 * place) % vocab for place in range(end + (chunk.samples == 0))]
+            decode = chunk.count == 1 and chunk.past > 0
+            request = Request(f"profiled-{number}", known[: chunk.past] if decode else known, params)
+            sequence = EngineSequence(request, tokens=known, num_computed=chunk.past)
+            count = -(-end // size)
+            sequence.blocks = list(range(used, used + count))
+            used += count
+            chunks.append(Chunk(sequence, chunk.past, chunk.count, chunk.samples))
+        assert used <= self.engine.cache.num_blocks, f"{point} needs {used} blocks"
+        return StepPlan(0, tuple(chunks))
+
+    def seconds(self, point: Point, repeats: int) -> float:
+        """Median of so many steps in a row; one more runs before them where the engine works ahead.
+
+        Raises:
+            RuntimeError: the model's logits were not finite.
+        """
+        plan, runner, times = self.plan(point), self.engine.runner, []
+        if not self.engine.loop.ahead:
+            for _ in range(repeats):
+                begun = self.clock()
+                sampled = runner.execute(plan)
+                times.append(self.clock() - begun)
+        else:
+            before = runner.launch(plan)
+            under_way = runner.launch(plan)
+            before.result()
+            begun = self.clock()
+            for _ in range(repeats):
+                following = runner.launch(plan)
+                sampled = under_way.result()
+                now = self.clock()
+                times.append(now - begun)
+                begun, under_way = now, following
+            under_way.result()
+        if wrong := [token.error for tokens in sampled for token in tokens if token.error]:
+            raise RuntimeError(f"{point.kind} of {len(point.chunks)} chunks: {wrong[0]}")
+        return statistics.median(times)
+
+
+def profile(
+    model: str = "smollm2",
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    quick: bool = False,
+    rounds: int = 3,
+    result: Path | None = None,
+    grid: Grid | None = None,
+    progress: bool = True,
+    **engine_options: Any,
+) -> dict[str, Any]:
+    """The whole record; written to `result` as it grows, and continued from there.
+
+    Args:
+        quick: a smaller grid
+        rounds: visits of each point that count, at least 3
+        grid: another one than `grid_for` the device
+        engine_options: further fields of `EngineConfig`, for example cuda_graphs=False
+
+    Raises:
+        ValueError: fewer than 3 rounds, a bad setting, or a `result` that is not a profile with the same settings.
+    """
+    if rounds < MIN_ROUNDS:
+        raise ValueError(f"rounds is {rounds}; a median takes at least {MIN_ROUNDS}")
+    known = None
+    if result is not None and result.exists():
+        known = read_json(result)
+        check_schema(known, PROFILE_SCHEMA, result.name, "it is no profile to continue; name another file")
+    settings: dict[str, Any] = {"model": model, "dtype": dtype, **engine_options}
+    cuda = device != "cpu" and torch.cuda.is_available()
+    grid = grid or grid_for("cuda" if cuda else "cpu", quick)
+    settings |= {
+        "device": torch.cuda.get_device_name(None if device in ("auto", "cuda") else device)
+        if cuda
+        else "cpu",
+        "threads": torch.get_num_threads(),
+        "grid": json.loads(json.dumps(asdict(grid))),
+    }
+    if known is not None:
+        _check_settings(known["settings"], settings, result)
+    config = EngineConfig(
+        model,
+        device=device,
+        dtype=dtype,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=max(grid.prefill_counts) + max(grid.batches),
+        max_num_seqs=max(grid.batches) + 2,
+        **engine_options,
+    )
+    engine = Engine(config)
+    points = grid.points(
+        config.max_num_batched_tokens, engine.cache.num_blocks, engine.max_model_len, config.block_size
+    )
+    record = known or {
+        "schema": PROFILE_SCHEMA,
+        "provenance": provenance(),
+        "settings": settings,
+        "block_size": config.block_size,
+        "block_bytes": engine.cache.shape.block_bytes,
+        "dims": _dims(engine, model),
+        "points": [{**point.to_record(), "seconds": []} for point in points],
+    }
+    if [Point.from_record(row) for row in record["points"]] != points:
+        raise ValueError(
+            f"{result} has other steps than this engine can hold; name another file, or delete it"
+        )
+    _visit(StepTimer(engine), record["points"], rounds, lambda: _save(record, result), progress)
+    return record
+
+
+def _visit(
+    timer: StepTimer, rows: Sequence[dict[str, Any]], rounds: int, save: Callable[[], None], progress: bool
+) -> None:
+    """Fill in what is missing, a round at a time."""
+    left = [row for row in rows if len(row["seconds"]) < rounds]
+    visits = sum(rounds - len(row["seconds"]) for row in left) + len(left)
+    repeats: dict[int, int] = {}
+    saved = time.monotonic()
+    with tqdm(total=visits, desc="profile", unit="visit", disable=not progress) as bar:
+        for row in left:  # thrown away: compiles, touches memory, says how long a step is
+            seconds = timer.seconds(Point.from_record(row), 1)
+            repeats[id(row)] = max(1, min(MOST_REPEATS, round(VISIT_SECONDS / seconds)))
+            bar.update()
+        for number in range(rounds):
+            for row in left:
+                if len(row["seconds"]) > number:
+                    continue
+                row["seconds"].append(timer.seconds(Point.from_record(row), repeats[id(row)]))
+                bar.update()
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+    save()
+
+
+def _save(record: dict[str, Any], path: Path | None) -> None:
+    if path is None:
+        return
+    # Written beside and moved, so that a run that is cut leaves a whole file.
+    beside = path.with_name(path.name + ".part")
+    rows = ",\n".join("  " + json.dumps(row) for row in record["points"])
+    head = json.dumps({**record, "points": None}, indent=1)
+    beside.write_text(head.replace('"points": null', f'"points": [\n{rows}\n ]') + "\n")
+    beside.replace(path)
+
+
+def _check_settings(known: dict[str, Any], wanted: dict[str, Any], path: Path | None) -> None:
+    differ = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+    if differ:
+        name = differ[0]
+        raise ValueError(
+            f"{path} was made with {name} = {known.get(name)!r}, not {wanted.get(name)!r}; it is not continued: "
+            "name another file, or delete it"
+        )
+
+
+def _dims(engine: Engine, model: str) -> dict[str, Any]:
+    itemsize = engine.cache.shape.dtype.itemsize
+    return asdict(ModelDims.from_config(engine.loaded.model.config, name=model, weight_itemsize=itemsize))
