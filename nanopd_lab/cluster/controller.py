@@ -176,6 +176,13 @@ class _Worker:
         )
 
 
+def _legal(route: Route, free: Seq[WorkerView]) -> bool:
+    """`route in legal_routes(free)`, without making them all."""
+    return any(view.name == route.prefill and view.role.prefills for view in free) and any(
+        view.name == route.decode and view.role.decodes for view in free
+    )
+
+
 class Controller:
     """See the module.
 
@@ -362,7 +369,9 @@ class Controller:
 
     def next_wakeup(self) -> float | None:
         """When `tick` has something to do next, if nothing else happens."""
-        times = [job.deadline for job in self._jobs.values() if not job.done]
+        while self._deadlines and self._deadlines[0][2].done:
+            heapq.heappop(self._deadlines)
+        times = [self._deadlines[0][0]] if self._deadlines else []
         times += [
             w.last_seen + self.limits.heartbeat_s for w in self._workers.values() if w.state is State.UP
         ]
@@ -391,7 +400,7 @@ class Controller:
             decision = self.policy.choose(seen, free, self.now) if free else None
             if decision is None:
                 return
-            if decision.route not in legal_routes(free):
+            if not _legal(decision.route, free):
                 raise ValueError(
                     f"policy {self.policy.name} chose {decision.route}, which the roles or the load of the workers do "
                     f"not allow; legal are {', '.join(map(str, legal_routes(free))) or 'none'}"
