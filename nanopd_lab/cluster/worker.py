@@ -103,6 +103,7 @@ class WorkerCore:
         self.now = 0.0
         self._tries: dict[str, _Try] = {}
         self._timed: dict[str, _Try] = {}  # those for which `tick` may have something to do
+        self._unsampled: set[Sequence] = set()  # have no `usage.sampled` yet
         self._offered: set[str] = set()  # keys of which the source has published something
         self._pulling: dict[int, tuple[_Try, Published]] = {}
         self._next_pull = 0
@@ -129,7 +130,8 @@ class WorkerCore:
 
     def _take_on(self, message: Begin | Expect) -> None:
         work = message.work
-        request = Request(message.key, list(work.prompt), replace(work.params, n=1), arrival=self.now)
+        params = work.params if work.params.n == 1 else replace(work.params, n=1)
+        request = Request(message.key, list(work.prompt), params, arrival=self.now)
         try:
             if isinstance(message, Begin):
                 sequence = self.scheduler.begin(request, work.index, work.outputs, message.hand_off)
@@ -142,6 +144,7 @@ class WorkerCore:
             self.outbox += [Failed(message.key, str(error), retry=False), Ended(message.key)]
             return
         each.sent = len(work.outputs)
+        self._unsampled.add(each.sequence)
         self._tries[message.key] = each
         if each.source is not None:
             self._timed[message.key] = each
@@ -164,13 +167,11 @@ class WorkerCore:
         """
         self._reserve()
         steps = equal_steps(self.scheduler, most)
-        if steps:
-            first_here = False
-            for sequence in self.scheduler.running:
-                first_here |= self._note_scheduled(sequence, sequence.num_computed).usage.sampled is None
-            if first_here:  # the time of that token is asked for
-                return 1
-        return steps
+        if not steps or self._unsampled.isdisjoint(self.scheduler.running):
+            return steps
+        for sequence in self._unsampled.intersection(self.scheduler.running):
+            self._note_scheduled(sequence, sequence.num_computed)
+        return 1  # the time of that token is asked for
 
     def finish_run(self, steps: int, token: SampledToken) -> None:
         """`steps` decode steps were done that `start_run` has allowed; every one gave every sequence this token."""
@@ -179,18 +180,17 @@ class WorkerCore:
         for sequence in running if steps == 1 or self.stream else ended:
             self._report(self._tries[sequence.request.request_id])
 
-    def _note_scheduled(self, sequence: Sequence, start: int) -> _Try:
+    def _note_scheduled(self, sequence: Sequence, start: int) -> None:
         each = self._tries[sequence.request.request_id]
         if each.usage.scheduled is None:
             cached = start if each.usage.reserved is None else each.usage.first_cached
-            each.usage = replace(each.usage, scheduled=self.now, first_cached=cached)
-        return each
+            each.usage = each.usage._replace( scheduled=self.now, first_cached=cached)
 
     def _reserve(self) -> None:
         for sequence in self.scheduler.reserve(self._offered):
             each = self._tries[sequence.request.request_id]
             each.arrived = set(range(sequence.num_computed // self.scheduler.block_size))
-            each.usage = replace(each.usage, reserved=self.now, first_cached=sequence.num_computed)
+            each.usage = each.usage._replace( reserved=self.now, first_cached=sequence.num_computed)
             each.waits_since = self.now
             self._pull(each)
 
@@ -232,7 +232,8 @@ class WorkerCore:
             return
         new = sequence.output_token_ids[each.sent :]
         if each.usage.sampled is None:
-            each.usage = replace(each.usage, sampled=self.now)
+            self._unsampled.discard(sequence)
+            each.usage = each.usage._replace( sampled=self.now)
         if new or sequence.finished:
             self.outbox.append(
                 Tokens(
@@ -312,7 +313,7 @@ class WorkerCore:
         assert offer.token is not None
         sequence = each.sequence
         assert offer.num_tokens == len(sequence.tokens), "the source has computed something else"
-        each.usage = replace(each.usage, adopted=self.now)
+        each.usage = each.usage._replace( adopted=self.now)
         self.outbox.append(Received(each.key))
         each.source = None
         del self._timed[each.key]
@@ -327,8 +328,7 @@ class WorkerCore:
         each, offer = self._pulling.pop(result.pull_id)
         positions = each.under_way.pop(result.pull_id)
         usage = each.usage
-        each.usage = replace(
-            usage,
+        each.usage = usage._replace(
             pulls=(*usage.pulls, (result.started, result.finished)),
             received_bytes=usage.received_bytes + result.num_bytes,
         )
@@ -412,8 +412,7 @@ class WorkerCore:
 
     def _forget(self, each: _Try) -> None:
         sequence = each.sequence
-        usage = replace(
-            each.usage,
+        usage = each.usage._replace(
             computed=sequence.tokens_computed,
             cached=sequence.tokens_cached,
             received=sequence.tokens_received,
@@ -421,6 +420,7 @@ class WorkerCore:
         )
         del self._tries[each.key]
         self._timed.pop(each.key, None)
+        self._unsampled.discard(each.sequence)
         self._offered.discard(each.key)
         self.outbox.append(Ended(each.key, usage))
 

@@ -164,15 +164,21 @@ class BlockAllocator:
             ValueError: a block is not in use (released twice); nothing has been released.
         """
         self._note_peak()  # use falls nowhere else
-        need: dict[int, int] = {}
-        for block in blocks:
-            need[block] = need.get(block, 0) + 1
-        for block, times in need.items():
-            self.require_used(block, "release", times)
+        refs, contents = self.refs, self.contents
+        if len(set(blocks)) < len(blocks):
+            need: dict[int, int] = {}
+            for block in blocks:
+                need[block] = need.get(block, 0) + 1
+            for block, times in need.items():
+                self.require_used(block, "release", times)
+        else:
+            for block in blocks:
+                if not (0 <= block < self.num_blocks and refs[block]):
+                    self.require_used(block, "release")
         for block in reversed(blocks):
-            self.refs[block] -= 1
-            if self.refs[block] == 0:
-                if self.contents[block] is None:
+            refs[block] -= 1
+            if refs[block] == 0:
+                if contents[block] is None:
                     self.free.append(block)
                 else:
                     self.evictable[block] = None

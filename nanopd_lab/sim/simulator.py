@@ -188,7 +188,7 @@ class Simulator:
             self._message(payload)
         elif isinstance(payload, SimWorker):
             if self._lives_on(payload):
-                payload.wake()
+                payload.timer()
         elif isinstance(payload, _Beat):
             self._beat(payload.worker)
         elif isinstance(payload, Kill):

@@ -110,6 +110,11 @@ class SimWorker:
         elif self._plan is None and self._loop_at is None:
             self._call(self.queue.now)
 
+    def timer(self) -> None:
+        """Something may be due by now, unless it has been settled since."""
+        if (due := self.core.next_wakeup()) is not None and due <= self.queue.now:
+            self.wake()
+
     def loop(self, turn: int) -> None:
         """The loop comes round: take in what has come, start the next step. `turn` is from the event."""
         if turn != self._turn:
