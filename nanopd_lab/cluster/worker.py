@@ -184,13 +184,13 @@ class WorkerCore:
         each = self._tries[sequence.request.request_id]
         if each.usage.scheduled is None:
             cached = start if each.usage.reserved is None else each.usage.first_cached
-            each.usage = each.usage._replace( scheduled=self.now, first_cached=cached)
+            each.usage = each.usage._replace(scheduled=self.now, first_cached=cached)
 
     def _reserve(self) -> None:
         for sequence in self.scheduler.reserve(self._offered):
             each = self._tries[sequence.request.request_id]
             each.arrived = set(range(sequence.num_computed // self.scheduler.block_size))
-            each.usage = each.usage._replace( reserved=self.now, first_cached=sequence.num_computed)
+            each.usage = each.usage._replace(reserved=self.now, first_cached=sequence.num_computed)
             each.waits_since = self.now
             self._pull(each)
 
@@ -233,7 +233,7 @@ class WorkerCore:
         new = sequence.output_token_ids[each.sent :]
         if each.usage.sampled is None:
             self._unsampled.discard(sequence)
-            each.usage = each.usage._replace( sampled=self.now)
+            each.usage = each.usage._replace(sampled=self.now)
         if new or sequence.finished:
             self.outbox.append(
                 Tokens(
@@ -313,7 +313,7 @@ class WorkerCore:
         assert offer.token is not None
         sequence = each.sequence
         assert offer.num_tokens == len(sequence.tokens), "the source has computed something else"
-        each.usage = each.usage._replace( adopted=self.now)
+        each.usage = each.usage._replace(adopted=self.now)
         self.outbox.append(Received(each.key))
         each.source = None
         del self._timed[each.key]

@@ -4,6 +4,7 @@ from nanopd_lab.sim.links import LinkModel
 from nanopd_lab.sim.results import RequestRecord, SimResult
 from nanopd_lab.sim.simulator import SimConfig, Simulator
 from nanopd_lab.sim.timing import ConstantTime, LinearTime, StepTime
+from nanopd_lab.sim.trace import trace_events, write_trace
 from nanopd_lab.sim.workload import AZURE_LIKE, Kill, Lengths, SimRequest, poisson_arrivals
 
 __all__ = [
@@ -20,4 +21,6 @@ __all__ = [
     "Simulator",
     "StepTime",
     "poisson_arrivals",
+    "trace_events",
+    "write_trace",
 ]
