@@ -175,9 +175,11 @@ class WorkerCore:
 
     def finish_run(self, steps: int, token: SampledToken) -> None:
         """`steps` decode steps were done that `start_run` has allowed; every one gave every sequence this token."""
-        running = list(self.scheduler.running)
+        told = list(self.scheduler.running)
         ended = advance(self.scheduler, steps, token)
-        for sequence in running if steps == 1 or self.stream else ended:
+        if not self.stream and self._unsampled.isdisjoint(told):
+            told = ended
+        for sequence in told:
             self._report(self._tries[sequence.request.request_id])
 
     def _note_scheduled(self, sequence: Sequence, start: int) -> None:
@@ -281,7 +283,7 @@ class WorkerCore:
             return
         each.published = (sequence.preemptions, count)
         blocks = tuple(sequence.blocks[:count])
-        generations = tuple(self.generation(block) for block in blocks)
+        generations = tuple(map(self.generation, blocks))
         self.outbox.append(Published(each.key, blocks, generations, end, token))
 
     # ------------------------------------------------------------------ target: pull, adopt

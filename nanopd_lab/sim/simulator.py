@@ -319,11 +319,7 @@ class Simulator:
         if error is not None:
             status = PullStatus.FAILED
         else:
-            generation = source.core.generation
-            same = all(
-                generation(block) == published
-                for block, published in zip(blocks, pull.generations, strict=True)
-            )
+            same = tuple(map(source.core.generation, blocks)) == tuple(pull.generations)
             if not same or source.reuses(blocks):
                 status = PullStatus.STALE
         size = len(blocks) * self.config.block_bytes if status is PullStatus.DONE else 0

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nanopd_lab.cluster.messages import FromWorker, ToWorker
+from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
 from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.core import SampledToken, Sequence, StepPlan
 from nanopd_lab.engine.decode_run import taken_by_then
@@ -97,6 +97,16 @@ class SimWorker:
 
     def deliver(self, message: ToWorker | PullResult) -> None:
         """Something has come; it is looked at when the loop comes round."""
+        if isinstance(message, Expect) and self._run is not None and not self.inbox:
+            # It waits for its source and stops nobody, unless the cache could have it: no need to cut the run short.
+            core = self.core
+            if not core.scheduler.blocks.caching:
+                step = self._run.count(self._steps, self._passed) + 1
+                core.handle(message, self._run.end(step))
+                self._watch()
+                if core.outbox:  # refused
+                    self.wake()
+                return
         self.inbox.append(message)
         self.wake()
 
@@ -140,9 +150,7 @@ class SimWorker:
         self._send()
         self._start_step(now)
         self._send()
-        if (due := core.next_wakeup()) is not None and due != self._wake_at:
-            self._wake_at = due
-            self.queue.push(max(due, math.nextafter(now, math.inf)), Kind.WAKE, self)
+        self._watch()
 
     def stop(self) -> list[FromWorker]:
         """It dies now. Returns what it has told so far and the controller does not know yet."""
@@ -214,6 +222,13 @@ class SimWorker:
         self._turn += 1
         self._loop_at = time
         self.queue.push(time, Kind.LOOP, LoopDue(self, self._turn), self.rank)
+
+    def _watch(self) -> None:
+        """Be called when the core has something to do by itself."""
+        due = self.core.next_wakeup()
+        if due is not None and due != self._wake_at:
+            self._wake_at = due
+            self.queue.push(max(due, math.nextafter(self.queue.now, math.inf)), Kind.WAKE, self)
 
     def _passed(self, time: float) -> bool:
         return self.queue.passed(time, Kind.LOOP, self.rank)
