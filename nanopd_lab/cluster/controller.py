@@ -142,6 +142,7 @@ class _Job:
     outputs: list[int] = field(default_factory=list)
     attempt: _Attempt | None = None
     avoid: set[str] = field(default_factory=set)
+    queued: bool = False
     done: bool = False
     unsettled: int = 0  # attempts of which a worker may hold something
 
@@ -163,9 +164,11 @@ class _Worker:
     prefilling: int = 0
     prefill_tokens: int = 0
     decoding: int = 0
+    _seen: tuple[object, ...] = ()  # what the last view was made of
+    _view: WorkerView | None = None
 
     def view(self) -> WorkerView:
-        return WorkerView(
+        seen = (
             self.name,
             self.role,
             self.prefilling,
@@ -174,6 +177,16 @@ class _Worker:
             self.beat.blocks_free if self.beat else 0,
             self.capacity.max_num_seqs if self.capacity else 0,
         )
+        if self._view is None or seen != self._seen:
+            self._seen, self._view = seen, WorkerView(*seen)
+        return self._view
+
+
+def _legal(route: Route, free: Seq[WorkerView]) -> bool:
+    """`route in legal_routes(free)`, without making them all."""
+    return any(view.name == route.prefill and view.role.prefills for view in free) and any(
+        view.name == route.decode and view.role.decodes for view in free
+    )
 
 
 class Controller:
@@ -254,6 +267,7 @@ class Controller:
         if deadline != float("inf"):
             heapq.heappush(self._deadlines, (deadline, next(self._numbers), job))
         self._queue.append(job)
+        job.queued = True
         self._dispatch()
 
     def cancel(self, request_id: str, now: float) -> None:
@@ -362,7 +376,9 @@ class Controller:
 
     def next_wakeup(self) -> float | None:
         """When `tick` has something to do next, if nothing else happens."""
-        times = [job.deadline for job in self._jobs.values() if not job.done]
+        while self._deadlines and self._deadlines[0][2].done:
+            heapq.heappop(self._deadlines)
+        times = [self._deadlines[0][0]] if self._deadlines else []
         times += [
             w.last_seen + self.limits.heartbeat_s for w in self._workers.values() if w.state is State.UP
         ]
@@ -391,13 +407,14 @@ class Controller:
             decision = self.policy.choose(seen, free, self.now) if free else None
             if decision is None:
                 return
-            if decision.route not in legal_routes(free):
+            if not _legal(decision.route, free):
                 raise ValueError(
                     f"policy {self.policy.name} chose {decision.route}, which the roles or the load of the workers do "
                     f"not allow; legal are {', '.join(map(str, legal_routes(free))) or 'none'}"
                 )
             self.decisions += 1
             self._queue.popleft()
+            job.queued = False
             self._start(job, decision.route)
 
     def _start(self, job: _Job, route: Route) -> None:
@@ -461,6 +478,7 @@ class Controller:
             return
         job.avoid.add(worker)
         self._queue.appendleft(job)
+        job.queued = True
 
     def _withdraw(self, job: _Job, failure: str | None) -> None:
         """Have the workers drop the current try."""
@@ -481,8 +499,9 @@ class Controller:
         error: str | None = None,
     ) -> None:
         job.done = True
-        if job in self._queue:
+        if job.queued:
             self._queue.remove(job)
+            job.queued = False
         job.path.finished = self.now
         job.path.output_tokens = len(job.outputs)
         self.actions.append(Emit(job.request_id, job.index, tokens, reason, stop_reason, error))

@@ -31,6 +31,7 @@ from nanopd_lab.cluster.messages import (
     Usage,
 )
 from nanopd_lab.core import FinishReason, Request, SampledToken, Sequence, StepPlan
+from nanopd_lab.engine.decode_run import advance, equal_steps
 from nanopd_lab.engine.handover import HandoverScheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import blocks_for
@@ -76,6 +77,7 @@ class WorkerCore:
         terms: of leases
         generation: of a block of the own pool; None: the allocator's
         lease: makes a `Lease`
+        stream: tell of tokens as they come; without it, of the first one here and then, at the end, of the rest
     """
 
     missing = staticmethod(missing_blocks)
@@ -87,17 +89,21 @@ class WorkerCore:
         terms: LeaseTerms | None = None,
         generation: Callable[[int], int] | None = None,
         lease: Callable[[LeaseTerms, float], Lease] = Lease,
+        stream: bool = True,
     ) -> None:
         self.name = name
         self.scheduler = scheduler
         self.terms = terms or LeaseTerms()
         self.generation = generation or scheduler.allocator.generation  # type: ignore[attr-defined]
         self.lease = lease
+        self.stream = stream
         self.outbox: list[FromWorker] = []
         self.pulls: list[Pull] = []  # to be started
         self.cancelled_pulls: list[int] = []  # to be cancelled
         self.now = 0.0
         self._tries: dict[str, _Try] = {}
+        self._timed: dict[str, _Try] = {}  # those for which `tick` may have something to do
+        self._unsampled: set[Sequence] = set()  # have no `usage.sampled` yet
         self._offered: set[str] = set()  # keys of which the source has published something
         self._pulling: dict[int, tuple[_Try, Published]] = {}
         self._next_pull = 0
@@ -124,7 +130,8 @@ class WorkerCore:
 
     def _take_on(self, message: Begin | Expect) -> None:
         work = message.work
-        request = Request(message.key, list(work.prompt), replace(work.params, n=1), arrival=self.now)
+        params = work.params if work.params.n == 1 else replace(work.params, n=1)
+        request = Request(message.key, list(work.prompt), params, arrival=self.now)
         try:
             if isinstance(message, Begin):
                 sequence = self.scheduler.begin(request, work.index, work.outputs, message.hand_off)
@@ -137,25 +144,57 @@ class WorkerCore:
             self.outbox += [Failed(message.key, str(error), retry=False), Ended(message.key)]
             return
         each.sent = len(work.outputs)
+        self._unsampled.add(each.sequence)
         self._tries[message.key] = each
+        if each.source is not None:
+            self._timed[message.key] = each
 
     # ------------------------------------------------------------------ steps: the planner of a `StepLoop`
 
     def schedule(self) -> StepPlan | None:
         """The next step; reserves room for what is expected first."""
+        self._reserve()
+        plan = self.scheduler.schedule()
+        for chunk in plan.chunks if plan else ():
+            self._note_scheduled(chunk.sequence, chunk.start)
+        return plan
+
+    def start_run(self, most: int) -> int:
+        """As `schedule`, for several steps at once: how many equal decode steps can be done from here, at most `most`.
+
+        Nothing is planned yet: `finish_run` does those of them that were done, which may be fewer if something came in
+        between. 0: use `schedule`. See `engine.decode_run`.
+        """
+        self._reserve()
+        steps = equal_steps(self.scheduler, most)
+        if not steps or self._unsampled.isdisjoint(self.scheduler.running):
+            return steps
+        for sequence in self._unsampled.intersection(self.scheduler.running):
+            self._note_scheduled(sequence, sequence.num_computed)
+        return 1  # the time of that token is asked for
+
+    def finish_run(self, steps: int, token: SampledToken) -> None:
+        """`steps` decode steps were done that `start_run` has allowed; every one gave every sequence this token."""
+        told = list(self.scheduler.running)
+        ended = advance(self.scheduler, steps, token)
+        if not self.stream and self._unsampled.isdisjoint(told):
+            told = ended
+        for sequence in told:
+            self._report(self._tries[sequence.request.request_id])
+
+    def _note_scheduled(self, sequence: Sequence, start: int) -> None:
+        each = self._tries[sequence.request.request_id]
+        if each.usage.scheduled is None:
+            cached = start if each.usage.reserved is None else each.usage.first_cached
+            each.usage = each.usage._replace(scheduled=self.now, first_cached=cached)
+
+    def _reserve(self) -> None:
         for sequence in self.scheduler.reserve(self._offered):
             each = self._tries[sequence.request.request_id]
             each.arrived = set(range(sequence.num_computed // self.scheduler.block_size))
-            each.usage = replace(each.usage, reserved=self.now, first_cached=sequence.num_computed)
+            each.usage = each.usage._replace(reserved=self.now, first_cached=sequence.num_computed)
             each.waits_since = self.now
             self._pull(each)
-        plan = self.scheduler.schedule()
-        for chunk in plan.chunks if plan else ():
-            each = self._tries[chunk.sequence.request.request_id]
-            if each.usage.scheduled is None:
-                cached = chunk.start if each.usage.reserved is None else each.usage.first_cached
-                each.usage = replace(each.usage, scheduled=self.now, first_cached=cached)
-        return plan
 
     def complete(self, plan: StepPlan, sampled: Seq[Seq[SampledToken]]) -> list[Sequence]:
         """Take in a step's tokens."""
@@ -191,23 +230,42 @@ class WorkerCore:
     def _report(self, each: _Try) -> None:
         """Send the tokens that the controller doesn't have yet."""
         sequence = each.sequence
+        if not self.stream and not sequence.finished and each.usage.sampled is not None:
+            return
         new = sequence.output_token_ids[each.sent :]
         if each.usage.sampled is None:
-            each.usage = replace(each.usage, sampled=self.now)
+            self._unsampled.discard(sequence)
+            each.usage = each.usage._replace(sampled=self.now)
         if new or sequence.finished:
-            tops = sequence.logprobs[len(sequence.logprobs) - len(new) :] if sequence.logprobs else []
-            tokens = tuple(
-                SampledToken(token, tops[i][token].logprob if tops else 0.0, tops[i] if tops else None)
-                for i, token in enumerate(new)
-            )
             self.outbox.append(
                 Tokens(
-                    each.key, each.sent, tokens, sequence.finish_reason, sequence.stop_reason, sequence.error
+                    each.key,
+                    each.sent,
+                    self._sampled(sequence, new),
+                    sequence.finish_reason,
+                    sequence.stop_reason,
+                    sequence.error,
                 )
             )
             each.sent += len(new)
         if sequence.finished:
             self._forget(each)
+
+    def _sampled(self, sequence: Sequence, new: list[int]) -> tuple[SampledToken, ...]:
+        """The newest tokens as they were sampled."""
+        tops = sequence.logprobs[len(sequence.logprobs) - len(new) :] if sequence.logprobs else []
+        return tuple(
+            SampledToken(token, tops[i][token].logprob if tops else 0.0, tops[i] if tops else None)
+            for i, token in enumerate(new)
+        )
+
+    def report_all(self) -> None:
+        """Send what was held back, of all sequences, when `stream` is off."""
+        self.stream = True
+        for each in list(self._tries.values()):
+            if not each.dropped and each.sequence.output_len > each.sent:
+                self._report(each)
+        self.stream = False
 
     # ------------------------------------------------------------------ source: publish, hold, release
 
@@ -220,11 +278,12 @@ class WorkerCore:
             last = sequence.tokens[-1]
             token, count = SampledToken(last, top[last].logprob if top else 0.0, top), len(sequence.blocks)
             each.lease = self.lease(self.terms, self.now)
+            self._timed[each.key] = each
         if token is None and (sequence.preemptions, count) <= each.published:
             return
         each.published = (sequence.preemptions, count)
         blocks = tuple(sequence.blocks[:count])
-        generations = tuple(self.generation(block) for block in blocks)
+        generations = tuple(map(self.generation, blocks))
         self.outbox.append(Published(each.key, blocks, generations, end, token))
 
     # ------------------------------------------------------------------ target: pull, adopt
@@ -256,9 +315,10 @@ class WorkerCore:
         assert offer.token is not None
         sequence = each.sequence
         assert offer.num_tokens == len(sequence.tokens), "the source has computed something else"
-        each.usage = replace(each.usage, adopted=self.now)
+        each.usage = each.usage._replace(adopted=self.now)
         self.outbox.append(Received(each.key))
         each.source = None
+        del self._timed[each.key]
         each.sent += 1  # the source has reported this one
         self.scheduler.adopt(sequence, offer.token)
         if sequence.finished:  # the source would have seen it
@@ -270,8 +330,7 @@ class WorkerCore:
         each, offer = self._pulling.pop(result.pull_id)
         positions = each.under_way.pop(result.pull_id)
         usage = each.usage
-        each.usage = replace(
-            usage,
+        each.usage = usage._replace(
             pulls=(*usage.pulls, (result.started, result.finished)),
             received_bytes=usage.received_bytes + result.num_bytes,
         )
@@ -296,7 +355,7 @@ class WorkerCore:
     def tick(self, now: float) -> None:
         """Renew leases as target, end those that nobody renews as source, give up what waits too long."""
         self.now = now
-        for each in list(self._tries.values()):
+        for each in list(self._timed.values()):
             if each.dropped:
                 continue
             if each.lease is not None and each.lease.expired(now):
@@ -326,7 +385,7 @@ class WorkerCore:
     def next_wakeup(self) -> float | None:
         """When `tick` has something to do next, if nothing else happens."""
         times: list[float] = []
-        for each in self._tries.values():
+        for each in self._timed.values():
             if each.lease is not None:
                 times.append(each.lease.until)
             if each.source is not None and not each.dropped:
@@ -355,14 +414,15 @@ class WorkerCore:
 
     def _forget(self, each: _Try) -> None:
         sequence = each.sequence
-        usage = replace(
-            each.usage,
+        usage = each.usage._replace(
             computed=sequence.tokens_computed,
             cached=sequence.tokens_cached,
             received=sequence.tokens_received,
             preemptions=sequence.preemptions,
         )
         del self._tries[each.key]
+        self._timed.pop(each.key, None)
+        self._unsampled.discard(each.sequence)
         self._offered.discard(each.key)
         self.outbox.append(Ended(each.key, usage))
 

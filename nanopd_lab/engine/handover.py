@@ -85,8 +85,11 @@ class HandoverScheduler(Scheduler):
         found: list[Sequence] = []
         if not self.expected or any(sequence.preemptions for sequence in self.waiting):
             return found
+        begun = [each for each in self.expected if each.request.request_id in offered]
+        if not begun:
+            return found
         promised = sum(self.blocks.missing(s, s.remaining) for s in self.running if s.remaining > 0)
-        for sequence in [each for each in self.expected if each.request.request_id in offered]:
+        for sequence in begun:
             if len(self.running) + self.promised >= min(self.max_num_seqs, self.budget):
                 break
             matched, evictable = self.blocks.cached(sequence)

@@ -91,7 +91,7 @@ class Scheduler:
         self._live: dict[str, list[Sequence]] = {}  # unfinished sequences of each request
         self._beams: dict[str, BeamGroup] = {}
         self._next_serial = 0
-        self._serves = 0  # chunks planned; a sequence's last one orders decodes when the budget is short
+        self.serves = 0  # chunks planned; a sequence's last one orders decodes when the budget is short
 
     # ------------------------------------------------------------------ requests in and out
 
@@ -351,8 +351,8 @@ class Scheduler:
             sequence, request = chunk.sequence, chunk.sequence.request
             sequence.num_computed = chunk.start + chunk.count
             sequence.in_flight += 1
-            self._serves += 1
-            sequence.last_served = self._serves
+            self.serves += 1
+            sequence.last_served = self.serves
             more = len(sequence.tokens) + 1 - sequence.prompt_len < request.params.max_tokens
             if chunk.samples == 1 and more and not request.beam and not sequence.hand_off:
                 sequence.tokens.append(PENDING)

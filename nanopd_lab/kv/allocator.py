@@ -136,10 +136,13 @@ class BlockAllocator:
                 f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free; "
                 "release some or raise kv_cache_memory_bytes"
             )
-        taken = [self.free.popleft() if self.free else self.evict() for _ in range(count)]
-        for block in taken:
-            self.refs[block] = 1
-            self.generations[block] += 1
+        free, refs, generations = self.free, self.refs, self.generations
+        taken = []
+        for _ in range(count):
+            block = free.popleft() if free else self.evict()
+            refs[block] = 1
+            generations[block] += 1
+            taken.append(block)
         return taken
 
     def fork(self, blocks: Sequence[int]) -> list[int]:
@@ -164,16 +167,22 @@ class BlockAllocator:
             ValueError: a block is not in use (released twice); nothing has been released.
         """
         self._note_peak()  # use falls nowhere else
-        need: dict[int, int] = {}
-        for block in blocks:
-            need[block] = need.get(block, 0) + 1
-        for block, times in need.items():
-            self.require_used(block, "release", times)
+        refs, contents, free, num_blocks = self.refs, self.contents, self.free, self.num_blocks
+        if len(set(blocks)) < len(blocks):
+            need: dict[int, int] = {}
+            for block in blocks:
+                need[block] = need.get(block, 0) + 1
+            for block, times in need.items():
+                self.require_used(block, "release", times)
+        else:
+            for block in blocks:
+                if not (0 <= block < num_blocks and refs[block]):
+                    self.require_used(block, "release")
         for block in reversed(blocks):
-            self.refs[block] -= 1
-            if self.refs[block] == 0:
-                if self.contents[block] is None:
-                    self.free.append(block)
+            refs[block] = owners = refs[block] - 1
+            if not owners:
+                if contents[block] is None:
+                    free.append(block)
                 else:
                     self.evictable[block] = None
 

@@ -1,0 +1,26 @@
+"""Virtual-time driver of the controller, workers, scheduler, allocator and policies that really run. No torch."""
+
+from nanopd_lab.sim.links import LinkModel
+from nanopd_lab.sim.results import RequestRecord, SimResult
+from nanopd_lab.sim.simulator import SimConfig, Simulator
+from nanopd_lab.sim.timing import ConstantTime, LinearTime, StepTime
+from nanopd_lab.sim.trace import trace_events, write_trace
+from nanopd_lab.sim.workload import AZURE_LIKE, Kill, Lengths, SimRequest, poisson_arrivals
+
+__all__ = [
+    "AZURE_LIKE",
+    "ConstantTime",
+    "Kill",
+    "Lengths",
+    "LinearTime",
+    "LinkModel",
+    "RequestRecord",
+    "SimConfig",
+    "SimRequest",
+    "SimResult",
+    "Simulator",
+    "StepTime",
+    "poisson_arrivals",
+    "trace_events",
+    "write_trace",
+]

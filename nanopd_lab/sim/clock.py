@@ -1,0 +1,78 @@
+"""Virtual time: a queue of events in one total order, so that a simulation is the same every time it runs.
+
+At equal times the kind decides, then a rank (of a worker), then who was scheduled first:
+
+    FAULT < ARRIVAL < MESSAGE < PULL < WAKE < LOOP
+
+What comes in at the instant at which a step ends is thus there when the worker looks, as in a real loop. `key` is the
+place in that order up to which everything has happened; `passed` tells whether a moment lies behind it.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import itertools
+from typing import NamedTuple
+
+
+class Kind(enum.IntEnum):
+    """Of an event, in the order in which events of the same time happen."""
+
+    FAULT = 0
+    ARRIVAL = 1
+    MESSAGE = 2
+    PULL = 3
+    WAKE = 4
+    LOOP = 5  # a worker's loop comes round: its step has ended, or something woke it
+
+
+class Event(NamedTuple):
+    """Something that happens at `time` (seconds); `payload` is for whoever scheduled it."""
+
+    time: float
+    kind: int
+    rank: int
+    order: int
+    payload: object
+
+
+class EventQueue:
+    """Events to come. `now` is the time of the one that was taken last."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.key: tuple[float, int, int] = (float("-inf"), 0, 0)
+        self.processed = 0
+        self._heap: list[Event] = []
+        self._order = itertools.count()
+
+    def push(self, time: float, kind: Kind, payload: object, rank: int = 0) -> None:
+        """Schedule an event.
+
+        Raises:
+            ValueError: the time is not a number, infinite or in the past.
+        """
+        if not self.now <= time < float("inf"):
+            raise ValueError(f"an event at {time} s; it must be finite and not before now ({self.now} s)")
+        heapq.heappush(self._heap, Event(time, int(kind), rank, next(self._order), payload))
+
+    def pop(self) -> Event | None:
+        """The next event, None at the end of the world. Moves `now` and `key`."""
+        if not self._heap:
+            return None
+        event = heapq.heappop(self._heap)
+        self.now = event.time
+        key = event[:3]
+        # What is scheduled for this very instant can come behind its place; the order of the others has gone further.
+        if key > self.key:
+            self.key = key
+        self.processed += 1
+        return event
+
+    def passed(self, time: float, kind: Kind, rank: int) -> bool:
+        """True if an event with this key would have been taken already."""
+        return (time, int(kind), rank) < self.key
+
+    def __len__(self) -> int:
+        return len(self._heap)

@@ -1,0 +1,118 @@
+"""Pulls of KV blocks over network cards that they share.
+
+A pull first takes `setup_s + blocks * block_s`, which nobody shares, and then sends its bytes. Each card divides its
+bandwidth equally among the pulls that leave it (source) or arrive at it (target); the two directions are independent.
+A pull goes at the smaller of its two shares; what a slower partner leaves unused is not given to others, so the model
+errs to the slow side where shares differ (max-min fairness would redistribute it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanopd_lab.sim.clock import EventQueue, Kind
+
+
+@dataclass(frozen=True)
+class LinkModel:
+    """`setup_s + blocks * block_s + bytes / bytes_per_s`: seconds a pull and a block, bytes per second of a card.
+
+    Raises:
+        ValueError: a negative time, or a bandwidth that is not positive.
+    """
+
+    setup_s: float = 0.0
+    block_s: float = 0.0
+    bytes_per_s: float = float("inf")
+
+    def __post_init__(self) -> None:
+        if self.setup_s < 0 or self.block_s < 0 or not self.bytes_per_s > 0:
+            raise ValueError(
+                f"setup_s is {self.setup_s}, block_s {self.block_s}, bytes_per_s {self.bytes_per_s}; times must "
+                "not be negative and the bandwidth must be positive"
+            )
+
+
+@dataclass(eq=False)
+class Flow:
+    """One pull under way; `payload` is the caller's. `rate` in bytes/s as of `since`, 0 during its setup."""
+
+    source: str
+    target: str
+    started: float
+    left_bytes: float
+    payload: object
+    rate: float = 0.0
+    since: float = 0.0
+    version: int = 0
+    sending: bool = False
+
+
+@dataclass
+class Links:
+    """All pulls under way. Its events carry a `FlowDue`, which `due` takes back."""
+
+    model: LinkModel
+    queue: EventQueue
+    leaving: dict[str, dict[Flow, None]] = field(default_factory=dict)  # ordered sets, by worker
+    arriving: dict[str, dict[Flow, None]] = field(default_factory=dict)
+    flows: dict[Flow, None] = field(default_factory=dict)
+
+    def start(self, source: str, target: str, blocks: int, num_bytes: int, payload: object) -> Flow:
+        """Begin a pull of `blocks` blocks, `num_bytes` together."""
+        now = self.queue.now
+        flow = Flow(source, target, now, float(num_bytes), payload)
+        self.flows[flow] = None
+        self._call(flow, now + self.model.setup_s + blocks * self.model.block_s)
+        return flow
+
+    def due(self, event: FlowDue) -> Flow | None:
+        """Take an event; returns the pull if it ends here."""
+        flow = event.flow
+        if flow not in self.flows or event.version != flow.version:
+            return None  # cancelled, or its rate has changed since
+        if not flow.sending and flow.left_bytes > 0 and self.model.bytes_per_s != float("inf"):
+            flow.sending = True
+            self.leaving.setdefault(flow.source, {})[flow] = None
+            self.arriving.setdefault(flow.target, {})[flow] = None
+            self._share(flow)
+            return None
+        self.end(flow)
+        return flow
+
+    def end(self, flow: Flow) -> None:
+        """Forget a pull, finished or not; the others go faster."""
+        del self.flows[flow]
+        if flow.sending:
+            del self.leaving[flow.source][flow]
+            del self.arriving[flow.target][flow]
+            self._share(flow)
+
+    def of_worker(self, name: str) -> list[Flow]:
+        """Pulls from or to this worker."""
+        return [flow for flow in self.flows if name in (flow.source, flow.target)]
+
+    def _share(self, changed: Flow) -> None:
+        """Divide the two cards that `changed` uses anew."""
+        now = self.queue.now
+        leaving, arriving = self.leaving[changed.source], self.arriving[changed.target]
+        for flow in (*leaving, *(flow for flow in arriving if flow not in leaving)):
+            most = max(len(self.leaving[flow.source]), len(self.arriving[flow.target]))
+            rate = self.model.bytes_per_s / most
+            if rate == flow.rate:
+                continue
+            flow.left_bytes = max(0.0, flow.left_bytes - flow.rate * (now - flow.since))
+            flow.rate, flow.since = rate, now
+            self._call(flow, now + flow.left_bytes / rate)
+
+    def _call(self, flow: Flow, time: float) -> None:
+        flow.version += 1
+        self.queue.push(time, Kind.PULL, FlowDue(flow, flow.version))
+
+
+@dataclass(frozen=True)
+class FlowDue:
+    """The setup of a pull is over, or its last byte is there, unless its rate has changed in the meantime."""
+
+    flow: Flow
+    version: int

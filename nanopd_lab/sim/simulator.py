@@ -1,0 +1,412 @@
+"""A cluster in virtual time. Controller, workers, schedulers, allocators and policies are those that really run; only
+what they drive is replaced: steps by a cost model, the transport by `Links`, pipes by a delay, callers by a list.
+
+    requests ──ARRIVAL──► Controller ──MESSAGE──► SimWorker ──LOOP──► … ──MESSAGE──► Controller ──► RequestRecord
+                                                     │  ▲
+                                                     └PULL (Links)
+
+Runs of equal decode steps are jumped over (`skip`), so that the cost grows with events and not with tokens; times and
+accounts are those of the simulation step by step. Callers count as told of each token when it is sampled, though the
+controller hears of the first and the last only: what a worker that dies had sampled is kept, and is not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from nanopd_lab.cluster.controller import (
+    Action,
+    ClusterBusyError,
+    ClusterDownError,
+    Controller,
+    Emit,
+    Fence,
+    Limits,
+    Send,
+    Settled,
+)
+from nanopd_lab.cluster.lease import LeaseTerms
+from nanopd_lab.cluster.messages import Capacity, FromWorker, Hello, ToWorker
+from nanopd_lab.engine.handover import HandoverScheduler
+from nanopd_lab.errors import InvalidRequestError
+from nanopd_lab.kv import BlockAllocator
+from nanopd_lab.router import Policy, Role
+from nanopd_lab.sim.clock import Event, EventQueue, Kind
+from nanopd_lab.sim.links import Flow, FlowDue, LinkModel, Links
+from nanopd_lab.sim.results import PullSpan, RequestRecord, SimResult, WorkerTotals
+from nanopd_lab.sim.timing import StepTime
+from nanopd_lab.sim.worker import LoopDue, Outgoing, SimCore, SimWorker, StepSpan
+from nanopd_lab.sim.workload import Kill, SimRequest, in_order
+from nanopd_lab.transfer import Pull, PullResult, PullStatus
+
+
+@dataclass(frozen=True)
+class SimConfig:
+    """The workers, all alike, and what is between them; names as in `EngineConfig`.
+
+    enable_prefix_caching: off, it costs a hash a block; `SimRequest.prefix` needs it
+    block_bytes: of KV a block, for pulls
+    message_s: what a message between controller and worker takes
+    beat_s: between a worker's reports to the controller; None: policies don't see free blocks
+    skip: jump over runs of equal decode steps
+    trace: keep what every worker did
+    """
+
+    num_blocks: int = 2048
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 16384
+    enable_prefix_caching: bool = False
+    block_bytes: int = 0
+    link: LinkModel = field(default_factory=LinkModel)
+    terms: LeaseTerms = field(default_factory=LeaseTerms)
+    limits: Limits = field(default_factory=lambda: Limits(heartbeat_s=float("inf")))
+    message_s: float = 0.0
+    beat_s: float | None = None
+    skip: bool = True
+    trace: bool = False
+
+
+@dataclass(eq=False)
+class _PullUnderWay:
+    worker: SimWorker
+    source: SimWorker
+    pull: Pull
+
+
+@dataclass(frozen=True)
+class _Delivery:
+    """A message reaches a worker."""
+
+    worker: SimWorker
+    message: ToWorker
+
+
+@dataclass(frozen=True)
+class _Beat:
+    """It is time for a worker's report."""
+
+    worker: SimWorker
+
+
+@dataclass(frozen=True)
+class _Restart:
+    """A worker that died is back."""
+
+    name: str
+
+
+class Simulator:
+    """One simulation; `run` it once.
+
+    Args:
+        policy, roles: as of `create_policy`; workers are named w0, w1, …
+        time: how long steps take
+        requests: in any order
+        kills: workers that die
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        roles: Sequence[Role],
+        time: StepTime,
+        requests: Iterable[SimRequest],
+        config: SimConfig | None = None,
+        kills: Iterable[Kill] = (),
+    ) -> None:
+        self.config = config or SimConfig()
+        self.time = time
+        self.requests = in_order(requests)
+        self.queue = EventQueue()
+        self.links = Links(self.config.link, self.queue)
+        self.names = [f"w{number}" for number in range(len(roles))]
+        self.controller = Controller(policy, dict(zip(self.names, roles, strict=True)), self.config.limits)
+        self.workers: dict[str, SimWorker] = {}
+        self.spans: list[StepSpan] = []
+        self.pulls: list[PullSpan] = []
+        self._lives = 0
+        self._flows: dict[tuple[SimWorker, int], Flow] = {}
+        self._records: dict[str, RequestRecord | SimRequest] = {
+            each.request_id: each for each in self.requests
+        }
+        if len(self._records) != len(self.requests):
+            raise ValueError("two requests have the same request_id; each needs its own")
+        self._ends: dict[str, Emit] = {}
+        self._arrived = 0
+        self._totals: list[WorkerTotals] = []
+        self._outgoing = Outgoing(self._from_worker, self._start_pull, self._cancel_pull)
+        for name in self.names:
+            self._start(name)
+        for kill in kills:
+            if kill.worker not in self.workers:
+                raise ValueError(f"worker {kill.worker!r} is to be killed; there are {', '.join(self.names)}")
+            self.queue.push(kill.time, Kind.FAULT, kill)
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> SimResult:
+        """Serve all requests.
+
+        Raises:
+            AssertionError: nothing is left to happen, and requests are not served: a bug.
+        """
+        self._schedule_arrival()
+        while self._arrived < len(self.requests) or self.controller.num_unsettled:
+            event = self.queue.pop()
+            assert event is not None, (
+                f"stalled at {self.queue.now} s: {self.controller.num_unsettled} jobs open"
+            )
+            self._happen(event)
+        for name, worker in self.workers.items():
+            self._close(name, worker, killed=False)
+        records = [self._records[request.request_id] for request in self.requests]
+        return SimResult(
+            [record for record in records if isinstance(record, RequestRecord)],
+            self._totals,
+            self.queue.processed,
+            self.controller.decisions,
+            self.spans,
+            self.pulls,
+        )
+
+    def _happen(self, event: Event) -> None:
+        payload = event.payload
+        if event.kind == Kind.LOOP:
+            assert isinstance(payload, LoopDue)
+            payload.worker.loop(payload.turn)
+        elif event.kind == Kind.ARRIVAL:
+            self._arrive()
+        elif event.kind == Kind.PULL:
+            assert isinstance(payload, FlowDue)
+            flow = self.links.due(payload)
+            if flow is not None:
+                self._pull_ended(flow)
+        elif event.kind == Kind.MESSAGE:
+            self._message(payload)
+        elif isinstance(payload, SimWorker):
+            if self._lives_on(payload):
+                payload.timer()
+        elif isinstance(payload, _Beat):
+            self._beat(payload.worker)
+        elif isinstance(payload, Kill):
+            if payload.worker in self.workers:
+                self._kill(payload.worker, "was killed", payload.restart_after)
+        elif isinstance(payload, _Restart):
+            self._start(payload.name)
+        else:  # a deadline
+            self.controller.tick(self.queue.now)
+            self._collect()
+
+    # ------------------------------------------------------------------ callers
+
+    def _schedule_arrival(self) -> None:
+        if self._arrived < len(self.requests):
+            self.queue.push(self.requests[self._arrived].arrival, Kind.ARRIVAL, None)
+
+    def _arrive(self) -> None:
+        number, now = self._arrived, self.queue.now
+        request = self.requests[number]
+        self._arrived += 1
+        self._schedule_arrival()
+        try:
+            self.controller.submit(
+                request.request_id, request.prompt(number), request.params(), now, request.deadline
+            )
+        except (InvalidRequestError, ClusterBusyError, ClusterDownError) as error:
+            self._records[request.request_id] = RequestRecord(
+                request.request_id, now, request.prompt_tokens, 0, error=str(error)
+            )
+        if request.deadline != float("inf"):
+            self.queue.push(max(now, request.deadline), Kind.WAKE, None)
+        self._collect()
+
+    def _settled(self, settled: Settled) -> None:
+        path, end = settled.path, self._ends.pop(settled.request_id)
+        last = path.last
+        firsts = [attempt.first_token for attempt in path.attempts if attempt.first_token is not None]
+        self._records[settled.request_id] = RequestRecord(
+            settled.request_id,
+            path.arrival,
+            path.prompt_tokens,
+            path.output_tokens,
+            last.prefill.scheduled if last and last.prefill else None,
+            min(firsts, default=None),
+            path.finished,
+            str(end.finish_reason),
+            end.error,
+            path,
+        )
+
+    # ------------------------------------------------------------------ messages
+
+    def _from_worker(self, worker: SimWorker, messages: list[FromWorker]) -> None:
+        if self.config.message_s:
+            for message in messages:
+                worker.in_transit.append(message)
+                self.queue.push(self.queue.now + self.config.message_s, Kind.MESSAGE, worker)
+            return
+        for message in messages:
+            self.controller.handle(worker.core.name, message, self.queue.now)
+        self._collect()
+
+    def _message(self, payload: object) -> None:
+        if isinstance(payload, SimWorker):  # from it
+            if self._lives_on(payload):
+                self.controller.handle(payload.core.name, payload.in_transit.popleft(), self.queue.now)
+                self._collect()
+        elif isinstance(payload, _Delivery) and self._lives_on(payload.worker):
+            payload.worker.deliver(payload.message)
+
+    def _send(self, name: str, message: ToWorker) -> None:
+        worker = self.workers.get(name)
+        if worker is None:
+            return
+        if self.config.message_s:
+            self.queue.push(self.queue.now + self.config.message_s, Kind.MESSAGE, _Delivery(worker, message))
+        else:
+            worker.deliver(message)
+
+    def _collect(self) -> None:
+        """Carry out what the controller has decided."""
+        while self.controller.actions:
+            actions: list[Action]
+            actions, self.controller.actions = self.controller.actions, []
+            for action in actions:
+                if isinstance(action, Send):
+                    self._send(action.worker, action.message)
+                elif isinstance(action, Settled):
+                    self._settled(action)
+                elif isinstance(action, Emit):
+                    if action.finish_reason is not None:
+                        self._ends[action.request_id] = action
+                elif isinstance(action, Fence) and action.worker in self.workers:
+                    self._kill(action.worker, action.reason, None)
+
+    # ------------------------------------------------------------------ pulls
+
+    def _start_pull(self, worker: SimWorker, pull: Pull) -> None:
+        source, now = self.workers.get(pull.source), self.queue.now
+        if source is None:
+            worker.deliver(
+                PullResult(pull.pull_id, PullStatus.FAILED, now, now, error=f"not connected to {pull.source}")
+            )
+            return
+        blocks = len(pull.source_blocks)
+        flow = self.links.start(
+            pull.source,
+            worker.core.name,
+            blocks,
+            blocks * self.config.block_bytes,
+            _PullUnderWay(worker, source, pull),
+        )
+        self._flows[worker, pull.pull_id] = flow
+
+    def _cancel_pull(self, worker: SimWorker, number: int) -> None:
+        flow = self._flows.get((worker, number))
+        if flow is not None:
+            self.links.end(flow)
+            self._pull_ended(flow, "cancelled")
+
+    def _pull_ended(self, flow: Flow, error: str | None = None) -> None:
+        under_way, now = flow.payload, self.queue.now
+        assert isinstance(under_way, _PullUnderWay)
+        worker, source, pull = under_way.worker, under_way.source, under_way.pull
+        del self._flows[worker, pull.pull_id]
+        status, blocks = PullStatus.DONE, tuple(pull.source_blocks)
+        if error is not None:
+            status = PullStatus.FAILED
+        else:
+            same = tuple(map(source.core.generation, blocks)) == tuple(pull.generations)
+            if not same or source.reuses(blocks):
+                status = PullStatus.STALE
+        size = len(blocks) * self.config.block_bytes if status is PullStatus.DONE else 0
+        if self.config.trace:
+            self.pulls.append(
+                PullSpan(pull.source, worker.core.name, flow.started, now, len(blocks), size, status.value)
+            )
+        worker.deliver(PullResult(pull.pull_id, status, flow.started, now, size, error))
+
+    # ------------------------------------------------------------------ workers
+
+    def _start(self, name: str) -> None:
+        config = self.config
+        allocator = BlockAllocator(config.num_blocks, config.enable_prefix_caching)
+        self._lives += 1  # as hosts do: what an earlier life of a worker published is never valid again
+        allocator.generations = [self._lives << 32] * config.num_blocks
+        scheduler = HandoverScheduler(
+            allocator,
+            block_size=config.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+        )
+        worker = SimWorker(
+            SimCore(name, scheduler, config.terms, stream=False),
+            self.names.index(name),
+            self.queue,
+            self.time,
+            self._outgoing,
+            config.skip,
+            self.spans if config.trace else None,
+        )
+        self.workers[name] = worker
+        capacity = Capacity(
+            config.num_blocks,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_model_len,
+            config.block_bytes,
+        )
+        self.controller.handle(name, Hello(capacity), self.queue.now)
+        if config.beat_s is not None:
+            self.queue.push(self.queue.now + config.beat_s, Kind.WAKE, _Beat(worker))
+        self._collect()
+
+    def _kill(self, name: str, reason: str, restart_after: float | None) -> None:
+        worker, now = self.workers.pop(name), self.queue.now
+        for message in worker.stop():
+            self.controller.handle(name, message, now)
+        self._close(name, worker, killed=True)
+        for flow in self.links.of_worker(name):
+            self.links.end(flow)
+            under_way = flow.payload
+            assert isinstance(under_way, _PullUnderWay)
+            if under_way.worker is worker:
+                del self._flows[worker, under_way.pull.pull_id]
+            else:
+                self._pull_ended(flow, "the source is gone")
+        self.controller.worker_down(name, reason, now, restarting=restart_after is not None)
+        if restart_after is not None:
+            self.queue.push(now + restart_after, Kind.FAULT, _Restart(name))
+        self._collect()
+
+    def _close(self, name: str, worker: SimWorker, killed: bool) -> None:
+        scheduler = worker.core.scheduler
+        stats = scheduler.allocator.stats()
+        if not killed:
+            worker.core.check_integrity()
+        self._totals.append(
+            WorkerTotals(
+                name,
+                worker.steps_done,
+                worker.busy_s,
+                scheduler.num_preemptions,
+                stats.used,
+                stats.peak_used,
+                killed,
+            )
+        )
+
+    def _beat(self, worker: SimWorker) -> None:
+        assert self.config.beat_s is not None
+        if self._lives_on(worker):
+            worker.beat_due = True
+            worker.wake()
+            self.queue.push(self.queue.now + self.config.beat_s, Kind.WAKE, _Beat(worker))
+
+    def _lives_on(self, worker: SimWorker) -> bool:
+        return self.workers.get(worker.core.name) is worker

@@ -1,0 +1,99 @@
+"""How long a step takes: what the simulator asks of a cost model, and two simple ones."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class StepTime(Protocol):
+    """Seconds of engine steps.
+
+    It may have a method `decode_run_seconds(batch, total_context, steps)` as well: the time of `steps` decode steps of
+    `batch` sequences, whose contexts (the `start` of their chunks) add up to `total_context` in the first step and to
+    `batch` more in each that follows. A run then costs the simulator as much as a step.
+    """
+
+    def seconds(self, chunks: Sequence[tuple[int, int]]) -> float:
+        """Of one step that computes tokens `[start, start + count)` of a sequence for each `(start, count)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConstantTime:
+    """Every step takes `step_s`."""
+
+    step_s: float
+
+    def seconds(self, chunks: Sequence[tuple[int, int]]) -> float:
+        """See `StepTime`."""
+        return self.step_s
+
+    def decode_run_seconds(self, batch: int, total_context: int, steps: int) -> float:
+        """See `StepTime`."""
+        return self.step_s * steps
+
+
+@dataclass(frozen=True)
+class LinearTime:
+    """`base_s + token_s * tokens + context_s * sum of (start + count) + sequence_s * sequences`.
+
+    The form of DistServe's fits (Zhong et al., OSDI 2024), for prefill and decode alike.
+    """
+
+    base_s: float
+    token_s: float = 0.0
+    context_s: float = 0.0
+    sequence_s: float = 0.0
+
+    def seconds(self, chunks: Sequence[tuple[int, int]]) -> float:
+        """See `StepTime`."""
+        tokens = sum([count for _, count in chunks])
+        context = sum([start for start, _ in chunks]) + tokens
+        return self._step(len(chunks), tokens, context)
+
+    def decode_run_seconds(self, batch: int, total_context: int, steps: int) -> float:
+        """See `StepTime`; an arithmetic series."""
+        first = self._step(batch, batch, total_context + batch)
+        return steps * first + self.context_s * batch * (steps * (steps - 1) // 2)
+
+    def _step(self, sequences: int, tokens: int, context: int) -> float:
+        return (
+            self.base_s
+            + self.token_s * tokens
+            + self.context_s * context
+            + self.sequence_s * sequences  # of each
+        )
+
+
+class RunClock:
+    """When the steps of a run of decode steps end.
+
+    Args:
+        time: the cost model
+        start: when the first step begins, s
+        contexts: tokens that each sequence has in the cache before it
+    """
+
+    def __init__(self, time: StepTime, start: float, contexts: Sequence[int]) -> None:
+        self._time = time
+        self._contexts = contexts
+        self._closed: Callable[[int, int, int], float] | None = getattr(time, "decode_run_seconds", None)
+        self._total = sum(contexts) if self._closed else 0
+        self._ends = [start]  # of a model without a closed form, as far as somebody has asked
+
+    def end(self, steps: int) -> float:
+        """When the `steps`-th step ends; `end(0)` is the start."""
+        ends = self._ends
+        if self._closed is not None:
+            return ends[0] + self._closed(len(self._contexts), self._total, steps) if steps else ends[0]
+        while len(ends) <= steps:
+            done = len(ends) - 1
+            ends.append(ends[-1] + self._time.seconds([(context + done, 1) for context in self._contexts]))
+        return ends[steps]
+
+    def count(self, most: int, over: Callable[[float], bool]) -> int:
+        """How many of the first `most` steps are over; `over` says whether a time has passed."""
+        return bisect_left(range(1, most + 1), True, key=lambda step: not over(self.end(step)))

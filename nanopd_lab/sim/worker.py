@@ -1,0 +1,247 @@
+"""A `WorkerCore` in virtual time: what `cluster.host` does with a device and a transport, done by the clock.
+
+One turn of its loop takes in what has come, and then starts a step. Where the scheduler has nothing to decide for a
+while, it starts a run of equal decode steps instead, which is cut short after the step under way as soon as something
+comes in. Unlike the host it sends what it has to say before the next step and not after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
+from nanopd_lab.cluster.worker import WorkerCore
+from nanopd_lab.core import SampledToken, Sequence, StepPlan
+from nanopd_lab.engine.decode_run import taken_by_then
+from nanopd_lab.sim.clock import EventQueue, Kind
+from nanopd_lab.sim.timing import RunClock, StepTime
+from nanopd_lab.transfer import Pull, PullResult
+
+TOKEN = SampledToken(0)  # what every step samples
+_ONE, _NONE = (TOKEN,), ()
+_LONGEST_RUN = 1 << 30
+
+
+class SimCore(WorkerCore):
+    """A worker whose tokens are all alike: telling of them needs no look at each."""
+
+    def _sampled(self, sequence: Sequence, new: list[int]) -> tuple[SampledToken, ...]:
+        return (TOKEN,) * len(new)
+
+
+@dataclass(frozen=True)
+class StepSpan:
+    """What a worker did from `begin` to `end` (s): `steps` equal steps, or one.
+
+    sequences: in each step; prefill_tokens: computed in it for prompts (or again, after a preemption)
+    """
+
+    worker: str
+    begin: float
+    end: float
+    steps: int
+    sequences: int
+    prefill_tokens: int
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What the simulator does for a worker: take its messages, its pulls, its cancellations of pulls."""
+
+    messages: Callable[[SimWorker, list[FromWorker]], None]
+    pull: Callable[[SimWorker, Pull], None]
+    cancel: Callable[[SimWorker, int], None]
+
+
+class LoopDue(NamedTuple):
+    """The loop of a worker comes round, unless it was called off: then its `turn` is another."""
+
+    worker: SimWorker
+    turn: int
+
+
+@dataclass(eq=False)
+class SimWorker:
+    """See the module.
+
+    rank: orders the loops of workers that come round at the same time
+    skip: start runs; without it every step is planned by itself
+    spans: where to write down what it does
+    """
+
+    core: SimCore
+    rank: int
+    queue: EventQueue
+    time: StepTime
+    outgoing: Outgoing
+    skip: bool = True
+    spans: list[StepSpan] | None = None
+    inbox: deque[ToWorker | PullResult] = field(default_factory=deque)
+    in_transit: deque[FromWorker] = field(default_factory=deque)  # on their way to the controller
+    beat_due: bool = False
+    busy_s: float = 0.0
+    steps_done: int = 0
+    _plan: StepPlan | None = None
+    _run: RunClock | None = None
+    _steps: int = 0  # of the run, as far as it is known to go
+    _began: float = 0.0
+    _loop_at: float | None = None  # when the loop comes round next
+    _turn: int = 0
+    _wake_at: float | None = None
+
+    # ------------------------------------------------------------------ being called
+
+    def deliver(self, message: ToWorker | PullResult) -> None:
+        """Something has come; it is looked at when the loop comes round."""
+        if isinstance(message, Expect) and self._run is not None and not self.inbox:
+            # It waits for its source and stops nobody, unless the cache could have it: no need to cut the run short.
+            core = self.core
+            if not core.scheduler.blocks.caching:
+                step = self._run.count(self._steps, self._passed) + 1
+                core.handle(message, self._run.end(step))
+                self._watch()
+                if core.outbox:  # refused
+                    self.wake()
+                return
+        self.inbox.append(message)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the loop come round as soon as it can: now, or after the step under way."""
+        if self._run is not None:
+            over = self._run.count(self._steps, self._passed)
+            if over + 1 < self._steps:
+                self._steps = over + 1
+                self._call(self._run.end(self._steps))
+        elif self._plan is None and self._loop_at is None:
+            self._call(self.queue.now)
+
+    def timer(self) -> None:
+        """Something may be due by now, unless it has been settled since."""
+        if (due := self.core.next_wakeup()) is not None and due <= self.queue.now:
+            self.wake()
+
+    def loop(self, turn: int) -> None:
+        """The loop comes round: take in what has come, start the next step. `turn` is from the event."""
+        if turn != self._turn:
+            return  # called off
+        self._loop_at = None
+        core, now = self.core, self.queue.now
+        core.now = now
+        self._finish_step(now)
+        self._send()
+        while self.inbox:
+            message = self.inbox.popleft()
+            if isinstance(message, PullResult):
+                core.pull_ended(message, now)
+            else:
+                core.handle(message, now)
+            self._send()
+        due = core.next_wakeup()
+        if due is not None and due <= now:
+            core.tick(now)
+        if self.beat_due:
+            self.beat_due = False
+            core.outbox.append(core.beat())
+        self._send()
+        self._start_step(now)
+        self._send()
+        self._watch()
+
+    def stop(self) -> list[FromWorker]:
+        """It dies now. Returns what it has told so far and the controller does not know yet."""
+        if self._run is not None:
+            done = self._run.count(self._steps, self._passed)
+            if done:
+                self.core.finish_run(done, TOKEN)
+            self._note(self._run.end(done), done)
+        self._turn += 1
+        self.core.report_all()
+        return [*self.in_transit, *self.core.outbox]
+
+    # ------------------------------------------------------------------ steps
+
+    def _start_step(self, now: float) -> None:
+        core = self.core
+        steps = core.start_run(_LONGEST_RUN) if self.skip else 0
+        if steps:
+            self._run = RunClock(self.time, now, [each.num_computed for each in core.scheduler.running])
+            self._steps, self._began = steps, now
+            self._call_after_step(self._run.end(steps))
+            return
+        plan = core.schedule()
+        if plan is None:
+            return
+        self._plan, self._began = plan, now
+        self._call_after_step(now + self.time.seconds([(chunk.start, chunk.count) for chunk in plan.chunks]))
+
+    def _finish_step(self, now: float) -> None:
+        if self._run is not None:
+            self._note(now, self._steps)
+            self._run = None
+            self.core.finish_run(self._steps, TOKEN)
+        elif self._plan is not None:
+            plan, self._plan = self._plan, None
+            self._note(now, 1, plan)
+            self.core.complete(plan, [_ONE if chunk.samples else _NONE for chunk in plan.chunks])
+
+    def _note(self, end: float, steps: int, plan: StepPlan | None = None) -> None:
+        self.busy_s += end - self._began
+        self.steps_done += steps
+        if self.spans is None or not steps:
+            return
+        if plan is None:
+            sequences, prefill = len(self.core.scheduler.running), 0
+        else:
+            sequences = len(plan.chunks)
+            prefill = sum(c.count for c in plan.chunks if c.start < c.sequence.prompt_len or c.count > 1)
+        self.spans.append(StepSpan(self.core.name, self._began, end, steps, sequences, prefill))
+
+    def reuses(self, blocks: tuple[int, ...]) -> bool:
+        """True if the run under way has handed out one of these free blocks anew, though nobody has written it down."""
+        if self._run is None:
+            return False
+        free = [block for block in blocks if self.core.scheduler.allocator.refs[block] == 0]  # type: ignore[attr-defined]
+        planned = min(self._steps, self._run.count(self._steps, self._passed) + 1)
+        return bool(free) and taken_by_then(self.core.scheduler, planned, free)
+
+    # ------------------------------------------------------------------ small parts
+
+    def _call_after_step(self, time: float) -> None:
+        if not time > self.queue.now:
+            raise ValueError(
+                f"a step of {self.core.name} from {self.queue.now} to {time} s; the cost model must give seconds > 0"
+            )
+        self._call(time)
+
+    def _call(self, time: float) -> None:
+        self._turn += 1
+        self._loop_at = time
+        self.queue.push(time, Kind.LOOP, LoopDue(self, self._turn), self.rank)
+
+    def _watch(self) -> None:
+        """Be called when the core has something to do by itself."""
+        due = self.core.next_wakeup()
+        if due is not None and due != self._wake_at:
+            self._wake_at = due
+            self.queue.push(max(due, math.nextafter(self.queue.now, math.inf)), Kind.WAKE, self)
+
+    def _passed(self, time: float) -> bool:
+        return self.queue.passed(time, Kind.LOOP, self.rank)
+
+    def _send(self) -> None:
+        core = self.core
+        while core.pulls or core.cancelled_pulls:
+            pulls, core.pulls = core.pulls, []
+            for pull in pulls:
+                self.outgoing.pull(self, pull)
+            cancelled, core.cancelled_pulls = core.cancelled_pulls, []
+            for number in cancelled:
+                self.outgoing.cancel(self, number)
+        if core.outbox:
+            messages, core.outbox = core.outbox, []
+            self.outgoing.messages(self, messages)

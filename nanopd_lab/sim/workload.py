@@ -1,0 +1,110 @@
+"""What a simulation is asked to serve, and what breaks meanwhile."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nanopd_lab.core import SamplingParams
+
+FIRST_PROMPT_TOKEN = (
+    1 << 20
+)  # prompts of different requests differ from it on, so that none is found in a cache
+
+
+@dataclass(frozen=True)
+class SimRequest:
+    """One request. Its tokens are made up; its output ends after exactly `output_tokens`.
+
+    arrival, deadline: seconds
+    prefix, prefix_tokens: the first so many tokens of the prompt are those of all requests with the same `prefix`
+        (between 0 and `FIRST_PROMPT_TOKEN`), for the prefix cache
+
+    Raises:
+        ValueError: a length below 1, a prefix longer than the prompt, an arrival that is negative or no number.
+    """
+
+    request_id: str
+    arrival: float
+    prompt_tokens: int
+    output_tokens: int
+    prefix: int = 0
+    prefix_tokens: int = 0
+    deadline: float = float("inf")
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.output_tokens < 1:
+            raise ValueError(
+                f"request {self.request_id!r} has {self.prompt_tokens} prompt and {self.output_tokens} output "
+                "tokens; both must be at least 1"
+            )
+        if not 0 <= self.prefix_tokens <= self.prompt_tokens or not 0 <= self.prefix < FIRST_PROMPT_TOKEN:
+            raise ValueError(
+                f"request {self.request_id!r} has prefix {self.prefix} of {self.prefix_tokens} tokens; the number "
+                f"must lie in [0, {FIRST_PROMPT_TOKEN}) and the length in [0, {self.prompt_tokens}]"
+            )
+        if not 0 <= self.arrival < float("inf"):
+            raise ValueError(
+                f"request {self.request_id!r} arrives at {self.arrival} s; give a time from 0 on"
+            )
+
+    def prompt(self, number: int) -> tuple[int, ...]:
+        """Token ids; `number` makes them differ from those of other requests."""
+        own = (FIRST_PROMPT_TOKEN + number,) * (self.prompt_tokens - self.prefix_tokens)
+        return (self.prefix,) * self.prefix_tokens + own if self.prefix_tokens else own
+
+    def params(self) -> SamplingParams:
+        """Greedy, to exactly the length asked for."""
+        return SamplingParams(temperature=0.0, max_tokens=self.output_tokens, ignore_eos=True)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Worker `worker` dies at `time`, and is back after `restart_after` seconds, or never."""
+
+    time: float
+    worker: str
+    restart_after: float | None = None
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Log-normal token counts: median and sigma of the logarithm, cut to `[1, most]`."""
+
+    median: float
+    sigma: float
+    most: int
+
+    def draw(self, rng: random.Random) -> int:
+        """One of them."""
+        return max(1, min(self.most, round(self.median * math.exp(self.sigma * rng.gauss(0.0, 1.0)))))
+
+
+AZURE_LIKE = (Lengths(1020.0, 0.9, 8000), Lengths(129.0, 1.0, 2000))
+"""Prompt and output: log-normal with means of about 1,500 and 205 tokens, the size of Azure's conversation trace of
+2023 (means of 1,155 and 211; Patel et al., Splitwise, ISCA 2024)."""
+
+
+def poisson_arrivals(
+    count: int, rate: float, lengths: tuple[Lengths, Lengths], seed: int = 0
+) -> list[SimRequest]:
+    """`count` requests at exponential gaps, `rate` a second, with (prompt, output) lengths.
+
+    Raises:
+        ValueError: the rate is not positive.
+    """
+    if not rate > 0:
+        raise ValueError(f"rate is {rate} requests/s; it must be positive")
+    rng = random.Random(seed)
+    now, found = 0.0, []
+    for number in range(count):
+        now += rng.expovariate(rate)
+        found.append(SimRequest(f"r{number}", now, lengths[0].draw(rng), lengths[1].draw(rng)))
+    return found
+
+
+def in_order(requests: Iterable[SimRequest]) -> list[SimRequest]:
+    """By arrival; those of one instant as they were given."""
+    return sorted(requests, key=lambda request: request.arrival)
