@@ -77,6 +77,23 @@ def test_one_hand_over_by_hand() -> None:
     assert result.problems() == []
 
 
+def test_events_of_one_instant_have_an_order() -> None:
+    queue = EventQueue()
+    queue.push(1.0, Kind.LOOP, "second worker", rank=2)
+    queue.push(1.0, Kind.LOOP, "first worker", rank=1)
+    queue.push(1.0, Kind.MESSAGE, "message")
+    queue.push(0.5, Kind.WAKE, "earlier")
+    found = [event.payload for _ in range(4) if (event := queue.pop())]
+    assert found == ["earlier", "message", "first worker", "second worker"]
+    # What is scheduled for now by the last of them happens now, and turns nothing back that has happened.
+    queue.push(1.0, Kind.LOOP, "woken", rank=0)
+    assert queue.pop()
+    assert queue.passed(1.0, Kind.LOOP, 1)
+    assert not queue.passed(1.0, Kind.LOOP, 3)
+    with pytest.raises(ValueError, match="not before now"):
+        queue.push(0.9, Kind.WAKE, "too late")
+
+
 def test_pulls_that_share_a_link_take_twice_as_long() -> None:
     queue = EventQueue()
     links = Links(LinkModel(bytes_per_s=100.0), queue)
