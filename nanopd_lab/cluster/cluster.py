@@ -18,8 +18,9 @@ from typing import Any
 from tqdm import tqdm
 
 from nanopd_lab.cluster.accounts import PathReport
+from nanopd_lab.cluster.actions import Emit, Settled
 from nanopd_lab.cluster.config import ClusterConfig
-from nanopd_lab.cluster.controller import Controller, Emit, Settled
+from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.host import StepRecord
 from nanopd_lab.cluster.inline import InlineLauncher
 from nanopd_lab.cluster.process import ProcessLauncher, WorkerSpec

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nanopd_lab.cluster.controller import Limits
+from nanopd_lab.cluster.actions import Limits
 from nanopd_lab.cluster.lease import Lease, LeaseTerms
 from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.engine.config import EngineConfig

@@ -12,7 +12,6 @@ says what happened, at the latest at its deadline.
 
 from __future__ import annotations
 
-import enum
 import heapq
 import itertools
 from collections import deque
@@ -20,6 +19,17 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from nanopd_lab.cluster.accounts import AttemptReport, PathReport
+from nanopd_lab.cluster.actions import (
+    Action,
+    ClusterBusyError,
+    ClusterDownError,
+    Emit,
+    Fence,
+    Limits,
+    Send,
+    Settled,
+    State,
+)
 from nanopd_lab.cluster.messages import (
     Beat,
     Begin,
@@ -42,85 +52,6 @@ from nanopd_lab.core import FinishReason, Route, SampledToken, SamplingParams
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import blocks_for
 from nanopd_lab.router import Collocated, JobView, Policy, Role, WorkerView, legal_routes
-
-
-class ClusterBusyError(ValueError):
-    """The queue is full; nothing was queued. Ask again later."""
-
-
-class ClusterDownError(ValueError):
-    """No worker is left that could serve a request."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the controller lets through, and how long it waits.
-
-    max_queue: jobs without a route; more are refused
-    max_jobs: jobs a worker may have at once; the rest waits here, where it can still choose. None: twice as many as
-        run at once there
-    max_attempts: tries at one job
-    heartbeat_s: how long a worker may be silent before it counts as gone
-    """
-
-    max_queue: int = 100_000
-    max_jobs: int | None = None
-    max_attempts: int = 5
-    heartbeat_s: float = 30.0
-
-
-class State(str, enum.Enum):
-    """Of a worker: not ready yet (or restarting), serving, or gone for good."""
-
-    STARTING = "starting"
-    UP = "up"
-    GONE = "gone"
-
-
-# ---------------------------------------------------------------------- actions
-
-
-@dataclass(frozen=True)
-class Send:
-    """Give this message to a worker."""
-
-    worker: str
-    message: ToWorker
-
-
-@dataclass(frozen=True)
-class Emit:
-    """New tokens of a sample for the caller; the last one carries the finish reason."""
-
-    request_id: str
-    index: int
-    tokens: tuple[SampledToken, ...]
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Settled:
-    """Every worker has given back what it held of this sample: its accounts are complete."""
-
-    request_id: str
-    index: int
-    path: PathReport
-
-
-@dataclass(frozen=True)
-class Fence:
-    """This worker is silent: make sure that it is dead before anything is restarted."""
-
-    worker: str
-    reason: str
-
-
-Action = Send | Emit | Settled | Fence
-
-
-# ---------------------------------------------------------------------- state
 
 
 @dataclass(eq=False)

@@ -11,7 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from nanopd_lab.cluster.controller import Action, Controller, Fence, Send
+from nanopd_lab.cluster.actions import Action, Fence, Send
+from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.host import Connect, Disconnect, WorkerHost
 from nanopd_lab.cluster.messages import FromWorker, ToWorker
 

@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from nanopd_lab.cluster.controller import Action, Controller, Fence, Send, State
+from nanopd_lab.cluster.actions import Action, Fence, Send, State
+from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.host import Connect, Disconnect, StepRecord
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Hello

@@ -15,17 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from nanopd_lab.cluster.controller import (
+from nanopd_lab.cluster.actions import (
     Action,
     ClusterBusyError,
     ClusterDownError,
-    Controller,
     Emit,
     Fence,
     Limits,
     Send,
     Settled,
 )
+from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Capacity, FromWorker, Hello, ToWorker
 from nanopd_lab.engine.handover import HandoverScheduler

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanopd_lab.cluster.controller import Controller, Emit, Limits, Settled
+from nanopd_lab.cluster.actions import Emit, Limits, Settled
+from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.host import WorkerHost
 from nanopd_lab.cluster.inline import InlineLauncher
 from nanopd_lab.cluster.lease import LeaseTerms

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from nanopd_lab.cluster.accounts import PathReport
-from nanopd_lab.cluster.controller import ClusterBusyError, ClusterDownError, Limits
+from nanopd_lab.cluster.actions import ClusterBusyError, ClusterDownError, Limits
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.core import FinishReason, SamplingParams
 from nanopd_lab.errors import InvalidRequestError

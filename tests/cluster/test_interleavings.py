@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopd_lab.cluster.controller import ClusterBusyError, ClusterDownError, Limits, State
+from nanopd_lab.cluster.actions import ClusterBusyError, ClusterDownError, Limits, State
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.core import FinishReason, SamplingParams
 from nanopd_lab.router import Role, create_policy

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nanopd_lab import LLM, Cluster, ClusterConfig, SamplingParams
-from nanopd_lab.cluster.controller import ClusterDownError, Limits
+from nanopd_lab.cluster.actions import ClusterDownError, Limits
 from nanopd_lab.cluster.process import WorkerStartError
 from tests.engine.test_token_identity import prompts
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nanopd_lab.cluster.controller import Limits
+from nanopd_lab.cluster.actions import Limits
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.router import create_policy
 from nanopd_lab.sim import (

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopd_lab.cluster.controller import Limits
+from nanopd_lab.cluster.actions import Limits
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.router import create_policy
 from nanopd_lab.sim import (

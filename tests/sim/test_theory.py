@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from nanopd_lab.cluster.controller import Limits
+from nanopd_lab.cluster.actions import Limits
 from nanopd_lab.router import create_policy
 from nanopd_lab.sim import ConstantTime, LinearTime, SimConfig, SimRequest, SimResult, Simulator
 from nanopd_lab.sim.timing import StepTime
