@@ -1,4 +1,4 @@
-"""What a controller lets through, and what it has others do: its limits, and the actions that a launcher carries out."""
+"""What a controller lets through and has others do: its limits, and the actions that a launcher carries out."""
 
 from __future__ import annotations
 
