@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LeaseTerms:
-    """Seconds. `patience`: how long the target waits for room in its own pool, or for the source to publish again what
-    it re-used."""
+    """Seconds. `patience`: how long the target waits for room in its own pool while nobody there gives any back, or for
+    the source to publish again what it re-used."""
 
     duration: float = 30.0
     patience: float = 30.0

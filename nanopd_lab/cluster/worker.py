@@ -104,6 +104,7 @@ class WorkerCore:
         self._tries: dict[str, _Try] = {}
         self._timed: dict[str, _Try] = {}  # those for which `tick` may have something to do
         self._unsampled: set[Sequence] = set()  # have no `usage.sampled` yet
+        self._freed_at = float("-inf")  # when somebody last gave blocks and a place back
         self._offered: set[str] = set()  # keys of which the source has published something
         self._pulling: dict[int, tuple[_Try, Published]] = {}
         self._next_pull = 0
@@ -366,19 +367,29 @@ class WorkerCore:
                 if now >= each.renew_at:
                     each.renew_at = now + self.terms.renewal
                     self.outbox.append(Extend(each.key))
-                if self._waits_here(each) and now - each.waits_since >= self.terms.patience:
+                if self._waits_here(each) and now >= self._gives_up_at(each):
                     self._fail(each, f"worker {self.name}: {self._what_it_waits_for(each)}")
 
     def _waits_here(self, each: _Try) -> bool:
         """True if the source has done its part, and we don't get on."""
         return each.offer is not None and each.offer.token is not None and not each.under_way
 
+    def _gives_up_at(self, each: _Try) -> float:
+        """A full worker that gets on will have room in time; one where nothing ends may wait for somebody who waits
+        for it. Even so there is an end: others may be luckier each time."""
+        patience = self.terms.patience
+        if each.sequence not in self.scheduler.expected:
+            return each.waits_since + patience
+        return min(max(each.waits_since, self._freed_at) + patience, each.waits_since + 10 * patience)
+
     def _what_it_waits_for(self, each: _Try) -> str:
-        if each.sequence in self.scheduler.expected:
-            needed = blocks_for(len(each.sequence.tokens) + 1, self.scheduler.block_size)
+        scheduler = self.scheduler
+        if each.sequence in scheduler.expected:
+            needed = blocks_for(len(each.sequence.tokens) + 1, scheduler.block_size)
+            places = len(scheduler.running) + scheduler.promised
             return (
-                f"no room for {needed} blocks within {self.terms.patience} s "
-                f"({self.scheduler.allocator.num_free} of {self.scheduler.allocator.num_blocks} are free)"
+                f"no room for {needed} blocks within {self.terms.patience} s ({scheduler.allocator.num_free} of "
+                f"{scheduler.allocator.num_blocks} are free, {places} of {scheduler.max_num_seqs} sequences run)"
             )
         return f"{each.source} re-used blocks and did not publish them again within {self.terms.patience} s"
 
@@ -391,7 +402,7 @@ class WorkerCore:
             if each.source is not None and not each.dropped:
                 times.append(each.renew_at)
                 if self._waits_here(each):
-                    times.append(each.waits_since + self.terms.patience)
+                    times.append(self._gives_up_at(each))
         return min(times, default=None)
 
     # ------------------------------------------------------------------ ends
@@ -414,6 +425,7 @@ class WorkerCore:
 
     def _forget(self, each: _Try) -> None:
         sequence = each.sequence
+        self._freed_at = self.now
         usage = each.usage._replace(
             computed=sequence.tokens_computed,
             cached=sequence.tokens_cached,

@@ -197,7 +197,21 @@ def test_a_full_decode_worker_gives_up_and_another_route_is_taken() -> None:
     assert harness.tokens["r", 0] == WANT
     first = harness.settled["r", 0].path.attempts[0]
     assert first.route.decode == "w1"
-    assert "no room for 6 blocks within 2.0 s (2 of 16 are free)" in str(first.failure)
+    assert "no room for 6 blocks within 2.0 s (2 of 16 are free, 0 of 6 sequences run)" in str(first.failure)
+
+
+def test_a_busy_decode_worker_is_waited_for_longer_than_a_stuck_one() -> None:
+    """Far more requests than places: each waits for its turn, longer than the patience, and none is computed twice."""
+    sizes = Sizes(num_blocks=64, budget=16, seqs=2)
+    harness = make(terms=LeaseTerms(duration=2.0, patience=1.0), sizes=sizes, limits=Limits(max_jobs=100))
+    for number in range(12):
+        harness.submit(f"r{number}", [1 + number % 5] * 10, SamplingParams(max_tokens=12, ignore_eos=True))
+    for _ in range(400):
+        harness.step(0.05)
+    harness.run()
+    assert [len(settled.path.attempts) for settled in harness.settled.values()] == [1] * 12
+    waits = [s.path.transfer_visible_s or 0.0 for s in harness.settled.values()]
+    assert max(waits) > 2.0
 
 
 def test_a_lease_that_nobody_renews_runs_out() -> None:
