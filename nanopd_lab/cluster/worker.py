@@ -233,7 +233,7 @@ class WorkerCore:
         sequence = each.sequence
         if not self.stream and not sequence.finished and each.usage.sampled is not None:
             return
-        new = sequence.output_token_ids[each.sent :]
+        new = sequence.tokens[sequence.prompt_len + each.sent : sequence.known_len]
         if each.usage.sampled is None:
             self._unsampled.discard(sequence)
             each.usage = each.usage._replace(sampled=self.now)
