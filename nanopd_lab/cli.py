@@ -109,6 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.transfer.cli import register as register_transfer
 
     register_transfer(commands)
+    from nanopd_lab.sim.cli import register as register_simulate
+
+    register_simulate(commands)
     from nanopd_lab.cost.cli import register as register_cost
 
     register_cost(commands)

@@ -3,13 +3,14 @@
 from nanopd_lab.sim.links import LinkModel
 from nanopd_lab.sim.results import RequestRecord, SimResult
 from nanopd_lab.sim.simulator import SimConfig, Simulator
-from nanopd_lab.sim.timing import ConstantTime, LinearTime, StepTime
+from nanopd_lab.sim.timing import ConstantTime, CostTime, LinearTime, StepTime
 from nanopd_lab.sim.trace import trace_events, write_trace
 from nanopd_lab.sim.workload import AZURE_LIKE, Kill, Lengths, SimRequest, poisson_arrivals
 
 __all__ = [
     "AZURE_LIKE",
     "ConstantTime",
+    "CostTime",
     "Kill",
     "Lengths",
     "LinearTime",

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from nanopd_lab.cost.iteration import IterationModel
+from nanopd_lab.cost.roofline import ChunkShape
+
 
 class StepTime(Protocol):
     """Seconds of engine steps.
@@ -66,6 +69,21 @@ class LinearTime:
             + self.context_s * context
             + self.sequence_s * sequences  # of each
         )
+
+
+class CostTime:
+    """A fitted or assumed `IterationModel` as the simulator asks it.
+
+    Every chunk counts as drawing a token; that a middle of a prompt does not saves at most the vocabulary projection.
+    """
+
+    def __init__(self, model: IterationModel) -> None:
+        self.model = model
+        self.decode_run_seconds = model.decode_run_seconds
+
+    def seconds(self, chunks: Sequence[tuple[int, int]]) -> float:
+        """See `StepTime`."""
+        return self.model.seconds([ChunkShape(count, start) for start, count in chunks])
 
 
 class RunClock:
