@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +27,15 @@ from nanopd_lab.cluster.process import ProcessLauncher, WorkerSpec
 from nanopd_lab.core import FinishReason, Logprob, SamplingParams
 from nanopd_lab.engine.detokenizer import Detokenizer
 from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from nanopd_lab.engine.prompts import Messages, Prompt, as_batch, as_conversations, render_chat, tokenize
+from nanopd_lab.engine.prompts import (
+    Messages,
+    Prompt,
+    as_batch,
+    as_conversations,
+    params_for,
+    render_chat,
+    tokenize,
+)
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.router import WorkerView
 
@@ -226,20 +234,26 @@ class Cluster:
     def poll(self, timeout: float = 0.0) -> list[ClusterOutput]:
         """Requests that have got tokens, have ended or have settled since the last call; waits up to `timeout`
         seconds for some."""
+        return self._poll(timeout, None)
+
+    def _poll(self, timeout: float, wanted: Container[str] | None) -> list[ClusterOutput]:
+        """`poll` for some requests; what has become of others stays for whoever asks for them."""
+
+        def ready() -> list[str]:
+            return [name for name in self._fresh if wanted is None or name in wanted]
+
         if self._thread is None:
             self._check_open()
             deadline = self.clock() + timeout
             while True:
                 self._take(self.launcher.step())  # type: ignore[union-attr]
-                if self._fresh or self.clock() >= deadline:
+                if ready() or self.clock() >= deadline:
                     break
         with self._changed:
-            if not self._fresh and timeout > 0 and self._thread is not None:
+            if timeout > 0 and self._thread is not None and not ready():
                 self._changed.wait(timeout)
             self._check_crash()
-            found = [self._output(tracked) for tracked in self._fresh.values()]
-            self._fresh = {}
-            return found
+            return [self._output(self._fresh.pop(name)) for name in ready()]
 
     def generate(
         self,
@@ -254,13 +268,8 @@ class Cluster:
             RequestFailedError: a request ended with an error; the others are cancelled
         """
         batch = as_batch(prompts)
-        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
-            sampling_params = [sampling_params or SamplingParams()] * len(batch)
-        if len(sampling_params) != len(batch):
-            raise InvalidRequestError(
-                f"{len(batch)} prompts but {len(sampling_params)} sampling_params; give one, or one for each prompt"
-            )
-        for number, (prompt, params) in enumerate(zip(batch, sampling_params, strict=True)):
+        each = params_for(batch, sampling_params)
+        for number, (prompt, params) in enumerate(zip(batch, each, strict=True)):
             try:
                 ids = tokenize(prompt, self.tokenizer, self.vocab_size, self.config.model)[1]
                 self.controller.validate(ids, params)
@@ -269,9 +278,7 @@ class Cluster:
         names: list[str] = []
         outputs: dict[str, ClusterOutput] = {}
         try:
-            names += [
-                self.submit(prompt, params) for prompt, params in zip(batch, sampling_params, strict=True)
-            ]
+            names += [self.submit(prompt, params) for prompt, params in zip(batch, each, strict=True)]
             for output in self.stream(names, use_tqdm):
                 outputs[output.request_id] = output
                 for sample in output.outputs:
@@ -284,7 +291,7 @@ class Cluster:
         return [outputs[name] for name in names]
 
     def stream(self, request_ids: Seq[str], use_tqdm: bool = False) -> Iterator[ClusterOutput]:
-        """Outputs of these requests as they grow, until all have settled. Others' outputs are dropped meanwhile."""
+        """Outputs of these requests as they grow, until all have settled."""
         pending = set(request_ids)
         bar = tqdm(
             total=len(pending),
@@ -296,9 +303,7 @@ class Cluster:
         finished: dict[str, float] = {}
         with bar:
             while pending:
-                for output in self.poll(0.1):
-                    if output.request_id not in pending:
-                        continue
+                for output in self._poll(0.1, pending):
                     if output.finished and output.request_id not in finished:
                         finished[output.request_id] = self.clock()
                         bar.update()

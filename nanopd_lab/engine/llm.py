@@ -16,7 +16,7 @@ from nanopd_lab.engine.beam import BeamGroup
 from nanopd_lab.engine.config import EngineConfig, EngineParts
 from nanopd_lab.engine.engine import Engine, EngineStats
 from nanopd_lab.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
-from nanopd_lab.engine.prompts import Messages, Prompt, as_batch, as_conversations, render_chat
+from nanopd_lab.engine.prompts import Messages, Prompt, as_batch, as_conversations, params_for, render_chat
 from nanopd_lab.errors import InvalidRequestError, NonFiniteLogitsError
 
 # What the weights in memory depend on.
@@ -133,13 +133,8 @@ class LLM:
             NonFiniteLogitsError: the model produced NaN or infinity
         """
         batch = as_batch(prompts)
-        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
-            sampling_params = [sampling_params or SamplingParams()] * len(batch)
-        if len(sampling_params) != len(batch):
-            raise InvalidRequestError(
-                f"{len(batch)} prompts but {len(sampling_params)} sampling_params; give one, or one for each prompt"
-            )
-        ids = self._submit(batch, sampling_params)
+        each = params_for(batch, sampling_params)
+        ids = self._submit(batch, each)
         outputs = {output.request_id: output for output in self._run(ids, use_tqdm, final_only=True)}
         for number, request_id in enumerate(ids):
             for sample in outputs[request_id].outputs:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from nanopd_lab.core import SamplingParams
 from nanopd_lab.errors import InvalidRequestError
 
 Prompt = str | Seq[int] | Mapping[str, Any]
@@ -85,3 +86,20 @@ def as_conversations(messages: Messages | Seq[Messages]) -> list[Messages]:
     if messages and isinstance(messages[0], Mapping):
         return [messages]  # type: ignore[list-item]
     return list(messages)  # type: ignore[arg-type]
+
+
+def params_for(
+    batch: Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None
+) -> Seq[SamplingParams]:
+    """One for each prompt of the batch, out of one for all, one for each, or the defaults.
+
+    Raises:
+        InvalidRequestError: as many as there are neither one nor prompts.
+    """
+    if isinstance(params, SamplingParams) or params is None:
+        return [params or SamplingParams()] * len(batch)
+    if len(params) != len(batch):
+        raise InvalidRequestError(
+            f"{len(batch)} prompts but {len(params)} sampling_params; give one, or one for each prompt"
+        )
+    return params

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,17 @@ def test_late_messages_change_nothing(pair: Cluster, llm: LLM) -> None:
     assert all(len(output.paths[0].attempts) == 1 for output in outputs)
     assert max(output.paths[0].transfer_visible_s or 0 for output in outputs) > 0.1
     pair.check_integrity()
+
+
+def test_two_threads_get_their_own_answers(pair: Cluster, llm: LLM) -> None:
+    """Neither takes away what the other waits for."""
+    batches = [prompts([20 + 7 * i, 60], seed=20 + i) for i in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        outputs = list(
+            threads.map(lambda batch: pair.generate(batch, GREEDY, use_tqdm=False), batches, timeout=60)
+        )
+    for batch, found in zip(batches, outputs, strict=True):
+        assert [output.outputs[0].token_ids for output in found] == alone(llm, batch, GREEDY)
 
 
 def test_a_caller_cancels(pair: Cluster) -> None:
