@@ -450,7 +450,7 @@ class WorkerCore:
         scheduler = self.scheduler
         prompts = [s for s in (*scheduler.waiting, *scheduler.running) if not s.is_decoding]
         return Beat(
-            running=len(scheduler.running),
+            running=scheduler.num_running,
             waiting=len(scheduler.waiting),
             expected=len(scheduler.expected) + len(scheduler.receiving),
             held=len(scheduler.held),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from nanopd_lab.cluster.actions import (
     Action,
@@ -29,6 +30,7 @@ from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Capacity, FromWorker, Hello, ToWorker
 from nanopd_lab.engine.handover import HandoverScheduler
+from nanopd_lab.engine.lockstep import LockstepScheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import BlockAllocator
 from nanopd_lab.router import Policy, Role
@@ -36,7 +38,7 @@ from nanopd_lab.sim.clock import Event, EventQueue, Kind
 from nanopd_lab.sim.links import Flow, FlowDue, LinkModel, Links
 from nanopd_lab.sim.results import PullSpan, RequestRecord, SimResult, WorkerTotals
 from nanopd_lab.sim.timing import StepTime
-from nanopd_lab.sim.worker import LoopDue, Outgoing, SimCore, SimWorker, StepSpan
+from nanopd_lab.sim.worker import TOKEN, LoopDue, Outgoing, SimCore, SimWorker, StepSpan
 from nanopd_lab.sim.workload import Kill, SimRequest, in_order
 from nanopd_lab.transfer import Pull, PullResult, PullStatus
 
@@ -336,7 +338,9 @@ class Simulator:
         allocator = BlockAllocator(config.num_blocks, config.enable_prefix_caching)
         self._lives += 1  # as hosts do: what an earlier life of a worker published is never valid again
         allocator.generations = [self._lives << 32] * config.num_blocks
-        scheduler = HandoverScheduler(
+        lockstep = config.skip and not config.enable_prefix_caching
+        make = partial(LockstepScheduler, token=TOKEN) if lockstep else HandoverScheduler
+        scheduler = make(
             allocator,
             block_size=config.block_size,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -344,7 +348,7 @@ class Simulator:
             max_model_len=config.max_model_len,
         )
         worker = SimWorker(
-            SimCore(name, scheduler, config.terms, stream=False),
+            SimCore(name, scheduler, config.terms),
             self.names.index(name),
             self.queue,
             self.time,
