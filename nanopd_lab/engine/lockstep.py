@@ -99,22 +99,27 @@ class LockstepScheduler(HandoverScheduler):
     def _decodes_plainly(sequence: Sequence) -> bool:
         return sequence.is_decoding and not (sequence.hand_off or sequence.in_flight or sequence.request.beam)
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Write down what a parked sequence has, and forget it here."""
-        joined, size = self._joined.pop(sequence), self.block_size
-        done = self._step - joined
-        room = len(sequence.blocks) * size - sequence.num_computed  # as when it joined, but for whole blocks
-        self._needy[(joined + room + 1) % size].remove(sequence)
+    def write_down(self, sequence: Sequence) -> None:
+        """Give a parked sequence what it has by now."""
+        done = self._step - self._joined[sequence]
+        self._joined[sequence] = self._step
         sequence.tokens += [self.token.token] * done
         sequence.num_computed += done
         sequence.tokens_computed += done
         sequence.cumulative_logprob += self.token.logprob * done
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Write down what a parked sequence has, and forget it here."""
+        self.write_down(sequence)
+        del self._joined[sequence]
+        room = len(sequence.blocks) * self.block_size - sequence.num_computed
+        self._needy[(self._step + room + 1) % self.block_size].remove(sequence)
         self._context -= sequence.num_computed
 
     def unpark(self) -> None:
         """Put all back into `running`, as if they had never been away."""
         for place, sequence in enumerate(sorted(self._joined, key=_priority)):
-            if self._joined[sequence] < self._step:
+            if sequence not in self.newcomers:
                 sequence.last_served = self._served + place + 1
             self._leave(sequence)
             bisect.insort(self.running, sequence, key=_priority)
@@ -141,7 +146,7 @@ class LockstepScheduler(HandoverScheduler):
         return most
 
     def advance(self, steps: int) -> list[Sequence]:
-        """Do so many steps, at most `run_length`; returns the sequences that ended, in order."""
+        """Do so many steps, at most `run_length`; returns newcomers and the sequences that ended, by priority."""
         self._hand_out(steps)
         self.num_steps += steps
         self.serves += steps * len(self._joined)
@@ -151,14 +156,19 @@ class LockstepScheduler(HandoverScheduler):
     def _done(self, steps: int) -> list[Sequence]:
         self._step += steps
         self._context += steps * len(self._joined)
-        self.newcomers.clear()
+        newcomers, self.newcomers = self.newcomers, []
         ends, ended = self._ends, []
         while ends and ends[0][0] <= self._step:
             sequence = heapq.heappop(ends)[2]
             if sequence in self._joined:
                 self.finish(sequence, FinishReason.LENGTH)
                 ended.append(sequence)
-        return ended
+        if not newcomers:
+            return ended
+        for sequence in newcomers:
+            if sequence in self._joined:
+                self.write_down(sequence)
+        return sorted({*ended, *newcomers}, key=_priority)
 
     def _hand_out(self, steps: int) -> None:
         """Give out the blocks of the next steps, in the order in which they would be taken one by one."""
@@ -212,10 +222,7 @@ class LockstepScheduler(HandoverScheduler):
         touched: list[Sequence] = []
         if self._under_way:
             self._under_way = False
-            newcomers = list(self.newcomers)
             touched = self._done(1)
-            if newcomers:
-                touched = sorted({*touched, *newcomers}, key=_priority)
         return [*touched, *super().complete(plan, sampled)]
 
     def roll_back(self, plan: StepPlan) -> None:

@@ -68,12 +68,7 @@ class SimCore(WorkerCore):
         if scheduler is None:
             super().finish_run(steps, token)
             return
-        new = [each for each in scheduler.newcomers if each in self._unsampled]
-        told = scheduler.advance(steps)
-        if new:
-            scheduler.unpark()
-            told = sorted({*told, *new}, key=lambda each: each.priority)
-        for sequence in told:
+        for sequence in scheduler.advance(steps):
             self._report(self._tries[sequence.request.request_id])
 
     def report_all(self) -> None:
