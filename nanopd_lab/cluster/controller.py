@@ -54,7 +54,7 @@ from nanopd_lab.kv import blocks_for
 from nanopd_lab.router import Collocated, Fleet, JobView, Policy, Role, WorkerView, legal_routes
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Attempt:
     key: str
     report: AttemptReport
@@ -62,7 +62,7 @@ class _Attempt:
     prefills: bool = True  # until its first token is here
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Job:
     request_id: str
     index: int

@@ -12,6 +12,7 @@ controller hears of the first and the last only: what a worker that dies had sam
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,14 +72,14 @@ class SimConfig:
     trace: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _PullUnderWay:
     worker: SimWorker
     source: SimWorker
     pull: Pull
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Delivery:
     """A message reaches a worker."""
 
@@ -155,13 +156,13 @@ class Simulator:
         Raises:
             AssertionError: nothing is left to happen, and requests are not served: a bug.
         """
-        self._schedule_arrival()
-        while self._arrived < len(self.requests) or self.controller.num_unsettled:
-            event = self.queue.pop()
-            assert event is not None, (
-                f"stalled at {self.queue.now} s: {self.controller.num_unsettled} jobs open"
-            )
-            self._happen(event)
+        collects = gc.isenabled()
+        gc.disable()  # a walk over all that lives, again and again; there are no cycles to find
+        try:
+            self._serve()
+        finally:
+            if collects:
+                gc.enable()
         for name, worker in self.workers.items():
             self._close(name, worker, killed=False)
         records = [self._records[request.request_id] for request in self.requests]
@@ -173,6 +174,15 @@ class Simulator:
             self.spans,
             self.pulls,
         )
+
+    def _serve(self) -> None:
+        self._schedule_arrival()
+        while self._arrived < len(self.requests) or self.controller.num_unsettled:
+            event = self.queue.pop()
+            assert event is not None, (
+                f"stalled at {self.queue.now} s: {self.controller.num_unsettled} jobs open"
+            )
+            self._happen(event)
 
     def _happen(self, event: Event) -> None:
         payload = event.payload

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -141,6 +140,20 @@ class RunClock:
             ends.append(ends[-1] + self._time.seconds([(context + done, 1) for context in self._contexts]))
         return ends[steps]
 
-    def count(self, most: int, over: Callable[[float], bool]) -> int:
-        """How many of the first `most` steps are over; `over` says whether a time has passed."""
-        return bisect_left(range(1, most + 1), True, key=lambda step: not over(self.end(step)))
+    def count(self, most: int, over: Callable[[float], bool], now: float) -> int:
+        """How many of the first `most` steps are over; `over` says whether a time has passed, by the clock `now`."""
+        if not most or over(self.end(most)):
+            return most
+        low, high = 0, most - 1  # the answer lies in between; steps are nearly alike, so a guess is nearly right
+        guess = int(most * (now - self._ends[0]) / (self.end(most) - self._ends[0])) if self._closed else 0
+        reach = 2
+        while low < high:
+            middle = min(max(guess, low + 1), high)
+            if over(self.end(middle)):
+                low, guess = middle, middle + reach
+            else:
+                high, guess = middle - 1, middle - reach
+            reach *= 4
+            if reach > 1 << 10:
+                guess = (low + high + 1) // 2
+        return low

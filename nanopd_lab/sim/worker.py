@@ -149,7 +149,7 @@ class SimWorker:
             # It waits for its source and stops nobody, unless the cache could have it: no need to cut the run short.
             core = self.core
             if not core.scheduler.blocks.caching:
-                step = self._run.count(self._steps, self._passed) + 1
+                step = self._run.count(self._steps, self._passed, self.queue.now) + 1
                 core.handle(message, self._run.end(step))
                 self._watch()
                 if core.outbox:  # refused
@@ -161,7 +161,7 @@ class SimWorker:
     def wake(self) -> None:
         """Let the loop come round as soon as it can: now, or after the step under way."""
         if self._run is not None:
-            over = self._run.count(self._steps, self._passed)
+            over = self._run.count(self._steps, self._passed, self.queue.now)
             if over + 1 < self._steps:
                 self._steps = over + 1
                 self._call(self._run.end(self._steps))
@@ -203,7 +203,7 @@ class SimWorker:
     def stop(self) -> list[FromWorker]:
         """It dies now. Returns what it has told so far and the controller does not know yet."""
         if self._run is not None:
-            done = self._run.count(self._steps, self._passed)
+            done = self._run.count(self._steps, self._passed, self.queue.now)
             if done:
                 self.core.finish_run(done, TOKEN)
             self._note(self._run.end(done), done)
@@ -270,7 +270,7 @@ class SimWorker:
         if self._run is None:
             return False
         free = [block for block in blocks if self.core.scheduler.allocator.refs[block] == 0]  # type: ignore[attr-defined]
-        planned = min(self._steps, self._run.count(self._steps, self._passed) + 1)
+        planned = min(self._steps, self._run.count(self._steps, self._passed, self.queue.now) + 1)
         if not free:
             return False
         if (lockstep := self.core.lockstep) is not None:
