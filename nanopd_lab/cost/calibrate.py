@@ -83,6 +83,24 @@ def samples_of(
     return found
 
 
+def engine_samples(record: Mapping[str, Any], mode: str) -> list[StepSample]:
+    """Decode steps and prompts of one mode of a record of `nanopd-lab bench-engine`.
+
+    Raises:
+        ValueError: a mode that the record lacks.
+    """
+    if mode not in record["modes"]:
+        raise ValueError(f"the record has no mode {mode!r}; it has {', '.join(record['modes'])}")
+    found = []
+    for name, value in record["modes"][mode].items():
+        what, _, size = name.partition("_")
+        if what in ("decode", "ttft") and size.isdecimal():
+            one = ChunkShape(1, record["context"]) if what == "decode" else ChunkShape(int(size))
+            count = int(size) if what == "decode" else 1
+            found.append(StepSample(StepFeatures.of([one] * count), value / 1e3))
+    return found
+
+
 def fit_profile(
     profile: Mapping[str, Any],
     link: TransferModel | None = None,

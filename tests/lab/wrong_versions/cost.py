@@ -610,6 +610,6 @@ RIGHT: dict[str, list[Version]] = {
     "cost.arithmetic_intensity": [from_scratch, by_cost],
     "cost.time_per_output_token": [tpot_from_scratch, tpot_by_intensity],
     "cost.features": [one_loop, from_exact_pairs],
-    "cost.fit_terms": [every_subset, bounded, plain_nnls],
+    "cost.fit_terms": [plain_nnls, every_subset, bounded],
     "cost.held_out_error": [with_a_list, in_a_loop],
 }
