@@ -66,7 +66,7 @@ def prediction(
     left.set_ylabel("predicted (ms)")
     right.set_ylim(-105 * MOST_ERROR, 105 * MOST_ERROR)
     right.set_ylabel("predicted is longer (+) or shorter (−), %")
-    left.set_title(f"steps, {source}", loc="left", fontsize=11, color=INK)
+    left.set_title(f"predicted and measured steps,\n{source}", loc="left", fontsize=11, color=INK)
     found = errors(model, steps["held out"])
     right.set_title(
         f"{name}:\nheld-out error {found.mean:.1%} on average, {found.maximum:.0%} at most",
