@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nanopd_lab.cost.iteration import IterationModel, StepFeatures
+from nanopd_lab.cost.iteration import CapturedSizes, IterationModel, StepFeatures
 
 Array = NDArray[np.float64]
 Solve = Callable[[Array, Array], Array]
@@ -94,6 +94,7 @@ def fit_iteration(
     *,
     vocab_share: float = 0.0,
     host_s: float | None = None,
+    captured: CapturedSizes | None = None,
     solve: Solve = fit_terms,
 ) -> IterationModel:
     """The model with the least squared relative error.
@@ -104,6 +105,7 @@ def fit_iteration(
         host_s: launch overhead, if known (0 on a CPU, where host and device are one); None: it is looked for as the
             floor under the shortest steps. What the device takes below that floor was not seen, only extrapolated:
             profile with CUDA graphs for the device, and get the overhead without them from `launch_overhead`
+        captured: what the steps were padded to
         solve: finds the coefficients for a given corner and host time; called some hundred times
 
     Raises:
@@ -113,7 +115,7 @@ def fit_iteration(
         raise ValueError(
             f"a fit needs at least {MIN_SAMPLES} timed steps, got {len(samples)}; profile without --quick"
         )
-    table = _Table(samples, vocab_share, solve)
+    table = _Table(samples, vocab_share, captured or CapturedSizes(), solve)
     if host_s is not None and table.above(host_s).sum() < MIN_SAMPLES:
         raise ValueError(
             f"only {table.above(host_s).sum()} of {len(samples)} steps take longer than the host's {host_s} s; "
@@ -140,7 +142,7 @@ def fit_without(
         raise ValueError(f"unknown term {term!r}; choose one of {', '.join(TERMS)}")
     if not (model.weight_s > 0 and model.token_s > 0):
         raise ValueError("the model has no corner: reading weights or matrix products take no time in it")
-    table, corner = _Table(samples, model.vocab_share), model.weight_s / model.token_s
+    table, corner = _Table(samples, model.vocab_share, model.captured), model.weight_s / model.token_s
     matrices = {
         "reading weights": table.tokens / corner,
         "matrix products": table.weights,
@@ -157,7 +159,7 @@ def fit_without(
 
 
 def launch_overhead(model: IterationModel, samples: Seq[StepSample]) -> IterationModel:
-    """The same device with the host time that meets these samples best, for example a profile without CUDA graphs.
+    """The same device without CUDA graphs, with the host time that meets these samples (timed without them) best.
 
     Raises:
         ValueError: no samples.
@@ -165,8 +167,9 @@ def launch_overhead(model: IterationModel, samples: Seq[StepSample]) -> Iteratio
     if not samples:
         raise ValueError("no steps to find the host time from")
     hosts = [0.0, *sorted({s.seconds for s in samples})]
-    table = _Table(samples, model.vocab_share)
-    return min((replace(model, host_s=host) for host in hosts), key=table.loss)
+    table = _Table(samples, model.vocab_share, CapturedSizes())
+    launched = replace(model, captured=table.captured)
+    return min((replace(launched, host_s=host) for host in hosts), key=table.loss)
 
 
 def _host_candidates(table: _Table) -> list[float]:
@@ -180,15 +183,23 @@ def _host_candidates(table: _Table) -> list[float]:
 class _Table:
     """Samples as columns."""
 
-    def __init__(self, samples: Seq[StepSample], vocab_share: float, solve: Solve = fit_terms) -> None:
+    def __init__(
+        self,
+        samples: Seq[StepSample],
+        vocab_share: float,
+        captured: CapturedSizes,
+        solve: Solve = fit_terms,
+    ) -> None:
         steps = [s.step for s in samples]
-        self.vocab_share = vocab_share
+        self.vocab_share, self.captured = vocab_share, captured
         self.solve = solve
         self.samples = samples
         self.seconds: Array = np.array([s.seconds for s in samples])
-        drawn = np.array([s.drawn for s in steps], dtype=float)
+        tokens, drawn = np.array(
+            [captured.rows(s.tokens, s.drawn, s.sequences) for s in steps], dtype=float
+        ).T
         self.weights: Array = np.where(drawn > 0, 1.0 + vocab_share, 1.0)
-        self.tokens: Array = np.array([s.tokens for s in steps]) + vocab_share * drawn
+        self.tokens: Array = tokens + vocab_share * drawn
         self.others: Array = np.array([[1.0, s.pairs, s.context, s.sequences] for s in steps], dtype=float)
 
     def loss(self, model: IterationModel) -> float:
@@ -249,4 +260,5 @@ class _Table:
             host_s=host_s,
             vocab_share=self.vocab_share,
             sharpness=sharpness,
+            captured=self.captured,
         )
