@@ -110,7 +110,9 @@ def compare(config: ClusterConfig, rounds: Sequence[Sequence[SimRequest]], simul
             modelled.append(figures(simulate(requests)))
         cluster.check_integrity()
     names = list(real[0])
-    middle = [{name: statistics.median(each[name] for each in side) for name in names} for side in (real, modelled)]
+    middle = [
+        {name: statistics.median(each[name] for each in side) for name in names} for side in (real, modelled)
+    ]
     return {
         "schema": SCHEMA,
         "provenance": provenance(),

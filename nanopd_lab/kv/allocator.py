@@ -180,7 +180,9 @@ class BlockAllocator:
             if min(blocks) < 0 or max(blocks) >= num_blocks or not all(map(refs.__getitem__, blocks)):
                 for block in blocks:
                     self.require_used(block, "release")
-        if not self.block_of and sum(map(refs.__getitem__, blocks)) == len(blocks):  # one owner each, none cached
+        if not self.block_of and sum(map(refs.__getitem__, blocks)) == len(
+            blocks
+        ):  # one owner each, none cached
             for block in blocks:
                 refs[block] = 0
             free.extend(reversed(blocks))

@@ -342,12 +342,12 @@ def check_held_out(
     impl: Callable[[IterationModel, Sequence[StepSample], Sequence[StepSample]], FitError],
 ) -> int:
     """By hand, then steps that were timed twice, then random ones."""
-    count = 0
+    count, name = 0, getattr(impl, "__name__", "held_out_error")
     for model, samples, fitted in _held_out():
         count += 1
         steps = Steps(_described(model, samples, fitted))
         given = (model, list(samples), list(fitted))
-        got = steps.do("held_out_error(model, samples, fitted)", impl, *given)
+        got = steps.do(f"{name}(model, samples, fitted)", impl, *given)
         unchanged = given[1] == samples and given[2] == fitted
         steps.expect(unchanged, "the caller still needs both lists", "the lists as they were", "others")
         want = held_out_error(model, samples, fitted)
@@ -365,7 +365,7 @@ def check_held_out(
     [sample] = _timed([(5, 0)], 1.0)
     steps = Steps("a step, and the same step timed again")
     again = replace(sample, seconds=2 * sample.seconds)
-    steps.do("held_out_error(model, [again], [step])", impl, _MODEL, [again], [sample], raises=ValueError)
+    steps.do(f"{name}(model, [again], [step])", impl, _MODEL, [again], [sample], raises=ValueError)
     return count + 1
 
 
