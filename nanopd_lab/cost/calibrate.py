@@ -48,7 +48,7 @@ class CostParts:
 def recorded_profile(device: str, cuda_graphs: bool = True) -> dict[str, Any] | None:
     """The newest profile in `data/recorded` with `device` in its name, with CUDA graphs or not; None: there is none."""
     found = [read_json(path) for path in sorted((data_dir() / "recorded").glob(f"profile-*{device}*.json"))]
-    found = [record for record in found if record["settings"]["cuda_graphs"] == cuda_graphs]
+    found = [record for record in found if record["settings"].get("cuda_graphs", True) == cuda_graphs]
     return max(found, key=lambda record: str(record["provenance"]["date"]), default=None)
 
 

@@ -57,13 +57,14 @@ class NanoPDModel:
     ) -> NanoPDModel:
         """To timed steps, as well as the formulas can: α from whole prompts, β and threshold from decode steps.
 
-        No interference (which is for requests, not for steps), and a link that takes no time.
+        Of decode steps those of at most max(THRESHOLDS) sequences. No interference (which is for requests, not for steps), and a link that takes no time.
 
         Raises:
             ValueError: no whole prompt or no decode step among them.
         """
         prompts = [(p.tokens, s) for p, s in timed if p.kind == "prefill" and p.chunks[0].past == 0]
-        decodes = [(p.tokens, s) for p, s in timed if p.kind == "decode"]
+        most = max(THRESHOLDS)
+        decodes = [(p.tokens, s) for p, s in timed if p.kind == "decode" and p.tokens <= most]
         if not prompts or not decodes:
             raise ValueError(f"{len(prompts)} whole prompts and {len(decodes)} decode steps; both are needed")
 

@@ -119,7 +119,7 @@ def formula_breaks(
         ax.set_ylabel("step (ms)")
         _logarithmic(ax, "y")
     for ax in (prompt, context, batch):
-        _logarithmic(ax, "x")
+        _logarithmic(ax, "x", narrow=True)
         _tidy(ax)
     lines = [
         Line2D([], [], color=INK, linestyle="none", marker="o", label=f"measured ({source})"),
@@ -209,11 +209,12 @@ def _curves(
     )  # fmt: skip
 
 
-def _logarithmic(ax: Axes, axis: str) -> None:
-    """Logarithmic, with plain numbers: 50 and not 5·10¹."""
+def _logarithmic(ax: Axes, axis: str, narrow: bool = False) -> None:
+    """Logarithmic, with plain numbers (50 and not 5·10¹); fewer of them where many decades share a narrow axis."""
     getattr(ax, f"set_{axis}scale")("log")
     found = getattr(ax, f"{axis}axis")
-    found.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = getattr(ax, f"get_{axis}lim")()
+    found.set_major_locator(LogLocator(subs=(1,) if narrow and high / low > 90 else (1, 2, 5)))
     found.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     found.set_minor_formatter(NullFormatter())
 
