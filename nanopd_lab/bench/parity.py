@@ -12,7 +12,8 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nanopd_lab.bench.provenance import provenance
@@ -94,33 +95,40 @@ def figures(result: SimResult) -> dict[str, float]:
     }
 
 
-def compare(config: ClusterConfig, rounds: Sequence[Sequence[SimRequest]], simulate: Any) -> dict[str, Any]:
-    """The whole record: every round served by one real cluster, and simulated.
+def compare(
+    config: ClusterConfig,
+    loads: Mapping[float, Sequence[Sequence[SimRequest]]],
+    simulate: Callable[[Sequence[SimRequest]], SimResult],
+) -> Iterator[dict[str, Any]]:
+    """A record for each load, all of which one real cluster serves; made while it serves.
 
     Args:
-        rounds: several schedules, for example one a seed; figures are medians over them
-        simulate: called with a round's requests, returns a `SimResult`
+        loads: by request rate, several schedules of it, for example one a seed; figures are medians over them
+        simulate: serves the same requests in virtual time
     """
-    real, modelled = [], []
     with Cluster(config) as cluster:
         serve(cluster, [SimRequest(f"warm-up-{n}", 0.0, 40, 4) for n in range(2 * config.workers)])
-        for number, requests in enumerate(rounds):
-            records = serve(cluster, requests, seed=number)
-            real.append(figures(SimResult(records, [], 0, 0)))
-            modelled.append(figures(simulate(requests)))
-        cluster.check_integrity()
-    names = list(real[0])
-    middle = [
-        {name: statistics.median(each[name] for each in side) for name in names} for side in (real, modelled)
-    ]
-    return {
-        "schema": SCHEMA,
-        "provenance": provenance(),
-        "real": middle[0],
-        "simulated": middle[1],
-        "error": {name: middle[1][name] / middle[0][name] - 1 for name in names},
-        "rounds": [{"real": a, "simulated": b} for a, b in zip(real, modelled, strict=True)],
-    }
+        for rate, rounds in loads.items():
+            sides: list[tuple[dict[str, float], dict[str, float]]] = []
+            for number, requests in enumerate(rounds):
+                named = [replace(each, request_id=f"{rate}-{number}-{each.request_id}") for each in requests]
+                records = serve(cluster, named, seed=number)
+                sides.append((figures(SimResult(records, [], 0, 0)), figures(simulate(requests))))
+            cluster.check_integrity()
+            real, modelled = (
+                {name: statistics.median(each[side][name] for each in sides) for name in sides[0][0]}
+                for side in (0, 1)
+            )
+            yield {
+                "schema": SCHEMA,
+                "provenance": provenance(),
+                "request_rate": rate,
+                "num_prompts": len(rounds[0]),
+                "real": real,
+                "simulated": modelled,
+                "error": {name: modelled[name] / real[name] - 1 for name in real},
+                "rounds": [{"real": a, "simulated": b} for a, b in sides],
+            }
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -150,6 +150,7 @@ def fit_profile(
             "dims": asdict(dims),
             "block_size": profile["block_size"],
             "block_bytes": profile["block_bytes"],
+            "ahead": profile.get("ahead", False),
         },
     )
 

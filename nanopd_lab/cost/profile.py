@@ -171,6 +171,7 @@ def profile(
         "block_bytes": engine.cache.shape.block_bytes,
         "dims": _dims(engine, model),
         "captured": _captured(engine),
+        "ahead": engine.loop.ahead,
         "points": [{**point.to_record(), "seconds": []} for point in points],
     }
     if [Point.from_record(row) for row in record["points"]] != points:
