@@ -77,7 +77,7 @@ class WorkerCore:
         terms: of leases
         generation: of a block of the own pool; None: the allocator's
         lease: makes a `Lease`
-        stream: tell of tokens as they come; without it, of the first one here and then, at the end, of the rest
+        stream: tell of tokens as they come; without it, of a request's first one and then, at the end, of the rest
     """
 
     missing = staticmethod(missing_blocks)
@@ -233,10 +233,11 @@ class WorkerCore:
         sequence = each.sequence
         if not self.stream and not sequence.finished and each.usage.sampled is not None:
             return
-        new = sequence.tokens[sequence.prompt_len + each.sent : sequence.known_len]
         if each.usage.sampled is None:
-            self._unsampled.discard(sequence)
-            each.usage = each.usage._replace(sampled=self.now)
+            self._note_sampled(each, self.now)
+            if not self.stream and not sequence.finished and each.usage.adopted is not None:
+                return
+        new = sequence.tokens[sequence.prompt_len + each.sent : sequence.known_len]
         if new or sequence.finished:
             self.outbox.append(
                 Tokens(
@@ -251,6 +252,10 @@ class WorkerCore:
             each.sent += len(new)
         if sequence.finished:
             self._forget(each)
+
+    def _note_sampled(self, each: _Try, now: float) -> None:
+        self._unsampled.discard(each.sequence)
+        each.usage = each.usage._replace(sampled=now)
 
     def _sampled(self, sequence: Sequence, new: list[int]) -> tuple[SampledToken, ...]:
         """The newest tokens as they were sampled."""

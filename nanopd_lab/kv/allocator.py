@@ -290,16 +290,17 @@ class BlockAllocator:
         free, evictable = set(self.free), set(self.evictable)
         assert len(free) == len(self.free), "a block is on the free list twice"
         assert not free & evictable, f"blocks {free & evictable} are both free and evictable"
-        for block, refs in enumerate(self.refs):
-            states = (block in free) + (block in evictable) + (refs > 0)
-            assert states == 1, f"block {block} is in {states} states (refs {refs})"
-            assert (block in evictable) <= (self.contents[block] is not None), (
-                f"block {block} evictable, uncached"
-            )
-            assert not (block in free and self.contents[block] is not None), (
-                f"block {block} is free but cached"
-            )
-        cached = {content: block for block, content in enumerate(self.contents) if content is not None}
+        assert min(self.refs) >= 0, "a block was released twice"
+        used = {block for block, refs in enumerate(self.refs) if refs}
+        assert not used & free, f"blocks {used & free} are both used and free"
+        assert not used & evictable, f"blocks {used & evictable} are both used and evictable"
+        assert len(used) + len(free) + len(evictable) == self.num_blocks, "a block is in no state"
+        cached: dict[bytes, int] = {}
+        if self.contents.count(None) < self.num_blocks:
+            cached = {content: block for block, content in enumerate(self.contents) if content is not None}
+        registered = set(cached.values())
+        assert evictable <= registered, f"blocks {evictable - registered} are evictable, uncached"
+        assert not free & registered, f"blocks {free & registered} are free but cached"
         assert cached == self.block_of, "the prefix cache's maps disagree"
 
     def _note_peak(self) -> None:
