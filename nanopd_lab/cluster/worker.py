@@ -190,6 +190,8 @@ class WorkerCore:
             each.usage = each.usage._replace(scheduled=self.now, first_cached=cached)
 
     def _reserve(self) -> None:
+        if not self.scheduler.expected:
+            return
         for sequence in self.scheduler.reserve(self._offered):
             each = self._tries[sequence.request.request_id]
             each.arrived = set(range(sequence.num_computed // self.scheduler.block_size))
@@ -397,6 +399,11 @@ class WorkerCore:
                 f"{scheduler.allocator.num_blocks} are free, {places} of {scheduler.max_num_seqs} sequences run)"
             )
         return f"{each.source} re-used blocks and did not publish them again within {self.terms.patience} s"
+
+    @property
+    def timed(self) -> bool:
+        """True if `tick` may have something to do some time."""
+        return bool(self._timed)
 
     def next_wakeup(self) -> float | None:
         """When `tick` has something to do next, if nothing else happens."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from nanopd_lab.errors import OutOfBlocks
@@ -87,6 +88,12 @@ class Allocator(Protocol):
         ...
 
 
+@lru_cache(maxsize=4)
+def _ids(num_blocks: int) -> tuple[int, ...]:
+    """Shared by all pools of this size: a thousand simulated ones would else hold millions of numbers."""
+    return tuple(range(num_blocks))
+
+
 class BlockAllocator:
     """Reference-counted blocks with copy-on-write and a prefix cache.
 
@@ -109,7 +116,7 @@ class BlockAllocator:
             raise ValueError(f"num_blocks is {num_blocks}; a pool needs at least 1 block")
         self.num_blocks = num_blocks
         self.enable_prefix_caching = enable_prefix_caching
-        self.free: deque[int] = deque(range(num_blocks))
+        self.free: deque[int] = deque(_ids(num_blocks))
         self.refs = [0] * num_blocks
         self.generations: MutableSequence[int] = [0] * num_blocks
         self.contents: list[bytes | None] = [None] * num_blocks

@@ -13,6 +13,7 @@ controller hears of the first and the last only: what a worker that dies had sam
 from __future__ import annotations
 
 import gc
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -347,7 +348,7 @@ class Simulator:
         config = self.config
         allocator = BlockAllocator(config.num_blocks, config.enable_prefix_caching)
         self._lives += 1  # as hosts do: what an earlier life of a worker published is never valid again
-        allocator.generations = [self._lives << 32] * config.num_blocks
+        allocator.generations = array("q", [self._lives << 32]) * config.num_blocks
         lockstep = config.skip and not config.enable_prefix_caching
         make = partial(LockstepScheduler, token=TOKEN) if lockstep else HandoverScheduler
         scheduler = make(

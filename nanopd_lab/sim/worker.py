@@ -36,13 +36,14 @@ class SimCore(WorkerCore):
     """
 
     def __init__(self, name: str, scheduler: HandoverScheduler, terms: LeaseTerms) -> None:
-        super().__init__(name, scheduler, terms, stream=False)
+        generations = scheduler.allocator.generations  # type: ignore[attr-defined]
+        super().__init__(name, scheduler, terms, generations.__getitem__, stream=False)
         self.lockstep = scheduler if isinstance(scheduler, LockstepScheduler) else None
 
     def schedule(self) -> StepPlan | None:
         """See `WorkerCore`."""
         plan = super().schedule()
-        if plan is not None and self.lockstep is not None:
+        if plan is not None and self.lockstep is not None and self.lockstep.newcomers:
             self._note_newcomers(self.lockstep)
         return plan
 
@@ -50,8 +51,7 @@ class SimCore(WorkerCore):
         """See `WorkerCore`."""
         if self.lockstep is None:
             return super().start_run(most)
-        if self.scheduler.expected:
-            self._reserve()
+        self._reserve()
         steps = self.lockstep.run_length(most)
         if steps and self.lockstep.newcomers and self._note_newcomers(self.lockstep):
             return 1  # somebody's first token, which is told at once
@@ -200,16 +200,18 @@ class SimWorker:
             else:
                 core.handle(message, now)
             self._send()
-        due = core.next_wakeup()
-        if due is not None and due <= now:
-            core.tick(now)
+        if core.timed:
+            due = core.next_wakeup()
+            if due is not None and due <= now:
+                core.tick(now)
         if self.beat_due:
             self.beat_due = False
             core.outbox.append(core.beat())
         self._send()
         self._start_step(now)
         self._send()
-        self._watch()
+        if core.timed:
+            self._watch()
 
     def stop(self) -> list[FromWorker]:
         """It dies now. Returns what it has told so far and the controller does not know yet."""
@@ -314,6 +316,8 @@ class SimWorker:
 
     def _send(self) -> None:
         core = self.core
+        if not (core.outbox or core.pulls or core.cancelled_pulls):
+            return
         while core.pulls or core.cancelled_pulls:
             pulls, core.pulls = core.pulls, []
             for pull in pulls:
