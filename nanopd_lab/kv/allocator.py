@@ -183,11 +183,14 @@ class BlockAllocator:
                 need[block] = need.get(block, 0) + 1
             for block, times in need.items():
                 self.require_used(block, "release", times)
-        elif blocks:
-            if min(blocks) < 0 or max(blocks) >= num_blocks or not all(map(refs.__getitem__, blocks)):
-                for block in blocks:
-                    self.require_used(block, "release")
-        if not self.block_of and sum(map(refs.__getitem__, blocks)) == len(blocks):  # one owner each, none cached
+        elif blocks and (
+            min(blocks) < 0 or max(blocks) >= num_blocks or not all(map(refs.__getitem__, blocks))
+        ):
+            for block in blocks:
+                self.require_used(block, "release")
+        if not self.block_of and sum(map(refs.__getitem__, blocks)) == len(
+            blocks
+        ):  # one owner each, none cached
             for block in blocks:
                 refs[block] = 0
             free.extend(reversed(blocks))

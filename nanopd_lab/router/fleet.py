@@ -26,7 +26,9 @@ class Fleet(Sequence[WorkerView]):
         self._places = {name: place for place, name in enumerate(names)}
         self._slots: list[WorkerView | None] = [None] * len(self._places)
         self.num_members = self._pushes = 0
-        self._heaps: dict[Key, list[tuple[Any, int, int, WorkerView]]] = {}  # those that have changed are left in
+        self._heaps: dict[
+            Key, list[tuple[Any, int, int, WorkerView]]
+        ] = {}  # those that have changed are left in
         self._members: list[WorkerView] | None = None
         self._sources: list[str] | None = None
         self._targets: list[str] | None = None

@@ -144,7 +144,10 @@ class RunClock:
         """How many of the first `most` steps are over; `over` says whether a time has passed, by the clock `now`."""
         if not most or over(self.end(most)):
             return most
-        low, high = 0, most - 1  # the answer lies in between; steps are nearly alike, so a guess is nearly right
+        low, high = (
+            0,
+            most - 1,
+        )  # the answer lies in between; steps are nearly alike, so a guess is nearly right
         guess = int(most * (now - self._ends[0]) / (self.end(most) - self._ends[0])) if self._closed else 0
         reach = 2
         while low < high:
