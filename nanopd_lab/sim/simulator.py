@@ -6,7 +6,8 @@ what they drive is replaced: steps by a cost model, the transport by `Links`, pi
                                                      └PULL (Links)
 
 Runs of equal decode steps are jumped over (`skip`), so that the cost grows with events and not with tokens; times and
-accounts are those of the simulation step by step. Callers count as told of each token when it is sampled, though the
+accounts are those of the simulation step by step. Without a prefix cache decoding sequences cost nothing even in steps
+that they share with prompts (`engine.lockstep`). Callers count as told of each token when it is sampled, though the
 controller hears of the first and the last only: what a worker that dies had sampled is kept, and is not computed again.
 """
 
