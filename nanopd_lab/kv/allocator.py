@@ -188,9 +188,8 @@ class BlockAllocator:
         ):
             for block in blocks:
                 self.require_used(block, "release")
-        if not self.block_of and sum(map(refs.__getitem__, blocks)) == len(
-            blocks
-        ):  # one owner each, none cached
+        # Mostly each has one owner and none is cached.
+        if not self.block_of and sum(map(refs.__getitem__, blocks)) == len(blocks):
             for block in blocks:
                 refs[block] = 0
             free.extend(reversed(blocks))

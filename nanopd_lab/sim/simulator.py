@@ -54,6 +54,7 @@ class SimConfig:
     block_bytes: of KV a block, for pulls
     message_s: what a message between controller and worker takes
     beat_s: between a worker's reports to the controller; None: policies don't see free blocks
+    ahead: workers plan a step while the one before it runs, as engines on GPUs do
     skip: jump over runs of equal decode steps
     trace: keep what every worker did
     """
@@ -70,6 +71,7 @@ class SimConfig:
     limits: Limits = field(default_factory=lambda: Limits(heartbeat_s=float("inf")))
     message_s: float = 0.0
     beat_s: float | None = None
+    ahead: bool = False
     skip: bool = True
     trace: bool = False
 
@@ -366,6 +368,7 @@ class Simulator:
             self.time,
             self._outgoing,
             config.skip,
+            config.ahead,
             self.spans if config.trace else None,
         )
         self.workers[name] = worker

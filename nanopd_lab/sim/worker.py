@@ -129,6 +129,8 @@ class SimWorker:
 
     rank: orders the loops of workers that come round at the same time
     skip: start runs; without it every step is planned by itself
+    ahead: as an engine that plans a step while the one before it runs: what comes in during a step finds the next one
+        planned already, and waits for the one after it
     spans: where to write down what it does
     """
 
@@ -138,8 +140,9 @@ class SimWorker:
     time: StepTime
     outgoing: Outgoing
     skip: bool = True
+    ahead: bool = False
     spans: list[StepSpan] | None = None
-    inbox: deque[ToWorker | PullResult] = field(default_factory=deque)
+    inbox: deque[tuple[float, ToWorker | PullResult]] = field(default_factory=deque)  # with when it came
     in_transit: deque[FromWorker] = field(default_factory=deque)  # on their way to the controller
     beat_due: bool = False
     busy_s: float = 0.0
@@ -156,7 +159,7 @@ class SimWorker:
 
     def deliver(self, message: ToWorker | PullResult) -> None:
         """Something has come; it is looked at when the loop comes round."""
-        if isinstance(message, Expect) and self._run is not None and not self.inbox:
+        if isinstance(message, Expect) and self._run is not None and not self.inbox and not self.ahead:
             # It waits for its source and stops nobody, unless the cache could have it: no need to cut the run short.
             core = self.core
             if not core.scheduler.blocks.caching:
@@ -166,7 +169,7 @@ class SimWorker:
                 if core.outbox:  # refused
                     self.wake()
                 return
-        self.inbox.append(message)
+        self.inbox.append((self.queue.now, message))
         self.wake()
 
     def wake(self) -> None:
@@ -191,15 +194,10 @@ class SimWorker:
         self._loop_at = None
         core, now = self.core, self.queue.now
         core.now = now
+        seen = self._planned_at() if self.ahead else now
         self._finish_step(now)
         self._send()
-        while self.inbox:
-            message = self.inbox.popleft()
-            if isinstance(message, PullResult):
-                core.pull_ended(message, now)
-            else:
-                core.handle(message, now)
-            self._send()
+        self._take_in(seen)
         if core.timed:
             due = core.next_wakeup()
             if due is not None and due <= now:
@@ -209,9 +207,29 @@ class SimWorker:
             core.outbox.append(core.beat())
         self._send()
         self._start_step(now)
+        if self.inbox and self._plan is None and self._run is None:  # idle: it need not wait
+            self._take_in(now)
+            self._start_step(now)
         self._send()
         if core.timed:
             self._watch()
+
+    def _take_in(self, seen: float) -> None:
+        """Handle what had come by then."""
+        core, now = self.core, self.queue.now
+        while self.inbox and self.inbox[0][0] <= seen:
+            _, message = self.inbox.popleft()
+            if isinstance(message, PullResult):
+                core.pull_ended(message, now)
+            else:
+                core.handle(message, now)
+            self._send()
+
+    def _planned_at(self) -> float:
+        """When the step that is to start now was planned, in an engine that works ahead: as the last one started."""
+        if self._run is not None:
+            return self._run.end(self._steps - 1)
+        return self.queue.now if self._plan is None else self._began
 
     def stop(self) -> list[FromWorker]:
         """It dies now. Returns what it has told so far and the controller does not know yet."""
@@ -228,7 +246,7 @@ class SimWorker:
 
     def _start_step(self, now: float) -> None:
         core = self.core
-        steps = core.start_run(_LONGEST_RUN) if self.skip else 0
+        steps = core.start_run(1 if self.inbox else _LONGEST_RUN) if self.skip else 0
         if steps:
             if (lockstep := core.lockstep) is not None:
                 self._run = RunClock(
