@@ -20,10 +20,13 @@ from nanopd_lab.kernels.launches import (
     Launch,
     RowsTuning,
     SplitTuning,
+    TileTuning,
     decode_launch,
     few_rows_launch,
     move_launch,
     prefill_launch,
+    some_rows_launch,
+    some_rows_workspace,
     split_workspace,
     store_launch,
     top_p_launch,
@@ -167,6 +170,28 @@ def few_rows(
     add, stride = (none, 0) if residual is None else (residual, residual.stride(0))
     args = [out, n, x, x.stride(0), weight, add, stride, rows, k]
     return out, execute(few_rows_launch(x.dtype, rows, n, k, tuning), args, instrument)
+
+
+def some_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    instrument: bool = False,
+    tuning: TileTuning | None = None,
+    limits: DeviceLimits = LIMITS,
+) -> tuple[torch.Tensor, RunResult]:
+    """As `few_rows`, by `cuda/some_rows.cu` on a device of `limits`."""
+    (rows, k), n = x.shape, weight.shape[0]
+    launch = some_rows_launch(x.dtype, rows, n, k, limits, tuning)
+    out = torch.full((rows, n), float("nan")).to(x.dtype)
+    none = torch.zeros(0, dtype=x.dtype)
+    add, stride = (none, 0) if residual is None else (residual, residual.stride(0))
+    parts, tiles = some_rows_workspace(launch, n)
+    partial, counters = torch.full((parts,), float("nan")), torch.zeros(tiles, dtype=torch.int32)
+    args = [out, n, x, x.stride(0), weight, add, stride, rows, n, k, partial, counters]
+    result = execute(launch, args, instrument)
+    assert int(counters.abs().max()) == 0, "counters must be zero again after a launch"
+    return out, result
 
 
 def top_p_threshold(

@@ -362,6 +362,82 @@ def few_rows_launch(
     return Launch("few_rows.cu", "few_rows", grid, 32 * chosen.warps, 0, defines, overlaps=True)
 
 
+@dataclass(frozen=True)
+class TileTuning:
+    """Constants of `cuda/some_rows.cu`.
+
+    tile: rows of W a block takes; depth: values of k a slice; stages: slices in shared memory; warps: of a block
+    blocks: that a multiprocessor should hold
+    split: blocks a tile; 0 divides all slices evenly over `blocks` a multiprocessor
+    cluster: the blocks of a tile add up in each other's shared memory (sm_90)
+    l2_ahead: slices asked into the L2 cache before the kernel before has ended
+    """
+
+    tile: int
+    depth: int
+    stages: int
+    warps: int
+    blocks: int = 1
+    split: int = 0
+    cluster: bool = False
+    l2_ahead: int = 0
+
+    def shared_bytes(self, columns: int) -> int:
+        """A block's dynamic shared memory."""
+        return self.stages * (self.tile + columns) * self.depth * 2
+
+
+SOME_COLUMNS = (32, 48, 64)
+SOME_ROWS_TUNING = TileTuning(128, 64, 4, 4)
+SOME_ROWS_TURN = 64
+
+
+def some_rows_fits(dtype: torch.dtype, rows: int, n: int, k: int) -> bool:
+    """True if `some_rows_launch` takes such a product."""
+    if dtype not in (torch.float16, torch.bfloat16) or not 1 <= rows <= SOME_COLUMNS[-1]:
+        return False
+    return n % 16 == 0 and k % SOME_ROWS_TURN == 0
+
+
+def some_rows_launch(
+    dtype: torch.dtype,
+    rows: int,
+    n: int,
+    k: int,
+    limits: DeviceLimits | None = None,
+    tuning: TileTuning | None = None,
+) -> Launch:
+    """Launch of y [rows, n] = x [rows, k] times the transpose of W [n, k].
+
+    Raises KernelArgumentError unless `some_rows_fits`.
+    """
+    chosen = tuning or SOME_ROWS_TUNING
+    if not some_rows_fits(dtype, rows, n, k) or k % chosen.depth:
+        raise KernelArgumentError(
+            f"some_rows takes float16 or bfloat16, 1 to {SOME_COLUMNS[-1]} rows, n in multiples of 16, k of "
+            f"{max(SOME_ROWS_TURN, chosen.depth)}; got {dtype}, rows={rows}, n={n}, k={k}: "
+            "use torch.nn.functional.linear"
+        )
+    columns = next(c for c in SOME_COLUMNS if rows <= c)
+    defines = {
+        "ELEMENT": ELEMENTS[dtype], "COLUMNS": columns, "TILE_N": chosen.tile, "BK": chosen.depth,
+        "STAGES": chosen.stages, "WARPS": chosen.warps, "BLOCKS": chosen.blocks,
+        "CLUSTER": chosen.split if chosen.cluster else 1, "L2_AHEAD": chosen.l2_ahead,
+    }  # fmt: skip
+    tiles = -(-n // chosen.tile)
+    grid = tiles * chosen.split or (limits or DeviceLimits()).multiprocessors * chosen.blocks
+    grid = min(grid, tiles * (k // chosen.depth))
+    return Launch(
+        "some_rows.cu", "some_rows", (grid, 1, 1), 32 * chosen.warps, chosen.shared_bytes(columns), defines, True
+    )
+
+
+def some_rows_workspace(launch: Launch, n: int) -> tuple[int, int]:
+    """(fp32 values of the parts that blocks leave, counters) that such a launch needs."""
+    columns, tile = int(str(launch.defines["COLUMNS"])), int(str(launch.defines["TILE_N"]))
+    return 2 * launch.grid[0] * columns * tile, -(-n // tile)
+
+
 def top_p_launch(rows: int, warps: int = 32) -> Launch:
     """Launch of the search for top_p's threshold: a block for each row."""
     return Launch("top_p.cu", "top_p", (rows, 1, 1), 32 * warps, 0, {"WARPS": warps})
