@@ -14,7 +14,7 @@
 //
 // Filling. STAGES stages of shared memory; W for all but one of them is asked for before the kernel before this one has
 // ended. Shared memory should hold two blocks (of this kernel and of the next): then memory is never idle between them.
-#include "portable.h"
+#include "warpgroup.h"
 
 #ifndef ELEMENT
 #define ELEMENT bfloat16
@@ -40,6 +40,9 @@
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
+#ifndef LINE  // bytes of W that the L2 cache fetches at a time
+#define LINE 128
+#endif
 #ifndef L2_AHEAD  // slices of W that are asked into the L2 cache, behind the stages, before the kernel before has ended
 #define L2_AHEAD 0
 #endif
@@ -51,14 +54,18 @@ constexpr int MT = TILE_N / 16 / WARPS, NT = COLUMNS / 8, FRAGMENTS = MT * NT;
 constexpr int PIECES = BK / 8;                     // of 16 bytes in a row of a stage
 constexpr int ROW_STEP = THREADS / PIECES;         // rows that all threads together copy at a time
 constexpr int STAGE = (TILE_N + COLUMNS) * BK;     // elements
-static_assert(MT * 16 * WARPS == TILE_N && NT % 2 == 0 && ROW_STEP % 8 == 0 && BK % 16 == 0 && PIECES >= 4);
+constexpr int PANEL = 64;                          // values of k side by side in shared memory: 128 bytes
+static_assert(MT * 16 * WARPS == TILE_N && WARPS % 4 == 0 && NT % 2 == 0 && ROW_STEP % 8 == 0 && BK % PANEL == 0);
 static_assert(TILE_N % ROW_STEP == 0, "all threads copy W all the time");
 static_assert(CLUSTER == 1 || TILE_N * COLUMNS * 4 <= STAGES * STAGE * 2, "parts fit in the stages");
 
-// The 16-byte pieces of a row are permuted by the row: eight rows read at one column come from eight groups of banks.
-DEVICE int place_of(int row, int piece) {
-    return row * BK + (piece ^ (PIECES >= 8 ? row & 7 : (row >> 1) & 3)) * 8;
+// A stage holds W's slice, then x's, each as panels of 64 values of k, in rows of 128 bytes. The 16-byte pieces of a row are
+// permuted by the row: eight rows read at one column come from eight groups of banks.
+template <int ROWS> DEVICE int place_of(int row, int piece) {
+    return piece / 8 * ROWS * PANEL + row * PANEL + (piece % 8 ^ (row & 7)) * 8;
 }
+// The first of the 16 rows of W that are fragment m of a warp.
+DEVICE int rows_of(int warp, int m) { return (warp / 4 * MT + m) * 64 + warp % 4 * 16; }
 
 struct Share {  // as in split_kv.h
     int each, longer, begin, end;
@@ -108,8 +115,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
 some_rows(T* y, i64 y_stride, const T* x, i64 x_stride, const T* w, const T* r, i64 r_stride, int rows, int n, int k,
           float4* partial, int* counters) {
-    extern __shared__ __align__(128) T stages[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    extern __shared__ __align__(1024) T stages[];
+    const int warp = threadIdx.x / 32;
     const int slices = k / BK, tiles = (n + TILE_N - 1) / TILE_N, block = blockIdx.x;
     const Output output{y, y_stride, r, r_stride, rows, n};
 
@@ -124,7 +131,8 @@ some_rows(T* y, i64 y_stride, const T* x, i64 x_stride, const T* w, const T* r, 
     const int count = share.end - share.begin;
 
     // Which pieces this thread copies: `piece` of rows row, row + ROW_STEP …
-    const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES, place = place_of(row, piece);
+    const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+    const int place_w = place_of<TILE_N>(row, piece), place_x = TILE_N * BK + place_of<COLUMNS>(row, piece);
     const u64 policy = used_once();
     struct Cursor {
         int tile, slice;
@@ -138,7 +146,7 @@ some_rows(T* y, i64 y_stride, const T* x, i64 x_stride, const T* w, const T* r, 
         const int left = n - c.tile * TILE_N - row;
 #pragma unroll
         for (int i = 0; i < TILE_N / ROW_STEP; ++i)
-            async_copy16_once(stage + place + i * ROW_STEP * BK, from + static_cast<i64>(i) * ROW_STEP * k,
+            async_copy16_once<LINE>(stage + place_w + i * ROW_STEP * PANEL, from + static_cast<i64>(i) * ROW_STEP * k,
                               i * ROW_STEP < left, policy);
     };
     const auto load_x = [&](T* stage, const Cursor& c) {
@@ -146,7 +154,7 @@ some_rows(T* y, i64 y_stride, const T* x, i64 x_stride, const T* w, const T* r, 
 #pragma unroll
         for (int i = 0; i < (COLUMNS + ROW_STEP - 1) / ROW_STEP; ++i)
             if (COLUMNS % ROW_STEP == 0 || i * ROW_STEP + row < COLUMNS)
-                async_copy16(stage + TILE_N * BK + place + i * ROW_STEP * BK, from + i * ROW_STEP * x_stride,
+                async_copy16(stage + place_x + i * ROW_STEP * PANEL, from + i * ROW_STEP * x_stride,
                              i * ROW_STEP + row < rows);
     };
 
@@ -177,27 +185,45 @@ some_rows(T* y, i64 y_stride, const T* x, i64 x_stride, const T* w, const T* r, 
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
         async_wait<STAGES - 2>();
+#ifdef NANOPD_WARPGROUP
+        publish_to_products();
+#endif
         __syncthreads();  // the slice is there for all, and all have finished with the one before
-        if (i + STAGES - 1 < count) {
-            T* to = stages + (stage == 0 ? STAGES - 1 : stage - 1) * STAGE;
-            load_w(to, loading);
-            load_x(to, loading);
-            advance(loading);
-        }
-        async_commit();  // also when empty: the wait counts groups
         const T* weights = stages + stage * STAGE;
         const T* columns = weights + TILE_N * BK;
-
+        const auto load_next = [&] {
+            if (i + STAGES - 1 < count) {
+                T* to = stages + (stage == 0 ? STAGES - 1 : stage - 1) * STAGE;
+                load_w(to, loading);
+                load_x(to, loading);
+                advance(loading);
+            }
+            async_commit();  // also when empty: the wait counts groups
+        };
+#ifdef NANOPD_WARPGROUP
+        begin_products();
+#pragma unroll
+        for (int step = 0; step < BK / 16; ++step)
+#pragma unroll
+            for (int m = 0; m < MT; ++m)
+                add_product(acc[m], operand_at(weights + step / 4 * TILE_N * PANEL + (warp / 4 * MT + m) * 64 * PANEL + step % 4 * 16),
+                            operand_at(columns + step / 4 * COLUMNS * PANEL + step % 4 * 16), step > 0 || i > 0 && at.slice > 0, T{});
+        commit_products();
+        load_next();
+        wait_for_products();
+#else
+        const int lane = threadIdx.x % 32;
         u32 a[2][MT][4], b[2][NT / 2][4];
         const auto load_fragments = [&](u32(&a_to)[MT][4], u32(&b_to)[NT / 2][4], int step) {
 #pragma unroll
             for (int m = 0; m < MT; ++m)
-                load_matrices(a_to[m], weights + place_of(16 * (warp * MT + m) + lane % 16, 2 * step + lane / 16));
+                load_matrices(a_to[m], weights + place_of<TILE_N>(rows_of(warp, m) + lane % 16, 2 * step + lane / 16));
 #pragma unroll
             for (int c = 0; c < NT / 2; ++c)
-                load_matrices(b_to[c], columns + place_of(16 * c + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+                load_matrices(b_to[c], columns + place_of<COLUMNS>(16 * c + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
         };
         load_fragments(a[0], b[0], 0);
+        load_next();
 #pragma unroll
         for (int step = 0; step < BK / 16; ++step) {
             if (step + 1 < BK / 16) load_fragments(a[(step + 1) % 2], b[(step + 1) % 2], step + 1);
@@ -208,14 +234,16 @@ some_rows(T* y, i64 y_stride, const T* x, i64 x_stride, const T* w, const T* r, 
                     mma_16x8x16(acc[m][c], a[step % 2][m], b[step % 2][c / 2][c % 2 * 2], b[step % 2][c / 2][c % 2 * 2 + 1],
                                 T{});
         }
+#endif
         if (++stage == STAGES) stage = 0;
         const Cursor done = at;
         advance(at);
         if (CLUSTER > 1 || (i + 1 < count && at.slice != 0)) continue;
 
         // The tile ends here, or this block's share of it.
-        const int first = done.tile * slices, last = first + slices - 1, warps_rows = done.tile * TILE_N + warp * MT * 16;
+        const int first = done.tile * slices, last = first + slices - 1;
         const bool whole = first >= share.begin && last < share.end;
+        bool complete = whole;
         if (!whole) {
             const int mine = 2 * block + (first >= share.begin ? 1 : 0);
 #pragma unroll
@@ -231,7 +259,8 @@ some_rows(T* y, i64 y_stride, const T* x, i64 x_stride, const T* w, const T* r, 
                 if (arrived == owners) atomicExch(counters + done.tile, 0);  // ready for the next launch
             }
             __syncthreads();
-            if (arrived == owners) {
+            complete = arrived == owners;
+            if (complete) {
 #pragma unroll
                 for (int f = 0; f < FRAGMENTS; ++f)
 #pragma unroll
@@ -250,18 +279,20 @@ some_rows(T* y, i64 y_stride, const T* x, i64 x_stride, const T* w, const T* r, 
                     }
                 }
             }
-            if (arrived != owners) goto next_tile;
         }
+        if (complete) {
 #pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f) {
-            const float(&d)[4] = acc[f / NT][f % NT];
-            output.write(make_float4(d[0], d[1], d[2], d[3]), warps_rows + f / NT * 16, f % NT * 8);
+            for (int f = 0; f < FRAGMENTS; ++f) {
+                const float(&d)[4] = acc[f / NT][f % NT];
+                output.write(make_float4(d[0], d[1], d[2], d[3]), done.tile * TILE_N + rows_of(warp, f / NT), f % NT * 8);
+            }
         }
-    next_tile:
+#ifndef NANOPD_WARPGROUP
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; ++f)
 #pragma unroll
             for (int e = 0; e < 4; ++e) acc[f / NT][f % NT][e] = 0;
+#endif
     }
 
 #if CLUSTER > 1
@@ -290,7 +321,7 @@ some_rows(T* y, i64 y_stride, const T* x, i64 x_stride, const T* w, const T* r, 
 #pragma unroll
     for (int j = 0; j < MINE; ++j) {
         const int f = block % CLUSTER * MINE + j;
-        if (f < FRAGMENTS) output.write(sum[j], start.tile * TILE_N + (warp * MT + f / NT) * 16, f % NT * 8);
+        if (f < FRAGMENTS) output.write(sum[j], start.tile * TILE_N + rows_of(warp, f / NT), f % NT * 8);
     }
     cluster_wait();  // others may still read this block's shared memory
 #endif

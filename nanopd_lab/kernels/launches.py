@@ -371,6 +371,7 @@ class TileTuning:
     split: blocks a tile; 0 divides all slices evenly over `blocks` a multiprocessor
     cluster: the blocks of a tile add up in each other's shared memory (sm_90)
     l2_ahead: slices asked into the L2 cache before the kernel before has ended
+    line: bytes of W that the L2 cache fetches at a time
     """
 
     tile: int
@@ -381,6 +382,7 @@ class TileTuning:
     split: int = 0
     cluster: bool = False
     l2_ahead: int = 0
+    line: int = 128
 
     def shared_bytes(self, columns: int) -> int:
         """A block's dynamic shared memory."""
@@ -422,7 +424,7 @@ def some_rows_launch(
     defines = {
         "ELEMENT": ELEMENTS[dtype], "COLUMNS": columns, "TILE_N": chosen.tile, "BK": chosen.depth,
         "STAGES": chosen.stages, "WARPS": chosen.warps, "BLOCKS": chosen.blocks,
-        "CLUSTER": chosen.split if chosen.cluster else 1, "L2_AHEAD": chosen.l2_ahead,
+        "CLUSTER": chosen.split if chosen.cluster else 1, "L2_AHEAD": chosen.l2_ahead, "LINE": chosen.line,
     }  # fmt: skip
     tiles = -(-n // chosen.tile)
     grid = tiles * chosen.split or (limits or DeviceLimits()).multiprocessors * chosen.blocks
