@@ -180,15 +180,9 @@ DEVICE u64 used_once() {
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-// FETCH: bytes that the L2 cache fetches at a time.
-template <int FETCH> DEVICE void async_copy16_once(void* shared, const void* global, bool valid, u64 policy) {
-    const u32 to = shared_address(shared), bytes = valid ? 16 : 0;
-    if (FETCH == 256)
-        asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(global),
-                     "r"(bytes), "l"(policy) : "memory");
-    else
-        asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(global),
-                     "r"(bytes), "l"(policy) : "memory");
+DEVICE void async_copy16_once(void* shared, const void* global, bool valid, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(valid ? 16 : 0), "l"(policy) : "memory");
 }
 DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
@@ -197,7 +191,7 @@ DEVICE void async_copy16(void* shared, const void* global, bool valid = true) {
     emu::async_copy(shared, global, 16, valid ? 16 : 0);
 }
 DEVICE u64 used_once() { return 0; }
-template <int FETCH> DEVICE void async_copy16_once(void* shared, const void* global, bool valid, u64) {
+DEVICE void async_copy16_once(void* shared, const void* global, bool valid, u64) {
     async_copy16(shared, global, valid);
 }
 DEVICE void async_commit() { emu::async_commit(); }
@@ -209,7 +203,6 @@ template <int N> DEVICE void async_wait() { emu::async_wait(N); }
 #if defined(NANOPD_GPU) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-DEVICE void cluster_barrier() { cluster_arrive(), cluster_wait(); }
 // What the block of that rank has at this place of its shared memory.
 DEVICE float4 load_of_cluster(const float4* p, int rank) {
     u32 at;

@@ -364,34 +364,22 @@ def few_rows_launch(
 
 @dataclass(frozen=True)
 class TileTuning:
-    """Constants of `cuda/some_rows.cu`.
-
-    tile: rows of W a block takes; depth: values of k a slice; stages: slices in shared memory; warps: of a block
-    blocks: that a multiprocessor should hold
-    split: blocks a tile; 0 divides all slices evenly over `blocks` a multiprocessor
-    cluster: the blocks of a tile add up in each other's shared memory (sm_90)
-    l2_ahead: slices asked into the L2 cache before the kernel before has ended
-    line: bytes of W that the L2 cache fetches at a time
-    """
+    """Constants of `cuda/some_rows.cu`: rows of W a block, slices in shared memory, blocks a multiprocessor should hold
+    and blocks that share a tile's k."""
 
     tile: int
-    depth: int
     stages: int
-    warps: int
-    blocks: int = 1
-    split: int = 0
-    cluster: bool = False
-    l2_ahead: int = 0
-    line: int = 128
+    blocks: int
+    cluster: int
 
     def shared_bytes(self, columns: int) -> int:
         """A block's dynamic shared memory."""
-        return self.stages * (self.tile + columns) * self.depth * 2
+        return self.stages * (self.tile + columns) * SOME_ROWS_TURN * 2
 
 
 SOME_COLUMNS = (32, 48, 64)
-SOME_ROWS_TUNING = TileTuning(128, 64, 4, 4)
-SOME_ROWS_TURN = 64
+SOME_ROWS_TURN = 128
+CLUSTERS = (1, 2, 3, 4)
 
 
 def some_rows_fits(dtype: torch.dtype, rows: int, n: int, k: int) -> bool:
@@ -399,6 +387,14 @@ def some_rows_fits(dtype: torch.dtype, rows: int, n: int, k: int) -> bool:
     if dtype not in (torch.float16, torch.bfloat16) or not 1 <= rows <= SOME_COLUMNS[-1]:
         return False
     return n % 16 == 0 and k % SOME_ROWS_TURN == 0
+
+
+def some_rows_tuning(rows: int, n: int, limits: DeviceLimits) -> TileTuning:
+    """The constants for a product: as many blocks a tile as give every multiprocessor some three for two."""
+    stages = 4 if rows <= 32 else 3
+    tiles = -(-n // 64)
+    cluster = next((c for c in CLUSTERS if 11 * limits.multiprocessors <= 8 * c * tiles), CLUSTERS[-1])
+    return TileTuning(64, stages, 2, cluster)
 
 
 def some_rows_launch(
@@ -413,31 +409,19 @@ def some_rows_launch(
 
     Raises KernelArgumentError unless `some_rows_fits`.
     """
-    chosen = tuning or SOME_ROWS_TUNING
-    if not some_rows_fits(dtype, rows, n, k) or k % chosen.depth:
+    if not some_rows_fits(dtype, rows, n, k):
         raise KernelArgumentError(
             f"some_rows takes float16 or bfloat16, 1 to {SOME_COLUMNS[-1]} rows, n in multiples of 16, k of "
-            f"{max(SOME_ROWS_TURN, chosen.depth)}; got {dtype}, rows={rows}, n={n}, k={k}: "
-            "use torch.nn.functional.linear"
+            f"{SOME_ROWS_TURN}; got {dtype}, rows={rows}, n={n}, k={k}: use torch.nn.functional.linear"
         )
     columns = next(c for c in SOME_COLUMNS if rows <= c)
+    chosen = tuning or some_rows_tuning(rows, n, limits or DeviceLimits())
     defines = {
-        "ELEMENT": ELEMENTS[dtype], "COLUMNS": columns, "TILE_N": chosen.tile, "BK": chosen.depth,
-        "STAGES": chosen.stages, "WARPS": chosen.warps, "BLOCKS": chosen.blocks,
-        "CLUSTER": chosen.split if chosen.cluster else 1, "L2_AHEAD": chosen.l2_ahead, "LINE": chosen.line,
+        "ELEMENT": ELEMENTS[dtype], "COLUMNS": columns, "TILE_N": chosen.tile, "BK": SOME_ROWS_TURN,
+        "STAGES": chosen.stages, "BLOCKS": chosen.blocks, "CLUSTER": chosen.cluster,
     }  # fmt: skip
-    tiles = -(-n // chosen.tile)
-    grid = tiles * chosen.split or (limits or DeviceLimits()).multiprocessors * chosen.blocks
-    grid = min(grid, tiles * (k // chosen.depth))
-    return Launch(
-        "some_rows.cu", "some_rows", (grid, 1, 1), 32 * chosen.warps, chosen.shared_bytes(columns), defines, True
-    )
-
-
-def some_rows_workspace(launch: Launch, n: int) -> tuple[int, int]:
-    """(fp32 values of the parts that blocks leave, counters) that such a launch needs."""
-    columns, tile = int(str(launch.defines["COLUMNS"])), int(str(launch.defines["TILE_N"]))
-    return 2 * launch.grid[0] * columns * tile, -(-n // tile)
+    grid = (-(-n // chosen.tile) * chosen.cluster, 1, 1)
+    return Launch("some_rows.cu", "some_rows", grid, 128, chosen.shared_bytes(columns), defines, overlaps=True)
 
 
 def top_p_launch(rows: int, warps: int = 32) -> Launch:

@@ -7,7 +7,6 @@ and the result `[..., n]`. The choice is made where the operator runs, so that a
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +19,7 @@ from nanopd_lab.kernels.launches import (
     few_rows_fits,
     few_rows_launch,
     some_rows_launch,
-    some_rows_workspace,
 )
-
-
-PARTS, TILES = 1 << 24, 1 << 14
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,15 +47,6 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | Non
     return out
 
 
-@functools.lru_cache(maxsize=16)
-def _workspace(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parts and counters of `some_rows`, once a device. Launches on one stream take turns."""
-    device = torch.device("cuda", index)
-    return torch.empty(PARTS, dtype=torch.float32, device=device), torch.zeros(
-        TILES, dtype=torch.int32, device=device
-    )
-
-
 def some_rows(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -69,17 +55,11 @@ def some_rows(
 ) -> torch.Tensor:
     """As `few_rows`, by `cuda/some_rows.cu`."""
     (rows, k), n = x.shape, weight.shape[0]
-    index = x.device.index
-    launch = some_rows_launch(x.dtype, rows, n, k, gpu.limits_of(index), tuning)
-    partial, counters = _workspace(index)
-    parts, tiles = some_rows_workspace(launch, n)
-    shared = int(str(launch.defines["CLUSTER"])) == 1 and launch.grid[0] != tiles
-    if shared and (parts > partial.numel() or tiles > counters.numel()):
-        raise KernelArgumentError(f"some_rows: the workspace is too small for n={n}, {launch.grid[0]} blocks")
+    launch = some_rows_launch(x.dtype, rows, n, k, gpu.limits_of(x.device.index), tuning)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     args = [
         out, ctypes.c_longlong(n), x, ctypes.c_longlong(x.stride(0)), weight, residual,
-        ctypes.c_longlong(0 if residual is None else residual.stride(0)), rows, n, k, partial, counters,
+        ctypes.c_longlong(0 if residual is None else residual.stride(0)), rows, n, k,
     ]  # fmt: skip
     gpu.execute(launch, args, x.device)
     return out
