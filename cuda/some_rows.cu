@@ -5,9 +5,8 @@
 //   - CLUSTER blocks take TILE_N rows of W together, each a part of K, and add up in each other's shared memory (in the order
 //     of k, whoever comes when). So there are enough blocks to fill the GPU whatever N is, and nothing goes through memory.
 //   - A block's part of K comes in slices of BK. STAGES - 1 of them are always under way. Long slices, since memory likes to
-//     be read in long pieces; few stages, so that shared memory holds a block more than it must:
-//   - the next kernel's first blocks then have their W under way while the last ones of this kernel still work: W doesn't
-//     depend on the kernel before, only x does.
+//     be read in long pieces, and as many stages as shared memory holds: few blocks that ask for much are faster than many.
+//   - W doesn't depend on the kernel before: all but one of the stages are asked for before that one has ended.
 //   - The products are Hopper's (`warpgroup.h`), which read both operands from shared memory by themselves. Elsewhere they
 //     are those of a warp.
 #include "warpgroup.h"
@@ -25,10 +24,7 @@
 #define BK 128
 #endif
 #ifndef STAGES
-#define STAGES 3
-#endif
-#ifndef BLOCKS  // that a multiprocessor should hold
-#define BLOCKS 2
+#define STAGES 6
 #endif
 #ifndef CLUSTER  // more than one: sm_90
 #define CLUSTER 1
@@ -88,9 +84,9 @@ DEVICE void multiply(float (&acc)[MT][NT][4], const T* weights, const T* columns
 // y, r, x: rows `…_stride` elements apart, an even number (x: a multiple of 8); r may be null; n a multiple of 16, k of BK;
 // grid: CLUSTER blocks for each TILE_N rows of W, the last of which may be fewer.
 #if CLUSTER > 1
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS)
 #else
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
 some_rows(T* y, i64 y_stride, const T* x, i64 x_stride, const T* w, const T* r, i64 r_stride, int rows, int n, int k) {
     extern __shared__ __align__(1024) T stages[];

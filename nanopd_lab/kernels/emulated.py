@@ -176,7 +176,7 @@ def some_rows(
     weight: torch.Tensor,
     residual: torch.Tensor | None = None,
     instrument: bool = False,
-    tuning: TileTuning = TileTuning(64, 3, 1, 1),
+    tuning: TileTuning = TileTuning(64, 3, 1),
 ) -> tuple[torch.Tensor, RunResult]:
     """As `few_rows`, by `cuda/some_rows.cu`, a block a tile: the emulator has no clusters."""
     (rows, k), n = x.shape, weight.shape[0]
