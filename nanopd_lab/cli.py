@@ -115,6 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.cost.cli import register as register_cost
 
     register_cost(commands)
+    from nanopd_lab.bench.parity_cli import register as register_parity
+
+    register_parity(commands)
     return parser
 
 

@@ -8,7 +8,7 @@ from nanopd_lab.cluster.messages import Usage
 from nanopd_lab.core import Route
 
 
-@dataclass
+@dataclass(slots=True)
 class AttemptReport:
     """One try at one sample, over one route. Times are the controller's, `None` where it did not come so far.
 
@@ -58,7 +58,7 @@ class AttemptReport:
         return found
 
 
-@dataclass
+@dataclass(slots=True)
 class PathReport:
     """The accounts of one sample. `complete` once every worker that took part has reported or is gone."""
 

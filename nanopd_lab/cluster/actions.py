@@ -43,7 +43,7 @@ class State(str, enum.Enum):
     GONE = "gone"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Send:
     """Give this message to a worker."""
 
@@ -51,7 +51,7 @@ class Send:
     message: ToWorker
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Emit:
     """New tokens of a sample for the caller; the last one carries the finish reason."""
 
@@ -63,7 +63,7 @@ class Emit:
     error: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Settled:
     """Every worker has given back what it held of this sample: its accounts are complete."""
 

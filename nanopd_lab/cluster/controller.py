@@ -51,10 +51,10 @@ from nanopd_lab.cluster.messages import (
 from nanopd_lab.core import FinishReason, Route, SampledToken, SamplingParams
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import blocks_for
-from nanopd_lab.router import Collocated, JobView, Policy, Role, WorkerView, legal_routes
+from nanopd_lab.router import Collocated, Fleet, JobView, Policy, Role, WorkerView, legal_routes
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Attempt:
     key: str
     report: AttemptReport
@@ -62,7 +62,7 @@ class _Attempt:
     prefills: bool = True  # until its first token is here
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Job:
     request_id: str
     index: int
@@ -113,11 +113,10 @@ class _Worker:
         return self._view
 
 
-def _legal(route: Route, free: Seq[WorkerView]) -> bool:
-    """`route in legal_routes(free)`, without making them all."""
-    return any(view.name == route.prefill and view.role.prefills for view in free) and any(
-        view.name == route.decode and view.role.decodes for view in free
-    )
+def _legal(route: Route, fleet: Fleet) -> bool:
+    """`route in legal_routes(fleet)`, without making them all."""
+    source, target = fleet.of(route.prefill), fleet.of(route.decode)
+    return source is not None and target is not None and source.role.prefills and target.role.decodes
 
 
 class Controller:
@@ -139,6 +138,9 @@ class Controller:
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._queue: deque[_Job] = deque()
         self._attempts: dict[str, tuple[_Job, _Attempt]] = {}
+        self._fleet = Fleet(roles)
+        self._changed: set[_Worker] = set()  # since the fleet was told
+        self._capacities: set[Capacity] = set()  # those that there are; workers are mostly alike
         self._numbers = itertools.count()
         self._deadlines: list[
             tuple[float, int, _Job]
@@ -157,7 +159,7 @@ class Controller:
             raise InvalidRequestError("the prompt is empty; give at least one token")
         self._check_alive()
         total = len(prompt) + params.max_tokens
-        known = [worker.capacity for worker in self._workers.values() if worker.capacity]
+        known = self._capacities
         if not known or any(self._fits(total, capacity) for capacity in known):
             return
         longest = max(known, key=lambda c: min(c.max_model_len, c.num_blocks * c.block_size))
@@ -230,11 +232,16 @@ class Controller:
         sender = self._workers[worker]
         sender.last_seen = now
         if isinstance(message, Hello):
-            sender.state, sender.capacity = State.UP, message.capacity
+            before, sender.state, sender.capacity = sender.capacity, State.UP, message.capacity
+            self._capacities.add(message.capacity)
+            if before is not None and before != message.capacity:
+                self._capacities = {each.capacity for each in self._workers.values() if each.capacity}
+            self._changed.add(sender)
             self._dispatch()
             return
         if isinstance(message, Beat):
             sender.beat = message
+            self._changed.add(sender)
             return
         found = self._attempts.get(message.key)
         if found is None:
@@ -264,6 +271,7 @@ class Controller:
         worker.state = State.STARTING if restarting else State.GONE
         worker.beat = None
         worker.last_seen = now
+        self._changed.add(worker)
         for attempt in list(worker.attempts.values()):
             job, _ = self._attempts[attempt.key]
             # Once the target has everything, the source is not needed any more.
@@ -275,9 +283,11 @@ class Controller:
         if not (any(each.role.prefills for each in left) and any(each.role.decodes for each in left)):
             for each in left:  # serving goes on with whoever is left
                 each.role = Role.MIXED
+                self._changed.add(each)
         if len(left) == 1:
             self.policy = Collocated()
             left[0].role = Role.MIXED
+            self._changed.add(left[0])
         if not left:
             for job in list(self._queue):
                 self._end(job, FinishReason.ERROR, error=f"no worker is left; the last one, {name}, {reason}")
@@ -287,6 +297,7 @@ class Controller:
         """Change what a worker is asked to do from now on; what it has goes on as it is."""
         self.now = now
         self._workers[name].role = role
+        self._changed.add(self._workers[name])
         self._dispatch()
 
     def tick(self, now: float) -> None:
@@ -321,13 +332,8 @@ class Controller:
         """Give queued jobs to workers, first come first served, while the policy finds a route."""
         while self._queue:
             job = self._queue[0]
-            total = len(job.prompt) + job.params.max_tokens
-            views = [
-                worker.view()
-                for worker in self._workers.values()
-                if worker.state is State.UP and worker.capacity and self._fits(total, worker.capacity)
-            ]
-            free = [view for view in views if view.jobs < (self.limits.max_jobs or 2 * view.max_num_seqs)]
+            self._refresh()
+            free = self._fleet_for(len(job.prompt) + job.params.max_tokens)
             seen = JobView(
                 len(job.prompt),
                 len(job.prompt) + len(job.outputs),
@@ -335,7 +341,7 @@ class Controller:
                 job.path.arrival,
                 frozenset(job.avoid),
             )
-            decision = self.policy.choose(seen, free, self.now) if free else None
+            decision = self.policy.choose(seen, free, self.now) if free.num_members else None
             if decision is None:
                 return
             if not _legal(decision.route, free):
@@ -347,6 +353,28 @@ class Controller:
             self._queue.popleft()
             job.queued = False
             self._start(job, decision.route)
+
+    def _refresh(self) -> None:
+        """Have the fleet know what has changed."""
+        for worker in self._changed:
+            view = None
+            if worker.state is State.UP and worker.capacity:
+                view = worker.view()
+                if view.jobs >= (self.limits.max_jobs or 2 * view.max_num_seqs):
+                    view = None
+            self._fleet.put(worker.name, view)
+        self._changed.clear()
+
+    def _fleet_for(self, total: int) -> Fleet:
+        """Those that have room for a job and could hold so many tokens: mostly all of them."""
+        if all(self._fits(total, capacity) for capacity in self._capacities):
+            return self._fleet
+        fitting = Fleet(self._workers)
+        for view in self._fleet:
+            capacity = self._workers[view.name].capacity
+            if capacity and self._fits(total, capacity):
+                fitting.put(view.name, view)
+        return fitting
 
     def _start(self, job: _Job, route: Route) -> None:
         key = f"{job.request_id}/{job.index}#{next(self._numbers)}"
@@ -362,7 +390,9 @@ class Controller:
         source = self._workers[route.prefill]
         source.prefilling += 1
         source.prefill_tokens += work.num_known
-        self._workers[route.decode].decoding += 1
+        target = self._workers[route.decode]
+        target.decoding += 1
+        self._changed |= {source, target}
         if not route.collocated:
             self._send(route.decode, Expect(key, work, route.prefill))
         self._send(route.prefill, Begin(key, work, not route.collocated))
@@ -380,7 +410,7 @@ class Controller:
         if attempt.report.first_token is None:
             attempt.report.first_token = self.now
             self._prefilled(attempt)
-        job.outputs.extend(token.token for token in message.tokens)
+        job.outputs += [token.token for token in message.tokens]
         attempt.report.new_tokens += len(message.tokens)
         if message.finish_reason is None:
             self.actions.append(Emit(job.request_id, job.index, message.tokens))
@@ -455,6 +485,7 @@ class Controller:
             self._prefilled(attempt)
         if worker.name == attempt.report.route.decode:
             worker.decoding -= 1
+            self._changed.add(worker)
         if not attempt.open and attempt.key in self._attempts:
             del self._attempts[attempt.key]
             job.unsettled -= 1
@@ -466,6 +497,7 @@ class Controller:
             source = self._workers[attempt.report.route.prefill]
             source.prefilling -= 1
             source.prefill_tokens -= attempt.report.known_tokens
+            self._changed.add(source)
 
     def _settle(self, job: _Job) -> None:
         if job.done and not job.unsettled and self._jobs.get(job.name) is job:

@@ -5,7 +5,7 @@
 
 Every try at serving one sample of a request has a `key` of its own, so that what comes late from an earlier try is
 recognised and dropped. Workers don't talk to each other: what the source publishes goes to the target through the
-controller, which so knows of every step. Times are seconds on one clock for all (`time.monotonic` on one machine).
+controller, which so knows of every step. What is sent often is frozen in spirit only: that costs a third to make. Times are seconds on one clock for all (`time.monotonic` on one machine).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nanopd_lab.core import FinishReason, SampledToken, SamplingParams
 from nanopd_lab.transfer import PoolAddress
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Work:
     """One sample of a request, as far as it has come: what a worker needs to go on with it.
 
@@ -38,7 +38,7 @@ class Work:
 # ---------------------------------------------------------------------- to a worker
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Begin:
     """Compute this; with `hand_off` publish its blocks, and hold them once its next token is sampled."""
 
@@ -47,7 +47,7 @@ class Begin:
     hand_off: bool
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Expect:
     """`source` computes this; reserve blocks and pull what it publishes."""
 
@@ -56,7 +56,7 @@ class Expect:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Published:
     """The source has computed these blocks; each message repeats those before.
 
@@ -72,21 +72,21 @@ class Published:
     token: SampledToken | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Release:
     """All was pulled: the source may give the blocks to others."""
 
     key: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Cancel:
     """Nobody wants it any more."""
 
     key: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Extend:
     """The target is alive and still wants the blocks: renew their lease. Target to source, through the controller."""
 
@@ -132,7 +132,7 @@ class Beat:
     prefill_tokens: int  # of queued and running prompts, still to be computed
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Tokens:
     """New tokens of one sample; `position` is the first one's place in its output."""
 
@@ -144,14 +144,14 @@ class Tokens:
     error: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Received:
     """The target has all blocks and goes on: the source may release its own."""
 
     key: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Failed:
     """This worker gives the try up. `retry` says whether another worker may do better."""
 
@@ -183,7 +183,7 @@ class Usage(NamedTuple):  # `_replace` costs a tenth of a dataclass's, and a req
     pulls: tuple[tuple[float, float], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Ended:
     """The worker holds nothing of this try any more; its part of the accounts."""
 

@@ -40,7 +40,7 @@ from nanopd_lab.transfer import Pull, PullResult, PullStatus
 MAX_STRIKES = 2  # steps that may fail under a sequence before it is given up
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Try:
     """One try, seen from one worker."""
 
@@ -301,9 +301,9 @@ class WorkerCore:
             pull = Pull(
                 self._next_pull,
                 each.source,
-                tuple(offer.blocks[p] for p in wanted),
-                tuple(offer.generations[p] for p in wanted),
-                tuple(sequence.blocks[p] for p in wanted),
+                tuple([offer.blocks[p] for p in wanted]),
+                tuple([offer.generations[p] for p in wanted]),
+                tuple([sequence.blocks[p] for p in wanted]),
             )
             self._next_pull += 1
             each.under_way[pull.pull_id] = tuple(wanted)
@@ -450,7 +450,7 @@ class WorkerCore:
         scheduler = self.scheduler
         prompts = [s for s in (*scheduler.waiting, *scheduler.running) if not s.is_decoding]
         return Beat(
-            running=len(scheduler.running),
+            running=scheduler.num_running,
             waiting=len(scheduler.waiting),
             expected=len(scheduler.expected) + len(scheduler.receiving),
             held=len(scheduler.held),

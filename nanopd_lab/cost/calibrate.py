@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from nanopd_lab.cost.derived import derive
 from nanopd_lab.cost.files import CostModel, check_schema
-from nanopd_lab.cost.fitting import StepSample, errors, fit_iteration
+from nanopd_lab.cost.fitting import StepSample, errors, fit_iteration, launch_overhead
 from nanopd_lab.cost.grid import KINDS, Point
-from nanopd_lab.cost.iteration import StepFeatures
+from nanopd_lab.cost.iteration import CapturedSizes, StepFeatures
 from nanopd_lab.cost.roofline import ModelDims
 from nanopd_lab.cost.transfer_time import TransferModel, TransferSample
 
@@ -60,7 +60,10 @@ def fit_profile(
     dims = ModelDims(**profile["dims"])
     on_cpu = profile["settings"]["device"] == "cpu"
     model = fit_iteration(
-        used, vocab_share=dims.vocab_weights / dims.token_weights, host_s=0.0 if on_cpu else None
+        used,
+        vocab_share=dims.vocab_weights / dims.token_weights,
+        host_s=0.0 if on_cpu else None,
+        captured=captured_of(profile),
     )
     parts = {"fitted": used, "prefill": samples["prefill"], "decode": samples["decode"], "held_out": held_out}
     provenance = profile["provenance"]
@@ -78,8 +81,55 @@ def fit_profile(
             "dims": asdict(dims),
             "block_size": profile["block_size"],
             "block_bytes": profile["block_bytes"],
+            "ahead": profile.get("ahead", False),
         },
     )
+
+
+def captured_of(profile: Mapping[str, Any]) -> CapturedSizes:
+    """What the engine's CUDA graphs padded steps to."""
+    return CapturedSizes(**{name: tuple(sizes) for name, sizes in profile.get("captured", {}).items()})
+
+
+def links_of(profile: Mapping[str, Any]) -> dict[str, TransferModel]:
+    """The link of each transport in a profile, fastest first; of all pairs of devices together."""
+    samples: dict[str, list[TransferSample]] = {}
+    for row in profile.get("transfers", ()):
+        seconds = statistics.median(row["seconds"])
+        samples.setdefault(row["transport"], []).append(TransferSample(row["blocks"], row["bytes"], seconds))
+    links = {name: TransferModel.fit(each) for name, each in samples.items()}
+    return dict(sorted(links.items(), key=lambda item: -item[1].bytes_per_s))
+
+
+def own_link(profile: Mapping[str, Any], transport: str | None = None) -> TransferModel | None:
+    """The link of a profile's own pulls: of `transport`, or of the one that workers of their own would choose.
+
+    Raises:
+        ValueError: the profile lacks this transport.
+    """
+    links = links_of(profile)
+    if transport is None:
+        return next((links[name] for name in ("p2p", "pinned", "shm", "inproc") if name in links), None)
+    if transport not in links:
+        raise ValueError(f"the profile has no pulls by {transport!r}; it has {', '.join(links) or 'none'}")
+    return links[transport]
+
+
+def with_launched(cost: CostModel, launched: Mapping[str, Any]) -> CostModel:
+    """Note in `fit` what the host takes for a step without CUDA graphs.
+
+    Args:
+        launched: a profile of the same model and device with `--enforce-eager`; device times stay those of `cost`
+    """
+    found = samples_of(launched)
+    samples = [sample for each in found.values() for sample in each]
+    model = launch_overhead(cost.iteration, samples)
+    note = {
+        "host_s": model.host_s,
+        "errors": asdict(errors(model, samples)),
+        "profile": launched["provenance"],
+    }
+    return replace(cost, fit={**cost.fit, "launched": note})
 
 
 def fit_link(record: Mapping[str, Any], transport: str) -> TransferModel:
@@ -128,6 +178,8 @@ def describe(cost: CostModel, prompt_tokens: int = 512, context: int = 512) -> s
         ("a3", f"{1e6 * model.sequence_s:.1f} µs a sequence"),
         ("host", f"{1e3 * model.host_s:.3f} ms a step, beside the device"),
     ]
+    if launched := cost.fit.get("launched"):
+        rows.append(("host, launched", f"{1e3 * launched['host_s']:.2f} ms a step without CUDA graphs"))
     if cost.transfer:
         link = cost.transfer
         rows.append((

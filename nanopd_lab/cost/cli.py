@@ -20,6 +20,7 @@ def register(subparsers: _Subparsers) -> None:
     profile.add_argument("--rounds", type=int, default=3, help="the median of so many (default 3)")
     profile.add_argument("--compilation", default="off", help="off, default or tuned")
     profile.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    profile.add_argument("--no-transfers", action="store_true", help="steps only, no pulls of KV blocks")
     profile.add_argument(
         "--result-filename",
         type=Path,
@@ -31,8 +32,17 @@ def register(subparsers: _Subparsers) -> None:
         "fit", help="a cost model from a profile, checked on steps that were held out"
     )
     fit.add_argument("profile", type=Path, help="made by `nanopd-lab profile`")
-    fit.add_argument("--transfer", type=Path, help="a record of `nanopd-lab transfer bench`, for the link")
-    fit.add_argument("--transport", default="shm", help="which of its transports (default shm)")
+    fit.add_argument(
+        "--transfer",
+        type=Path,
+        help="a record of `nanopd-lab transfer bench`, instead of the profile's own pulls",
+    )
+    fit.add_argument("--transport", help="whose link (default: that with the highest bandwidth)")
+    fit.add_argument(
+        "--launched",
+        type=Path,
+        help="a profile without CUDA graphs: the host time of the same device without them",
+    )
     fit.add_argument("--prompt-tokens", type=int, default=512, help="where α and γ are derived")
     fit.add_argument("--context", type=int, default=512, help="where β and the threshold are derived")
     fit.add_argument("--result-filename", type=Path, help="write the cost model there, as JSON")
@@ -52,6 +62,7 @@ def run_profile(args: argparse.Namespace) -> int:
         result=args.result_filename,
         compilation=args.compilation,
         cuda_graphs=not args.enforce_eager,
+        transfers=not args.no_transfers,
     )
     print(f"{len(record['points'])} steps timed; next: nanopd-lab fit {args.result_filename}")
     return 0
@@ -59,12 +70,17 @@ def run_profile(args: argparse.Namespace) -> int:
 
 def run_fit(args: argparse.Namespace) -> int:
     """Fit, print, write."""
-    from nanopd_lab.cost.calibrate import describe, fit_link, fit_profile
+    from nanopd_lab.cost.calibrate import describe, fit_link, fit_profile, own_link, with_launched
     from nanopd_lab.cost.files import read_json
 
-    transfer = read_json(args.transfer) if args.transfer else None
-    link = fit_link(transfer, args.transport) if transfer else None
-    cost = fit_profile(read_json(args.profile), link, transfer and transfer["provenance"])
+    profile = read_json(args.profile)
+    if args.transfer:
+        transfer = read_json(args.transfer)
+        cost = fit_profile(profile, fit_link(transfer, args.transport or "shm"), transfer["provenance"])
+    else:
+        cost = fit_profile(profile, own_link(profile, args.transport))
+    if args.launched:
+        cost = with_launched(cost, read_json(args.launched))
     print(describe(cost, args.prompt_tokens, args.context))
     if args.result_filename:
         cost.save(args.result_filename)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nanopd_lab.cost.iteration import IterationModel
+from nanopd_lab.cost.iteration import CapturedSizes, IterationModel
 from nanopd_lab.cost.transfer_time import TransferModel
 
 SCHEMA = "nanopd-lab/cost-model/1"
@@ -58,7 +58,9 @@ class CostModel:
         """
         check_schema(record, SCHEMA, name, "fit the profile again (nanopd-lab fit)")
         try:
-            iteration = _build(IterationModel, record["iteration"])
+            steps = dict(record["iteration"])
+            captured = CapturedSizes(**{k: tuple(v) for k, v in steps.pop("captured", {}).items()})
+            iteration = replace(_build(IterationModel, steps), captured=captured)
             transfer = record.get("transfer")
             if transfer is not None:
                 speed = transfer["bytes_per_s"]
@@ -122,7 +124,7 @@ def check_schema(record: Mapping[str, Any], wanted: str, name: str, way_out: str
 
 
 def _build(kind: Any, values: Mapping[str, Any]) -> Any:
-    known = [f.name for f in fields(kind)]
+    known = [f.name for f in fields(kind) if f.name != "captured"]
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"unknown field {unknown[0]!r}; {kind.__name__} has {', '.join(known)}")
     if wrong := [n for n, v in values.items() if isinstance(v, bool) or not isinstance(v, int | float)]:

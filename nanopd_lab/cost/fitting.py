@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nanopd_lab.cost.iteration import IterationModel, StepFeatures
+from nanopd_lab.cost.iteration import CapturedSizes, IterationModel, StepFeatures
 
 Array = NDArray[np.float64]
 SHARPNESSES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
@@ -57,7 +57,11 @@ def errors(model: IterationModel, samples: Seq[StepSample]) -> FitError:
 
 
 def fit_iteration(
-    samples: Seq[StepSample], *, vocab_share: float = 0.0, host_s: float | None = None
+    samples: Seq[StepSample],
+    *,
+    vocab_share: float = 0.0,
+    host_s: float | None = None,
+    captured: CapturedSizes | None = None,
 ) -> IterationModel:
     """The model with the least squared relative error.
 
@@ -67,6 +71,7 @@ def fit_iteration(
         host_s: launch overhead, if known (0 on a CPU, where host and device are one); None: it is looked for as the
             floor under the shortest steps. What the device takes below that floor was not seen, only extrapolated:
             profile with CUDA graphs for the device, and get the overhead without them from `launch_overhead`
+        captured: what the steps were padded to
 
     Raises:
         ValueError: fewer than eight samples, also of those above `host_s`; or one that took no time.
@@ -75,7 +80,7 @@ def fit_iteration(
         raise ValueError(
             f"a fit needs at least {MIN_SAMPLES} timed steps, got {len(samples)}; profile without --quick"
         )
-    table = _Table(samples, vocab_share)
+    table = _Table(samples, vocab_share, captured or CapturedSizes())
     if host_s is not None and table.above(host_s).sum() < MIN_SAMPLES:
         raise ValueError(
             f"only {table.above(host_s).sum()} of {len(samples)} steps take longer than the host's {host_s} s; "
@@ -88,7 +93,7 @@ def fit_iteration(
 
 
 def launch_overhead(model: IterationModel, samples: Seq[StepSample]) -> IterationModel:
-    """The same device with the host time that meets these samples best, for example a profile without CUDA graphs.
+    """The same device without CUDA graphs, with the host time that meets these samples (timed without them) best.
 
     Raises:
         ValueError: no samples.
@@ -96,8 +101,9 @@ def launch_overhead(model: IterationModel, samples: Seq[StepSample]) -> Iteratio
     if not samples:
         raise ValueError("no steps to find the host time from")
     hosts = [0.0, *sorted({s.seconds for s in samples})]
-    table = _Table(samples, model.vocab_share)
-    return min((replace(model, host_s=host) for host in hosts), key=table.loss)
+    table = _Table(samples, model.vocab_share, CapturedSizes())
+    launched = replace(model, captured=table.captured)
+    return min((replace(launched, host_s=host) for host in hosts), key=table.loss)
 
 
 def _host_candidates(table: _Table) -> list[float]:
@@ -111,14 +117,16 @@ def _host_candidates(table: _Table) -> list[float]:
 class _Table:
     """Samples as columns."""
 
-    def __init__(self, samples: Seq[StepSample], vocab_share: float) -> None:
+    def __init__(self, samples: Seq[StepSample], vocab_share: float, captured: CapturedSizes) -> None:
         steps = [s.step for s in samples]
-        self.vocab_share = vocab_share
+        self.vocab_share, self.captured = vocab_share, captured
         self.samples = samples
         self.seconds: Array = np.array([s.seconds for s in samples])
-        drawn = np.array([s.drawn for s in steps], dtype=float)
+        tokens, drawn = np.array(
+            [captured.rows(s.tokens, s.drawn, s.sequences) for s in steps], dtype=float
+        ).T
         self.weights: Array = np.where(drawn > 0, 1.0 + vocab_share, 1.0)
-        self.tokens: Array = np.array([s.tokens for s in steps]) + vocab_share * drawn
+        self.tokens: Array = tokens + vocab_share * drawn
         self.others: Array = np.array([[1.0, s.pairs, s.context, s.sequences] for s in steps], dtype=float)
 
     def loss(self, model: IterationModel) -> float:
@@ -179,4 +187,5 @@ class _Table:
             host_s=host_s,
             vocab_share=self.vocab_share,
             sharpness=sharpness,
+            captured=self.captured,
         )

@@ -6,7 +6,7 @@
 A step computes for each sequence a chunk of q new tokens behind k past ones. `weights` is the time to read the
 matrices once, `products` that of the matrix products of all tokens: the larger of the two counts, with a round corner.
 Launch overhead is the host's own time. It runs beside the device's, so it is a floor and not a summand: CUDA graphs
-lower `host_s` and touch nothing else.
+lower `host_s`, and pad a step to one of the captured sizes, which `products` sees.
 
 Seconds everywhere. Pure arithmetic without torch, a clock or a lookup, as a simulator asks 100,000 times a second;
 runs of decode steps of an unchanged batch have closed forms.
@@ -15,6 +15,7 @@ runs of decode steps of an unchanged batch have closed forms.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -71,6 +72,34 @@ class StepFeatures:
 
 
 @dataclass(frozen=True)
+class CapturedSizes:
+    """What steps are padded to by CUDA graphs, which hold so many rows whatever a step has.
+
+    batches: sequences of the captured decode steps; tokens: of the other captured steps; both ascending, () for none
+
+    Raises:
+        ValueError: sizes that are not ascending or not positive.
+    """
+
+    batches: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, sizes in vars(self).items():
+            if any(b <= a for a, b in zip((0, *sizes), sizes, strict=False)):
+                raise ValueError(f"{name} are {sizes}; sizes are positive and ascending")
+
+    def rows(self, tokens: int, drawn: int, sequences: int) -> tuple[int, int]:
+        """(tokens that are multiplied with the weights, rows of the vocabulary projection) of such a step."""
+        if tokens == sequences and self.batches and tokens <= self.batches[-1]:
+            rows = self.batches[bisect_left(self.batches, tokens)]
+            return rows, rows  # the projection is in the graph
+        if self.tokens and tokens <= self.tokens[-1]:
+            return self.tokens[bisect_left(self.tokens, tokens)], drawn
+        return tokens, drawn
+
+
+@dataclass(frozen=True)
 class IterationModel:
     """One model on one device.
 
@@ -84,6 +113,7 @@ class IterationModel:
     vocab_share: the vocabulary projection's weights as a part of those in `weight_s`. They are read if anybody draws
                  a token, and each sequence that does adds so much of a token's products.
     sharpness:   of the corner where products overtake reading; see `smooth_max`
+    captured:    what CUDA graphs pad steps to
 
     Raises:
         ValueError: a coefficient that is negative or not finite, or a sharpness below 1.
@@ -98,10 +128,11 @@ class IterationModel:
     host_s: float = 0.0
     vocab_share: float = 0.0
     sharpness: float = 4.0
+    captured: CapturedSizes = CapturedSizes()
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (math.isfinite(value) and value >= 0):
+            if name != "captured" and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; a coefficient is finite and not negative")
         if self.sharpness < 1:
             raise ValueError(f"sharpness is {self.sharpness}; it is at least 1 (weights and products add up)")
@@ -152,7 +183,7 @@ class IterationModel:
         """Of the device alone, as if the host took no time."""
         return (
             self.t0_s
-            + self._matrices(step.tokens, step.drawn)
+            + self._matrices(*self.captured.rows(step.tokens, step.drawn, step.sequences))
             + self.pair_s * step.pairs
             + self.context_s * step.context
             + self.sequence_s * step.sequences
@@ -209,7 +240,7 @@ class IterationModel:
     def _decode_line(self, batch: int, total_context: int) -> tuple[float, float]:
         """(the device's time of the first step, what each further one takes longer)."""
         slope = self.pair_s + self.context_s
-        constant = self.t0_s + self._matrices(batch, batch)
+        constant = self.t0_s + self._matrices(*self.captured.rows(batch, batch, batch))
         each = self.pair_s / 2 + self.context_s + self.sequence_s
         return constant + batch * each + slope * total_context, slope * batch
 

@@ -13,6 +13,7 @@ host and device take. A file that a cut run left is continued.
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -31,12 +32,14 @@ from nanopd_lab.cost.calibrate import MIN_ROUNDS, PROFILE_SCHEMA
 from nanopd_lab.cost.files import check_schema, read_json
 from nanopd_lab.cost.grid import Grid, Point, grid_for
 from nanopd_lab.cost.roofline import ModelDims
+from nanopd_lab.cost.transfers import profile_transfers
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.engine.engine import Engine
 
 VISIT_SECONDS = 0.05  # a visit repeats shorter steps, up to MOST_REPEATS times
 MOST_REPEATS = 5
 SAVE_SECONDS = 5.0
+CPU = torch.device("cpu")
 
 
 class StepTimer:
@@ -113,6 +116,7 @@ def profile(
     rounds: int = 3,
     result: Path | None = None,
     grid: Grid | None = None,
+    transfers: bool = True,
     progress: bool = True,
     **engine_options: Any,
 ) -> dict[str, Any]:
@@ -122,6 +126,7 @@ def profile(
         quick: a smaller grid
         rounds: visits of each point that count, at least 3
         grid: another one than `grid_for` the device
+        transfers: time pulls of KV blocks too, by every transport between every pair of GPUs (or on the CPU)
         engine_options: further fields of `EngineConfig`, for example cuda_graphs=False
 
     Raises:
@@ -165,6 +170,8 @@ def profile(
         "block_size": config.block_size,
         "block_bytes": engine.cache.shape.block_bytes,
         "dims": _dims(engine, model),
+        "captured": _captured(engine),
+        "ahead": engine.loop.ahead,
         "points": [{**point.to_record(), "seconds": []} for point in points],
     }
     if [Point.from_record(row) for row in record["points"]] != points:
@@ -172,6 +179,15 @@ def profile(
             f"{result} has other steps than this engine can hold; name another file, or delete it"
         )
     _visit(StepTimer(engine), record["points"], rounds, lambda: _save(record, result), progress)
+    if transfers and "transfers" not in record:
+        shape = engine.cache.shape
+        del engine  # its pool makes room for those of the transports
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+        devices = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if cuda else [CPU]
+        record["transfers"] = profile_transfers(shape, devices, progress=progress)
+        _save(record, result)
     return record
 
 
@@ -219,6 +235,17 @@ def _check_settings(known: dict[str, Any], wanted: dict[str, Any], path: Path | 
             f"{path} was made with {name} = {known.get(name)!r}, not {wanted.get(name)!r}; it is not continued: "
             "name another file, or delete it"
         )
+
+
+def _captured(engine: Engine) -> dict[str, list[int]]:
+    """What CUDA graphs pad steps to; empty without them."""
+    graphs = engine.runner.graphs
+    if graphs is None:
+        return {"batches": [], "tokens": []}
+    return {
+        "batches": [step.layout.sequences for step in graphs.decode],
+        "tokens": [step.layout.tokens for step in graphs.mixed],
+    }
 
 
 def _dims(engine: Engine, model: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from itertools import islice
 from nanopd_lab.core import FinishReason, SampledToken
 from nanopd_lab.core import Sequence as Seq
 from nanopd_lab.engine.handover import HandoverScheduler
-from nanopd_lab.kv import BlockAllocator, blocks_for
+from nanopd_lab.kv import Allocator, BlockAllocator, blocks_for
 
 
 def equal_steps(scheduler: HandoverScheduler, most: int) -> int:
@@ -35,7 +35,7 @@ def equal_steps(scheduler: HandoverScheduler, most: int) -> int:
             return 0
         if (left := request.params.max_tokens - done) < most:
             most = left
-    if not _admission_blocked(scheduler):
+    if not admission_blocked(scheduler):
         return 0
     # A decode that finds no block preempts: a decision. `need` is an upper bound, looked at closely only if too high.
     need = len(running) * (most // size + 1)
@@ -49,12 +49,12 @@ def equal_steps(scheduler: HandoverScheduler, most: int) -> int:
     return most
 
 
-def _admission_blocked(scheduler: HandoverScheduler) -> bool:
+def admission_blocked(scheduler: HandoverScheduler) -> bool:
     """True if nobody waits, or if what keeps the first one out cannot get better during a run."""
     caching = scheduler.blocks.caching
     if scheduler.expected and caching:
         return False  # blocks that the run fills may turn up in the prefix cache
-    if not scheduler.waiting or len(scheduler.running) == scheduler.budget:
+    if not scheduler.waiting or scheduler.num_running == scheduler.budget:
         return True
     places = min(scheduler.max_num_seqs, scheduler.budget) - scheduler.promised
     if len(scheduler.running) >= places:
@@ -77,11 +77,14 @@ def blocks_taken(scheduler: HandoverScheduler, steps: int) -> int:
 
 def taken_by_then(scheduler: HandoverScheduler, steps: int, blocks: Iterable[int]) -> bool:
     """True if one of the free `blocks` is handed out anew within the first `steps` steps of a run."""
-    allocator = scheduler.allocator
+    return handed_out_soon(scheduler.allocator, blocks_taken(scheduler, steps), blocks)
+
+
+def handed_out_soon(allocator: Allocator, count: int, blocks: Iterable[int]) -> bool:
+    """True if one of the free `blocks` is among the next `count` that the allocator hands out."""
     assert isinstance(allocator, BlockAllocator), (
         "only there is the order known in which blocks are handed out"
     )
-    count = blocks_taken(scheduler, steps)
     soon = set(islice(allocator.free, count))
     soon.update(islice(allocator.evictable, max(0, count - len(allocator.free))))
     return not soon.isdisjoint(blocks)

@@ -88,7 +88,7 @@ class HandoverScheduler(Scheduler):
         begun = [each for each in self.expected if each.request.request_id in offered]
         if not begun:
             return found
-        promised = sum(self.blocks.missing(s, s.remaining) for s in self.running if s.remaining > 0)
+        promised = self._blocks_needed()
         for sequence in begun:
             if len(self.running) + self.promised >= min(self.max_num_seqs, self.budget):
                 break
@@ -119,6 +119,10 @@ class HandoverScheduler(Scheduler):
     def promised(self) -> int:
         """Places among the running that are kept for what is on its way."""
         return len(self.receiving)
+
+    def _blocks_needed(self) -> int:
+        """Blocks that the running ones still take for the tokens they have."""
+        return sum(self.blocks.missing(s, s.remaining) for s in self.running if s.remaining > 0)
 
     def _dequeue(self, sequence: Sequence) -> None:
         for queue in (self.expected, self.receiving, self.held):

@@ -200,7 +200,7 @@ class Scheduler:
                 continue
             if plenty or self._make_room(sequence, chunks, copies, preempted):
                 self._place(sequence, 1, chunks, copies)
-        num_decodes = len(chunks)
+        num_decodes = len(chunks) + self.lockstepping
 
         if not preempted:
             self._admit(self.budget - num_decodes, chunks)
@@ -462,6 +462,16 @@ class Scheduler:
     def promised(self) -> int:
         """Places among the running that are kept free."""
         return 0
+
+    @property
+    def lockstepping(self) -> int:
+        """Decodes of this step that are placed already, and not among the running; see `engine.lockstep`."""
+        return 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a place."""
+        return len(self.running)
 
     def _queued(self) -> list[Sequence]:
         return [*self.waiting, *self.running]

@@ -442,3 +442,23 @@ def pull_blocks(
         validate.check_block_ids("to_ids", to_ids, to_pool)
         validate.check_block_ids("from_ids", from_ids, from_pool)
     torch.ops.nanopd.pull_blocks(to_pool, to_ids, from_pool, from_ids)
+
+
+def enqueue_pull(
+    to_pool: torch.Tensor, from_pool: torch.Tensor, ids: torch.Tensor, stream: torch.cuda.Stream
+) -> None:
+    """`pull_blocks` for those who pull often: nothing is checked, and nothing copied before the launch.
+
+    Both pools uint8 `[num_blocks, block_bytes]` as in `pull_blocks`; ids int64 [2, n], of the target's blocks and of
+    the source's, in pinned memory of the host, where the kernel reads them. Keep them until the launch has ended.
+    """
+    count, size = ids.shape[1], to_pool.shape[1]
+    device = to_pool.device
+    launch = move_launch(count, size, _limits(to_pool))
+    first, pieces = ids.data_ptr(), ctypes.c_longlong(size // 16)
+    args: list[Any] = [
+        from_pool, pieces, ctypes.c_void_p(first + 8 * count), to_pool, pieces, ctypes.c_void_p(first), size // 16
+    ]  # fmt: skip
+    with torch.cuda.device(device):  # the launch goes to the current context
+        kernel = gpu.load(launch, device.index)
+        gpu.launch_raw(kernel, launch.grid, (launch.threads, 1, 1), 0, gpu.pack(args), stream.cuda_stream)

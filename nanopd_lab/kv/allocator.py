@@ -137,12 +137,14 @@ class BlockAllocator:
                 "release some or raise kv_cache_memory_bytes"
             )
         free, refs, generations = self.free, self.refs, self.generations
-        taken = []
-        for _ in range(count):
-            block = free.popleft() if free else self.evict()
+        if count <= len(free):
+            take = free.popleft
+            taken = [take() for _ in range(count)]
+        else:
+            taken = [free.popleft() if free else self.evict() for _ in range(count)]
+        for block in taken:
             refs[block] = 1
             generations[block] += 1
-            taken.append(block)
         return taken
 
     def fork(self, blocks: Sequence[int]) -> list[int]:
@@ -174,10 +176,17 @@ class BlockAllocator:
                 need[block] = need.get(block, 0) + 1
             for block, times in need.items():
                 self.require_used(block, "release", times)
-        else:
-            for block in blocks:
-                if not (0 <= block < num_blocks and refs[block]):
+        elif blocks:
+            if min(blocks) < 0 or max(blocks) >= num_blocks or not all(map(refs.__getitem__, blocks)):
+                for block in blocks:
                     self.require_used(block, "release")
+        if not self.block_of and sum(map(refs.__getitem__, blocks)) == len(
+            blocks
+        ):  # one owner each, none cached
+            for block in blocks:
+                refs[block] = 0
+            free.extend(reversed(blocks))
+            return
         for block in reversed(blocks):
             refs[block] = owners = refs[block] - 1
             if not owners:

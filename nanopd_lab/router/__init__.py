@@ -1,5 +1,6 @@
 """Where a request runs: policies behind one protocol."""
 
+from nanopd_lab.router.fleet import Fleet, least
 from nanopd_lab.router.policy import Decision, JobView, Policy, Role, WorkerView, legal_routes
 from nanopd_lab.router.static import (
     POLICIES,
@@ -15,6 +16,7 @@ __all__ = [
     "Collocated",
     "Decision",
     "Disaggregated",
+    "Fleet",
     "JobView",
     "LeastLoaded",
     "Policy",
@@ -22,5 +24,6 @@ __all__ = [
     "RoundRobin",
     "WorkerView",
     "create_policy",
+    "least",
     "legal_routes",
 ]

@@ -6,12 +6,35 @@ import re
 from collections.abc import Callable, Sequence
 
 from nanopd_lab.core import Route
-from nanopd_lab.router.policy import Decision, JobView, Policy, Role, WorkerView, legal_routes
+from nanopd_lab.router.fleet import Fleet, least
+from nanopd_lab.router.policy import Decision, JobView, Policy, Role, WorkerView
 
 
 def _prefer(job: JobView, workers: Sequence[WorkerView]) -> Sequence[WorkerView]:
     """Without those that failed the job before, if others are left."""
+    if not job.avoid:
+        return workers
     return [worker for worker in workers if worker.name not in job.avoid] or workers
+
+
+def _mixed_jobs(worker: WorkerView) -> int | None:
+    return worker.jobs if worker.role is Role.MIXED else None
+
+
+def _prefilling(worker: WorkerView) -> tuple[int, int] | None:
+    return (worker.prefill_tokens, worker.jobs) if worker.role.prefills else None
+
+
+def _decoding(worker: WorkerView) -> tuple[int, int] | None:
+    return (worker.decoding, worker.jobs) if worker.role.decodes else None
+
+
+def _source_jobs(worker: WorkerView) -> int | None:
+    return worker.jobs if worker.role.prefills else None
+
+
+def _target_jobs(worker: WorkerView) -> int | None:
+    return worker.jobs if worker.role.decodes else None
 
 
 class Collocated:
@@ -20,10 +43,9 @@ class Collocated:
     name = "collocated"
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
-        mixed = _prefer(job, [worker for worker in workers if worker.role is Role.MIXED])
-        if not mixed:
+        best = least(_prefer(job, workers), _mixed_jobs) or least(workers, _mixed_jobs)
+        if best is None:
             return None
-        best = min(mixed, key=lambda worker: worker.jobs)
         return Decision(Route(best.name, best.name), f"fewest jobs ({best.jobs})")
 
 
@@ -36,16 +58,26 @@ class Disaggregated:
     name = "disaggregated"
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
-        decoders = [worker for worker in workers if worker.role.decodes]
-        # A source needs somebody else to hand over to.
-        sources = _prefer(job, [w for w in workers if w.role.prefills and decoders and decoders != [w]])
-        if not sources:
+        decoder = least(workers, _decoding)
+        if decoder is None:
             return None
-        source = min(sources, key=lambda worker: (worker.prefill_tokens, worker.jobs))
-        targets = _prefer(job, [worker for worker in decoders if worker is not source])
-        target = min(targets, key=lambda worker: (worker.decoding, worker.jobs))
-        reason = f"{source.prefill_tokens} prompt tokens queued, {target.decoding} decoding"
-        return Decision(Route(source.name, target.name), reason)
+        if least(workers, _decoding, decoder.name) is None:
+            # A source needs somebody else to hand over to.
+            workers = [worker for worker in workers if worker is not decoder]
+            source = least(_prefer(job, workers), _prefilling) or least(workers, _prefilling)
+            target: WorkerView | None = decoder
+        else:
+            source = least(_prefer(job, workers), _prefilling) or least(workers, _prefilling)
+            if source is None:
+                return None
+            target = least(_prefer(job, workers), _decoding, source.name)
+            target = target or least(workers, _decoding, source.name)
+        if source is None or target is None:
+            return None
+        return Decision(
+            Route(source.name, target.name),
+            f"{source.prefill_tokens} prompt tokens queued, {target.decoding} decoding",
+        )
 
 
 class RoundRobin:
@@ -57,12 +89,17 @@ class RoundRobin:
         self._turn = 0
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
-        routes = legal_routes(_prefer(job, workers)) or legal_routes(workers)
-        if not routes:
-            return None
-        route = routes[self._turn % len(routes)]
-        self._turn += 1
-        return Decision(route, "its turn")
+        for choice in (_prefer(job, workers), workers):
+            if isinstance(choice, Fleet):
+                sources, targets = choice.sources, choice.targets
+            else:
+                sources = [worker.name for worker in choice if worker.role.prefills]
+                targets = [worker.name for worker in choice if worker.role.decodes]
+            if count := len(sources) * len(targets):
+                source, target = divmod(self._turn % count, len(targets))
+                self._turn += 1
+                return Decision(Route(sources[source], targets[target]), "its turn")
+        return None
 
 
 class LeastLoaded:
@@ -71,16 +108,16 @@ class LeastLoaded:
     name = "least-loaded"
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
-        routes = legal_routes(_prefer(job, workers)) or legal_routes(workers)
-        if not routes:
-            return None
-        load = {worker.name: worker.jobs for worker in workers}
-
-        def cost(route: Route) -> tuple[int, bool]:
-            return max(load[route.prefill], load[route.decode]), not route.collocated
-
-        best = min(routes, key=cost)
-        return Decision(best, f"{cost(best)[0]} jobs")
+        for choice in (_prefer(job, workers), workers):
+            source, target = least(choice, _source_jobs), least(choice, _target_jobs)
+            if source is None or target is None:
+                continue
+            # No route can do with less than the busier of the two; one worker alone is best if it has so few.
+            jobs, mixed = max(source.jobs, target.jobs), least(choice, _mixed_jobs)
+            if mixed is not None and mixed.jobs == jobs:
+                source = target = mixed
+            return Decision(Route(source.name, target.name), f"{jobs} jobs")
+        return None
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {

@@ -9,6 +9,7 @@ errs to the slow side where shares differ (max-min fairness would redistribute i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nanopd_lab.sim.clock import EventQueue, Kind
 
@@ -33,7 +34,7 @@ class LinkModel:
             )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Flow:
     """One pull under way; `payload` is the caller's. `rate` in bytes/s as of `since`, 0 during its setup."""
 
@@ -110,8 +111,7 @@ class Links:
         self.queue.push(time, Kind.PULL, FlowDue(flow, flow.version))
 
 
-@dataclass(frozen=True)
-class FlowDue:
+class FlowDue(NamedTuple):
     """The setup of a pull is over, or its last byte is there, unless its rate has changed in the meantime."""
 
     flow: Flow

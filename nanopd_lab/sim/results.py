@@ -10,7 +10,7 @@ from nanopd_lab.cluster.accounts import PathReport
 from nanopd_lab.sim.worker import StepSpan
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestRecord:
     """One request, times in seconds of the simulation. `None`: it did not come so far.
 

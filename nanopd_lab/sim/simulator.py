@@ -12,8 +12,10 @@ controller hears of the first and the last only: what a worker that dies had sam
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from nanopd_lab.cluster.actions import (
     Action,
@@ -29,6 +31,7 @@ from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Capacity, FromWorker, Hello, ToWorker
 from nanopd_lab.engine.handover import HandoverScheduler
+from nanopd_lab.engine.lockstep import LockstepScheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import BlockAllocator
 from nanopd_lab.router import Policy, Role
@@ -36,7 +39,7 @@ from nanopd_lab.sim.clock import Event, EventQueue, Kind
 from nanopd_lab.sim.links import Flow, FlowDue, LinkModel, Links
 from nanopd_lab.sim.results import PullSpan, RequestRecord, SimResult, WorkerTotals
 from nanopd_lab.sim.timing import StepTime
-from nanopd_lab.sim.worker import LoopDue, Outgoing, SimCore, SimWorker, StepSpan
+from nanopd_lab.sim.worker import TOKEN, LoopDue, Outgoing, SimCore, SimWorker, StepSpan
 from nanopd_lab.sim.workload import Kill, SimRequest, in_order
 from nanopd_lab.transfer import Pull, PullResult, PullStatus
 
@@ -49,6 +52,7 @@ class SimConfig:
     block_bytes: of KV a block, for pulls
     message_s: what a message between controller and worker takes
     beat_s: between a worker's reports to the controller; None: policies don't see free blocks
+    ahead: workers plan a step while the one before it runs, as engines on GPUs do
     skip: jump over runs of equal decode steps
     trace: keep what every worker did
     """
@@ -65,18 +69,19 @@ class SimConfig:
     limits: Limits = field(default_factory=lambda: Limits(heartbeat_s=float("inf")))
     message_s: float = 0.0
     beat_s: float | None = None
+    ahead: bool = False
     skip: bool = True
     trace: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _PullUnderWay:
     worker: SimWorker
     source: SimWorker
     pull: Pull
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Delivery:
     """A message reaches a worker."""
 
@@ -153,13 +158,13 @@ class Simulator:
         Raises:
             AssertionError: nothing is left to happen, and requests are not served: a bug.
         """
-        self._schedule_arrival()
-        while self._arrived < len(self.requests) or self.controller.num_unsettled:
-            event = self.queue.pop()
-            assert event is not None, (
-                f"stalled at {self.queue.now} s: {self.controller.num_unsettled} jobs open"
-            )
-            self._happen(event)
+        collects = gc.isenabled()
+        gc.disable()  # a walk over all that lives, again and again; there are no cycles to find
+        try:
+            self._serve()
+        finally:
+            if collects:
+                gc.enable()
         for name, worker in self.workers.items():
             self._close(name, worker, killed=False)
         records = [self._records[request.request_id] for request in self.requests]
@@ -171,6 +176,15 @@ class Simulator:
             self.spans,
             self.pulls,
         )
+
+    def _serve(self) -> None:
+        self._schedule_arrival()
+        while self._arrived < len(self.requests) or self.controller.num_unsettled:
+            event = self.queue.pop()
+            assert event is not None, (
+                f"stalled at {self.queue.now} s: {self.controller.num_unsettled} jobs open"
+            )
+            self._happen(event)
 
     def _happen(self, event: Event) -> None:
         payload = event.payload
@@ -336,7 +350,9 @@ class Simulator:
         allocator = BlockAllocator(config.num_blocks, config.enable_prefix_caching)
         self._lives += 1  # as hosts do: what an earlier life of a worker published is never valid again
         allocator.generations = [self._lives << 32] * config.num_blocks
-        scheduler = HandoverScheduler(
+        lockstep = config.skip and not config.enable_prefix_caching
+        make = partial(LockstepScheduler, token=TOKEN) if lockstep else HandoverScheduler
+        scheduler = make(
             allocator,
             block_size=config.block_size,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -344,12 +360,13 @@ class Simulator:
             max_model_len=config.max_model_len,
         )
         worker = SimWorker(
-            SimCore(name, scheduler, config.terms, stream=False),
+            SimCore(name, scheduler, config.terms),
             self.names.index(name),
             self.queue,
             self.time,
             self._outgoing,
             config.skip,
+            config.ahead,
             self.spans if config.trace else None,
         )
         self.workers[name] = worker

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nanopd_lab.cost.iteration import IterationModel
-from nanopd_lab.cost.roofline import ChunkShape
+from nanopd_lab.cost.iteration import IterationModel, StepFeatures
 
 
 class StepTime(Protocol):
@@ -16,7 +14,8 @@ class StepTime(Protocol):
 
     It may have a method `decode_run_seconds(batch, total_context, steps)` as well: the time of `steps` decode steps of
     `batch` sequences, whose contexts (the `start` of their chunks) add up to `total_context` in the first step and to
-    `batch` more in each that follows. A run then costs the simulator as much as a step.
+    `batch` more in each that follows. A run then costs the simulator as much as a step. And a method
+    `mixed_seconds(batch, total_context, chunks)`: the time of one step that does both, `batch` decodes and the chunks.
     """
 
     def seconds(self, chunks: Sequence[tuple[int, int]]) -> float:
@@ -37,6 +36,10 @@ class ConstantTime:
     def decode_run_seconds(self, batch: int, total_context: int, steps: int) -> float:
         """See `StepTime`."""
         return self.step_s * steps
+
+    def mixed_seconds(self, batch: int, total_context: int, chunks: Sequence[tuple[int, int]]) -> float:
+        """See `StepTime`."""
+        return self.step_s
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class LinearTime:
         first = self._step(batch, batch, total_context + batch)
         return steps * first + self.context_s * batch * (steps * (steps - 1) // 2)
 
+    def mixed_seconds(self, batch: int, total_context: int, chunks: Sequence[tuple[int, int]]) -> float:
+        """See `StepTime`."""
+        tokens = batch + sum([count for _, count in chunks])
+        context = total_context + sum([start for start, _ in chunks]) + tokens
+        return self._step(batch + len(chunks), tokens, context)
+
     def _step(self, sequences: int, tokens: int, context: int) -> float:
         return (
             self.base_s
@@ -83,7 +92,17 @@ class CostTime:
 
     def seconds(self, chunks: Sequence[tuple[int, int]]) -> float:
         """See `StepTime`."""
-        return self.model.seconds([ChunkShape(count, start) for start, count in chunks])
+        return self.mixed_seconds(0, 0, chunks)
+
+    def mixed_seconds(self, batch: int, total_context: int, chunks: Sequence[tuple[int, int]]) -> float:
+        """See `StepTime`."""
+        tokens, context, pairs = batch, total_context + batch, total_context + batch / 2
+        for start, count in chunks:
+            tokens += count
+            context += start + count
+            pairs += count * (start + count / 2)
+        sequences = batch + len(chunks)
+        return self.model.of_features(StepFeatures(tokens, sequences, pairs, context, sequences))
 
 
 class RunClock:
@@ -92,26 +111,52 @@ class RunClock:
     Args:
         time: the cost model
         start: when the first step begins, s
-        contexts: tokens that each sequence has in the cache before it
+        batch: sequences
+        total_context: tokens that they have in the cache before it, all together
+        contexts: makes a list of those of each
     """
 
-    def __init__(self, time: StepTime, start: float, contexts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        time: StepTime,
+        start: float,
+        batch: int,
+        total_context: int,
+        contexts: Callable[[], Sequence[int]],
+    ) -> None:
         self._time = time
-        self._contexts = contexts
+        self._batch, self._total = batch, total_context
         self._closed: Callable[[int, int, int], float] | None = getattr(time, "decode_run_seconds", None)
-        self._total = sum(contexts) if self._closed else 0
+        self._contexts = () if self._closed else contexts()
         self._ends = [start]  # of a model without a closed form, as far as somebody has asked
 
     def end(self, steps: int) -> float:
         """When the `steps`-th step ends; `end(0)` is the start."""
         ends = self._ends
         if self._closed is not None:
-            return ends[0] + self._closed(len(self._contexts), self._total, steps) if steps else ends[0]
+            return ends[0] + self._closed(self._batch, self._total, steps) if steps else ends[0]
         while len(ends) <= steps:
             done = len(ends) - 1
             ends.append(ends[-1] + self._time.seconds([(context + done, 1) for context in self._contexts]))
         return ends[steps]
 
-    def count(self, most: int, over: Callable[[float], bool]) -> int:
-        """How many of the first `most` steps are over; `over` says whether a time has passed."""
-        return bisect_left(range(1, most + 1), True, key=lambda step: not over(self.end(step)))
+    def count(self, most: int, over: Callable[[float], bool], now: float) -> int:
+        """How many of the first `most` steps are over; `over` says whether a time has passed, by the clock `now`."""
+        if not most or over(self.end(most)):
+            return most
+        low, high = (
+            0,
+            most - 1,
+        )  # the answer lies in between; steps are nearly alike, so a guess is nearly right
+        guess = int(most * (now - self._ends[0]) / (self.end(most) - self._ends[0])) if self._closed else 0
+        reach = 2
+        while low < high:
+            middle = min(max(guess, low + 1), high)
+            if over(self.end(middle)):
+                low, guess = middle, middle + reach
+            else:
+                high, guess = middle - 1, middle - reach
+            reach *= 4
+            if reach > 1 << 10:
+                guess = (low + high + 1) // 2
+        return low

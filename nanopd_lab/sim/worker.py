@@ -13,10 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
 from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.core import SampledToken, Sequence, StepPlan
 from nanopd_lab.engine.decode_run import taken_by_then
+from nanopd_lab.engine.handover import HandoverScheduler
+from nanopd_lab.engine.lockstep import LockstepScheduler
 from nanopd_lab.sim.clock import EventQueue, Kind
 from nanopd_lab.sim.timing import RunClock, StepTime
 from nanopd_lab.transfer import Pull, PullResult
@@ -27,7 +30,52 @@ _LONGEST_RUN = 1 << 30
 
 
 class SimCore(WorkerCore):
-    """A worker whose tokens are all alike: telling of them needs no look at each."""
+    """A worker whose tokens are all alike: telling of them needs no look at each.
+
+    With a `LockstepScheduler` it does not look at those either that only decode on.
+    """
+
+    def __init__(self, name: str, scheduler: HandoverScheduler, terms: LeaseTerms) -> None:
+        super().__init__(name, scheduler, terms, stream=False)
+        self.lockstep = scheduler if isinstance(scheduler, LockstepScheduler) else None
+
+    def schedule(self) -> StepPlan | None:
+        """See `WorkerCore`."""
+        plan = super().schedule()
+        if plan is not None and self.lockstep is not None:
+            self._note_newcomers(self.lockstep)
+        return plan
+
+    def start_run(self, most: int) -> int:
+        """See `WorkerCore`."""
+        if self.lockstep is None:
+            return super().start_run(most)
+        self._reserve()
+        steps = self.lockstep.run_length(most)
+        # A first token's time is asked for.
+        return 1 if steps and self._note_newcomers(self.lockstep) else steps
+
+    def _note_newcomers(self, scheduler: LockstepScheduler) -> bool:
+        """Note that those begin to run of which nobody has seen a token here; True if there are any."""
+        new = [each for each in scheduler.newcomers if each in self._unsampled]
+        for sequence in new:
+            self._note_scheduled(sequence, sequence.num_computed)
+        return bool(new)
+
+    def finish_run(self, steps: int, token: SampledToken) -> None:
+        """See `WorkerCore`."""
+        scheduler = self.lockstep
+        if scheduler is None:
+            super().finish_run(steps, token)
+            return
+        for sequence in scheduler.advance(steps):
+            self._report(self._tries[sequence.request.request_id])
+
+    def report_all(self) -> None:
+        """See `WorkerCore`."""
+        if self.lockstep is not None:
+            self.lockstep.unpark()
+        super().report_all()
 
     def _sampled(self, sequence: Sequence, new: list[int]) -> tuple[SampledToken, ...]:
         return (TOKEN,) * len(new)
@@ -70,6 +118,8 @@ class SimWorker:
 
     rank: orders the loops of workers that come round at the same time
     skip: start runs; without it every step is planned by itself
+    ahead: as an engine that plans a step while the one before it runs: what comes in during a step finds the next one
+        planned already, and waits for the one after it
     spans: where to write down what it does
     """
 
@@ -79,8 +129,9 @@ class SimWorker:
     time: StepTime
     outgoing: Outgoing
     skip: bool = True
+    ahead: bool = False
     spans: list[StepSpan] | None = None
-    inbox: deque[ToWorker | PullResult] = field(default_factory=deque)
+    inbox: deque[tuple[float, ToWorker | PullResult]] = field(default_factory=deque)  # with when it came
     in_transit: deque[FromWorker] = field(default_factory=deque)  # on their way to the controller
     beat_due: bool = False
     busy_s: float = 0.0
@@ -97,23 +148,23 @@ class SimWorker:
 
     def deliver(self, message: ToWorker | PullResult) -> None:
         """Something has come; it is looked at when the loop comes round."""
-        if isinstance(message, Expect) and self._run is not None and not self.inbox:
+        if isinstance(message, Expect) and self._run is not None and not self.inbox and not self.ahead:
             # It waits for its source and stops nobody, unless the cache could have it: no need to cut the run short.
             core = self.core
             if not core.scheduler.blocks.caching:
-                step = self._run.count(self._steps, self._passed) + 1
+                step = self._run.count(self._steps, self._passed, self.queue.now) + 1
                 core.handle(message, self._run.end(step))
                 self._watch()
                 if core.outbox:  # refused
                     self.wake()
                 return
-        self.inbox.append(message)
+        self.inbox.append((self.queue.now, message))
         self.wake()
 
     def wake(self) -> None:
         """Let the loop come round as soon as it can: now, or after the step under way."""
         if self._run is not None:
-            over = self._run.count(self._steps, self._passed)
+            over = self._run.count(self._steps, self._passed, self.queue.now)
             if over + 1 < self._steps:
                 self._steps = over + 1
                 self._call(self._run.end(self._steps))
@@ -132,15 +183,10 @@ class SimWorker:
         self._loop_at = None
         core, now = self.core, self.queue.now
         core.now = now
+        seen = self._planned_at() if self.ahead else now
         self._finish_step(now)
         self._send()
-        while self.inbox:
-            message = self.inbox.popleft()
-            if isinstance(message, PullResult):
-                core.pull_ended(message, now)
-            else:
-                core.handle(message, now)
-            self._send()
+        self._take_in(seen)
         due = core.next_wakeup()
         if due is not None and due <= now:
             core.tick(now)
@@ -149,13 +195,33 @@ class SimWorker:
             core.outbox.append(core.beat())
         self._send()
         self._start_step(now)
+        if self.inbox and self._plan is None and self._run is None:  # idle: it need not wait
+            self._take_in(now)
+            self._start_step(now)
         self._send()
         self._watch()
+
+    def _take_in(self, seen: float) -> None:
+        """Handle what had come by then."""
+        core, now = self.core, self.queue.now
+        while self.inbox and self.inbox[0][0] <= seen:
+            _, message = self.inbox.popleft()
+            if isinstance(message, PullResult):
+                core.pull_ended(message, now)
+            else:
+                core.handle(message, now)
+            self._send()
+
+    def _planned_at(self) -> float:
+        """When the step that is to start now was planned, in an engine that works ahead: as the last one started."""
+        if self._run is not None:
+            return self._run.end(self._steps - 1)
+        return self.queue.now if self._plan is None else self._began
 
     def stop(self) -> list[FromWorker]:
         """It dies now. Returns what it has told so far and the controller does not know yet."""
         if self._run is not None:
-            done = self._run.count(self._steps, self._passed)
+            done = self._run.count(self._steps, self._passed, self.queue.now)
             if done:
                 self.core.finish_run(done, TOKEN)
             self._note(self._run.end(done), done)
@@ -167,9 +233,15 @@ class SimWorker:
 
     def _start_step(self, now: float) -> None:
         core = self.core
-        steps = core.start_run(_LONGEST_RUN) if self.skip else 0
+        steps = core.start_run(1 if self.inbox else _LONGEST_RUN) if self.skip else 0
         if steps:
-            self._run = RunClock(self.time, now, [each.num_computed for each in core.scheduler.running])
+            if (lockstep := core.lockstep) is not None:
+                self._run = RunClock(
+                    self.time, now, lockstep.lockstepping, lockstep.total_context, lockstep.contexts
+                )
+            else:
+                contexts = [each.num_computed for each in core.scheduler.running]
+                self._run = RunClock(self.time, now, len(contexts), sum(contexts), lambda: contexts)
             self._steps, self._began = steps, now
             self._call_after_step(self._run.end(steps))
             return
@@ -177,7 +249,17 @@ class SimWorker:
         if plan is None:
             return
         self._plan, self._began = plan, now
-        self._call_after_step(now + self.time.seconds([(chunk.start, chunk.count) for chunk in plan.chunks]))
+        self._call_after_step(now + self._seconds(plan))
+
+    def _seconds(self, plan: StepPlan) -> float:
+        chunks = [(chunk.start, chunk.count) for chunk in plan.chunks]
+        lockstep = self.core.lockstep
+        if lockstep is None or not (decodes := lockstep.lockstepping):
+            return self.time.seconds(chunks)
+        if (mixed := getattr(self.time, "mixed_seconds", None)) is not None:
+            seconds: float = mixed(decodes, lockstep.total_context, chunks)
+            return seconds
+        return self.time.seconds([*((context, 1) for context in lockstep.contexts()), *chunks])
 
     def _finish_step(self, now: float) -> None:
         if self._run is not None:
@@ -195,9 +277,9 @@ class SimWorker:
         if self.spans is None or not steps:
             return
         if plan is None:
-            sequences, prefill = len(self.core.scheduler.running), 0
+            sequences, prefill = self.core.scheduler.num_running, 0
         else:
-            sequences = len(plan.chunks)
+            sequences = len(plan.chunks) + self.core.scheduler.lockstepping
             prefill = sum(c.count for c in plan.chunks if c.start < c.sequence.prompt_len or c.count > 1)
         self.spans.append(StepSpan(self.core.name, self._began, end, steps, sequences, prefill))
 
@@ -206,8 +288,12 @@ class SimWorker:
         if self._run is None:
             return False
         free = [block for block in blocks if self.core.scheduler.allocator.refs[block] == 0]  # type: ignore[attr-defined]
-        planned = min(self._steps, self._run.count(self._steps, self._passed) + 1)
-        return bool(free) and taken_by_then(self.core.scheduler, planned, free)
+        planned = min(self._steps, self._run.count(self._steps, self._passed, self.queue.now) + 1)
+        if not free:
+            return False
+        if (lockstep := self.core.lockstep) is not None:
+            return lockstep.taken_by_then(planned, free)
+        return taken_by_then(self.core.scheduler, planned, free)
 
     # ------------------------------------------------------------------ small parts
 

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nanopd_lab.core import SamplingParams
 
@@ -14,7 +15,7 @@ FIRST_PROMPT_TOKEN = (
 )  # prompts of different requests differ from it on, so that none is found in a cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SimRequest:
     """One request. Its tokens are made up; its output ends after exactly `output_tokens`.
 
@@ -57,7 +58,12 @@ class SimRequest:
 
     def params(self) -> SamplingParams:
         """Greedy, to exactly the length asked for."""
-        return SamplingParams(temperature=0.0, max_tokens=self.output_tokens, ignore_eos=True)
+        return _params(self.output_tokens)
+
+
+@lru_cache(maxsize=1 << 16)
+def _params(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
 
 @dataclass(frozen=True)

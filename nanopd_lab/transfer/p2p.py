@@ -1,7 +1,9 @@
 """`p2p`: the reader's GPU reads the source's memory, on the same GPU or one it has peer access to.
 
-All blocks of a pull move in one launch of a kernel that reads peer memory (`cuda/move_blocks.cu`). Copying them one by
-one costs more in launches than in bytes: 123 GB/s of 391 between two H100s, measured for blocks of 2.4 MB.
+All blocks of a pull move in one launch of a kernel that reads peer memory (`cuda/move_blocks.cu`). Between two H100s,
+for 128 scattered blocks of 2.4 MB: 352 GB/s of the 389 of one large copy, whatever the kernel's shape (threads, loads
+in flight, bulk copies through shared memory). The copy engines, asked for each block, reach 164–285 GB/s (300 by
+cuMemcpyBatchAsync) and keep the host busy for 0.25–0.9 ms.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ class P2PTransport(CudaPoolTransport):
     def __init__(self) -> None:
         super().__init__()
         self._stream: torch.cuda.Stream | None = None
-        # An event for each pull, and the tensors that its launch reads.
-        self._flying: dict[Job, tuple[torch.cuda.Event, Any]] = {}
+        self._target: torch.Tensor | None = None  # the own pool's bytes
+        # An event for each pull, and the ids that its launch reads.
+        self._flying: dict[Job, tuple[torch.cuda.Event, torch.Tensor]] = {}
 
     def _show(self, pool: Pool) -> dict[str, Any]:
         if pool.block_bytes % 16:
@@ -39,6 +42,7 @@ class P2PTransport(CudaPoolTransport):
                 f"'p2p' moves blocks in pieces of 16 bytes; {pool.block_bytes} is no multiple of 16"
             )
         details = super()._show(pool)
+        self._target = bytes_of(pool.memory)
         # Before the computation's kernels: its thread blocks are short and mostly wait for memory.
         self._stream = torch.cuda.Stream(pool.memory.device, priority=-1)
         with torch.cuda.device(pool.memory.device):  # compiled now, not while the first pull's deadline runs
@@ -61,18 +65,18 @@ class P2PTransport(CudaPoolTransport):
         except (RuntimeError, ValueError) as error:
             self._end(job, f"the copy could not be launched: {error}")
 
-    def _launch(self, job: Job) -> tuple[torch.cuda.Event, Any]:
-        own, stream = self._registered().memory, self._stream
+    def _launch(self, job: Job) -> tuple[torch.cuda.Event, torch.Tensor]:
+        target, stream, pull = self._target, self._stream, job.pull
+        assert target is not None
         assert stream is not None
-        ids = torch.tensor([list(job.pull.target_blocks), list(job.pull.source_blocks)]).pin_memory()
-        computing = torch.cuda.current_stream(own.device)
-        with torch.cuda.stream(stream):
-            stream.wait_stream(computing)
-            to_ids, from_ids = there = ids.to(own.device, non_blocking=True)
-            ops.pull_blocks(bytes_of(own), to_ids, job.peer.pool.memory, from_ids, validate_values=False)
-            event = torch.cuda.Event()
-            event.record(stream)
-        return event, (ids, there)
+        # What a pull costs beside its bytes counts: 300 MB take 0.8 ms. So the kernel reads the ids where they are.
+        ids = torch.empty(2, len(pull.target_blocks), dtype=torch.int64, pin_memory=True)
+        ids.numpy()[:] = (pull.target_blocks, pull.source_blocks)
+        stream.wait_stream(torch.cuda.current_stream(target.device))
+        ops.enqueue_pull(target, job.peer.pool.memory, ids, stream)
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event, ids
 
     def _advance(self) -> None:
         for job, (event, _) in list(self._flying.items()):

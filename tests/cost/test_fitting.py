@@ -79,7 +79,7 @@ def test_never_negative_even_on_nonsense(seed: int) -> None:
     rng = random.Random(seed)
     samples = [StepSample(s, rng.uniform(1e-3, 1.0)) for s in steps(seed, 20)]
     found = fit_iteration(samples, host_s=0.0)
-    assert min(vars(found).values()) >= 0
+    assert min(value for name, value in vars(found).items() if name != "captured") >= 0
 
 
 # Device times as on an H100, and a host that takes longer than every decode step.

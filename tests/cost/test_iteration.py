@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nanopd_lab.cost.derived import derive
 from nanopd_lab.cost.hardware import load_model
-from nanopd_lab.cost.iteration import IterationModel, StepFeatures, smooth_max
+from nanopd_lab.cost.iteration import CapturedSizes, IterationModel, StepFeatures, smooth_max
 from nanopd_lab.cost.roofline import ChunkShape, ModelDims, Roof, step_cost
 from nanopd_lab.cost.transfer_time import TransferModel
 from nanopd_lab.model.shapes import shape_config
@@ -197,3 +197,25 @@ def test_a_cache_that_costs_next_to_nothing() -> None:
     model = IterationModel(1e-3, 0, 0, 0, 5e-324, 0, host_s=2e-3)
     assert model.decode_run_seconds(1, 1, 10) == pytest.approx(20e-3)
     assert model.decode_steps_within(1, 1, 1.001) == 500
+
+
+def test_captured_steps_are_padded() -> None:
+    sizes = CapturedSizes(batches=(1, 4, 8), tokens=(16, 64))
+    assert sizes.rows(3, 3, 3) == (4, 4)  # a decode step; every row of its graph is projected
+    assert sizes.rows(8, 8, 8) == (8, 8)
+    assert sizes.rows(9, 9, 9) == (16, 9)  # too many for those
+    assert sizes.rows(17, 2, 3) == (64, 2)
+    assert sizes.rows(65, 2, 3) == (65, 2)  # launched
+    assert CapturedSizes().rows(17, 2, 3) == (17, 2)
+    for wrong in ((0, 1), (4, 4), (8, 4)):
+        with pytest.raises(ValueError, match="positive and ascending"):
+            CapturedSizes(batches=wrong)
+    model = replace(MODEL, captured=sizes)
+    assert model.seconds([ChunkShape(17, 5)]) == pytest.approx(
+        MODEL.seconds([ChunkShape(17, 5)]) - MODEL._matrices(17, 1) + MODEL._matrices(64, 1)
+    )
+    # The closed forms pad too.
+    for batch in (1, 3, 8, 9, 70):
+        step = model.seconds([ChunkShape(1, 10)] * batch)
+        assert model.decode_seconds(batch, 10 * batch) == pytest.approx(step)
+        assert model.decode_run_seconds(batch, 10 * batch, 1) == pytest.approx(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,19 @@ import torch
 
 from nanopd_lab.cli import main
 from nanopd_lab.core import StepPlan
-from nanopd_lab.cost.calibrate import describe, fit_link, fit_profile, samples_of
+from nanopd_lab.cost.calibrate import (
+    describe,
+    fit_link,
+    fit_profile,
+    links_of,
+    own_link,
+    samples_of,
+    with_launched,
+)
 from nanopd_lab.cost.files import CostModel, read_json
 from nanopd_lab.cost.grid import Grid, Point, grid_for
 from nanopd_lab.cost.hardware import load_model
-from nanopd_lab.cost.iteration import IterationModel, StepFeatures
+from nanopd_lab.cost.iteration import CapturedSizes, IterationModel, StepFeatures
 from nanopd_lab.cost.profile import StepTimer, profile
 from nanopd_lab.cost.roofline import ChunkShape, ModelDims
 from nanopd_lab.engine.config import EngineConfig
@@ -23,7 +32,12 @@ from nanopd_lab.engine.engine import Engine
 from nanopd_lab.resources import data_dir
 
 TINY = Grid((4, 12), (0, 20), (1, 3), (8, 30), num_mixed=8)
-OPTIONS: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 20, "device": "cpu", "progress": False}
+OPTIONS: dict[str, Any] = {
+    "kv_cache_memory_bytes": 1 << 20,
+    "device": "cpu",
+    "progress": False,
+    "transfers": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +134,44 @@ def test_a_profile_is_complete_and_fits(tmp_path: Path) -> None:
     assert "held-out mixed" in describe(cost)
 
 
+def test_pulls_between_workers_are_part_of_a_profile(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    record = profile("random:tiny", grid=TINY, result=path, **{**OPTIONS, "transfers": True})
+    assert json.loads(path.read_text()) == record
+    rows = record["transfers"]
+    assert {(row["transport"], row["source"], row["target"]) for row in rows} == {
+        ("inproc", "cpu", "cpu"),
+        ("shm", "cpu", "cpu"),
+    }
+    assert all(row["bytes"] == row["blocks"] * record["block_bytes"] for row in rows)
+    assert sorted({row["blocks"] for row in rows}) == [1, 4, 16, 64, 128]
+    assert all(len(row["seconds"]) == 7 and min(row["seconds"]) > 0 for row in rows)
+    links = links_of(record)
+    assert links.keys() == {"inproc", "shm"}
+    assert own_link(record) == links["shm"]  # workers that don't share a process
+    assert own_link(record, "inproc") == links["inproc"]
+    with pytest.raises(ValueError, match=r"no pulls by 'p2p'; it has (inproc, shm|shm, inproc)"):
+        own_link(record, "p2p")
+    # A second run has nothing left to measure.
+    assert profile("random:tiny", grid=TINY, result=path, **{**OPTIONS, "transfers": True}) == record
+
+
+def test_the_host_time_without_graphs_comes_from_a_profile_without_them() -> None:
+    share = 49152 * 576 / (30 * 576 * (2 * 9 * 64 + 2 * 3 * 64 + 3 * 1536))
+    sizes = CapturedSizes((1, 2, 4, 8, 64), (64, 512))
+    device = IterationModel(0.0, 5e-3, 2e-5, 1e-9, 5e-8, 0.0, vocab_share=share, captured=sizes)
+    graphs, eager = synthetic(device), synthetic(replace(device, host_s=0.04, captured=CapturedSizes()))
+    graphs["captured"] = {"batches": [1, 2, 4, 8, 64], "tokens": [64, 512]}
+    cost = fit_profile(graphs)
+    assert cost.fit["errors"]["held_out"]["mean"] < 0.01
+    assert CostModel.from_record(json.loads(json.dumps(cost.to_record()))) == cost
+    cost = with_launched(cost, eager)
+    assert cost.fit["launched"]["host_s"] == pytest.approx(0.04, rel=0.02)
+    assert cost.iteration.host_s < 0.01  # the model itself keeps its graphs
+    assert "40.0" in describe(cost)
+    assert "without CUDA graphs" in describe(cost)
+
+
 def test_a_cut_profile_is_continued_and_not_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     record = profile("random:tiny", grid=TINY, result=path, **OPTIONS)
@@ -195,7 +247,9 @@ def test_the_recorded_profile_is_met_within_the_target() -> None:
     assert held_out["count"] == 16
     assert held_out["mean"] < 0.10
     assert held_out["maximum"] < 0.25
-    assert vars(found.iteration) == pytest.approx(vars(kept.iteration), rel=1e-3, abs=1e-12)
+    assert found.iteration.captured == kept.iteration.captured == CapturedSizes()
+    numbers = [{k: v for k, v in vars(each.iteration).items() if k != "captured"} for each in (found, kept)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-12)
     # Reading the weights: the same bandwidth as a large copy on that machine, 10.4 GB/s in transfer-cpu-2026-11-25.
     dims = ModelDims(**found.fit["dims"])
     assert dims.token_weights * 4 / found.iteration.weight_s == pytest.approx(10.4e9, rel=0.15)

@@ -228,3 +228,22 @@ def test_bad_requests_are_refused() -> None:
         instant.run()
     with pytest.raises(ValueError, match="positive"):
         LinkModel(bytes_per_s=0.0)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_worker_that_plans_ahead_lets_newcomers_wait_a_step_longer(skip: bool) -> None:
+    """Steps of 1 s. The second request comes during the third step: it could be in the fourth, which is planned."""
+    requests = [
+        SimRequest("first", 0.0, 4, 10),
+        SimRequest("second", 2.5, 4, 3),
+        SimRequest("alone", 20.25, 4, 2),
+    ]
+
+    def ttfts(ahead: bool) -> list[float | None]:
+        config = SimConfig(num_blocks=100, ahead=ahead, skip=skip)
+        result = Simulator(*create_policy("collocated", 1), ConstantTime(1.0), requests, config).run()
+        assert not result.problems()
+        return [record.ttft_s for record in result.records]
+
+    assert ttfts(ahead=False) == [1.0, 1.5, 1.0]
+    assert ttfts(ahead=True) == [1.0, 2.5, 1.0]  # an idle worker plans at once

@@ -91,6 +91,7 @@ def cases(draw: st.DrawFn) -> tuple[str, list[SimRequest], SimConfig, list[Kill]
         limits=Limits(heartbeat_s=float("inf"), max_jobs=draw(st.sampled_from([None, 3]))),
         message_s=draw(st.sampled_from([0.0, 0.0, 0.03])),
         beat_s=draw(st.sampled_from([None, 0.4])),
+        ahead=draw(st.booleans()),
     )
     kills = [
         Kill(draw(st.floats(0.0, 20.0)), f"w{draw(st.integers(0, 1))}", draw(st.sampled_from([None, 0.5])))

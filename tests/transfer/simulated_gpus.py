@@ -90,8 +90,12 @@ class SimulatedGpus:
     def copy(self, target: int, source: int, num_bytes: int, stream: SimulatedStream) -> None:
         stream.work.append(("copy", (target, source, num_bytes)))
 
-    def pull_blocks(self, *args: torch.Tensor, validate_values: bool) -> None:
-        self.current.work.append(("launch", lambda: torch.ops.nanopd.pull_blocks(*args)))
+    def enqueue_pull(
+        self, to_pool: torch.Tensor, from_pool: torch.Tensor, ids: torch.Tensor, stream: SimulatedStream
+    ) -> None:
+        # The ids are read when it runs, as on a GPU.
+        work = lambda: torch.ops.nanopd.pull_blocks(to_pool, ids[0], from_pool, ids[1])  # noqa: E731
+        stream.work.append(("launch", work))
 
     @contextlib.contextmanager
     def stream(self, stream: SimulatedStream) -> Iterator[None]:
@@ -109,13 +113,16 @@ class SimulatedGpus:
             "current_stream": lambda _: self.current,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        empty = torch.empty
+        monkeypatch.setattr(
+            torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options)
+        )
         monkeypatch.setattr(
             PinnedTransport, "_pinned", staticmethod(lambda n: torch.zeros(n, dtype=torch.uint8))
         )
         monkeypatch.setattr(pinned, "copy_async", self.copy)
         monkeypatch.setattr(p2p, "gpu", SimpleNamespace(load=lambda *_: None))
-        monkeypatch.setattr(p2p, "ops", SimpleNamespace(pull_blocks=self.pull_blocks))
+        monkeypatch.setattr(p2p, "ops", SimpleNamespace(enqueue_pull=self.enqueue_pull))
         monkeypatch.setattr(cuda_pools.CudaPoolTransport, "_check_cuda", lambda *_: None)
         monkeypatch.setattr(cuda_pools, "device_of", lambda _: torch.device("cpu"))
         monkeypatch.setattr(
