@@ -20,10 +20,12 @@ from nanopd_lab.kernels.launches import (
     Launch,
     RowsTuning,
     SplitTuning,
+    TileTuning,
     decode_launch,
     few_rows_launch,
     move_launch,
     prefill_launch,
+    some_rows_launch,
     split_workspace,
     store_launch,
     top_p_launch,
@@ -167,6 +169,22 @@ def few_rows(
     add, stride = (none, 0) if residual is None else (residual, residual.stride(0))
     args = [out, n, x, x.stride(0), weight, add, stride, rows, k]
     return out, execute(few_rows_launch(x.dtype, rows, n, k, tuning), args, instrument)
+
+
+def some_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    instrument: bool = False,
+    tuning: TileTuning = TileTuning(64, 3, 1),
+) -> tuple[torch.Tensor, RunResult]:
+    """As `few_rows`, by `cuda/some_rows.cu`, a block a tile: the emulator has no clusters."""
+    (rows, k), n = x.shape, weight.shape[0]
+    out = torch.full((rows, n), float("nan")).to(x.dtype)
+    none = torch.zeros(0, dtype=x.dtype)
+    add, stride = (none, 0) if residual is None else (residual, residual.stride(0))
+    args = [out, n, x, x.stride(0), weight, add, stride, rows, n, k]
+    return out, execute(some_rows_launch(x.dtype, rows, n, k, LIMITS, tuning), args, instrument)
 
 
 def top_p_threshold(
