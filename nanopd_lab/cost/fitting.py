@@ -22,6 +22,9 @@ SHARPNESSES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
 MIN_SAMPLES = 8
 HOST_CANDIDATES = 12
 CORNER_STEP = 1.2
+FILLS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024)  # in tokens
+MOST_TURNS = 6
+FILL_MUST_REACH = 0.9  # of the error without it
 CORNERS = tuple(0.25 * CORNER_STEP**n for n in range(54))  # in tokens; up to 3,900
 T0_MUST_REACH = 0.9  # of the error without it
 
@@ -127,6 +130,10 @@ def fit_iteration(
     )
 
 
+COLUMNS, MIXED = (
+    6,
+    5,
+)  # of the linear part: the matrices, four more terms, and what only steps with prompts pay
 TERMS = ("reading weights", "matrix products", "constant", "attention pairs", "context", "sequences")
 
 
@@ -143,6 +150,7 @@ def fit_without(
     if not (model.weight_s > 0 and model.token_s > 0):
         raise ValueError("the model has no corner: reading weights or matrix products take no time in it")
     table, corner = _Table(samples, model.vocab_share, model.captured), model.weight_s / model.token_s
+    table.fill = model.fill
     matrices = {
         "reading weights": table.tokens / corner,
         "matrix products": table.weights,
@@ -150,7 +158,8 @@ def fit_without(
     free = table.above(model.host_s)
     columns = np.column_stack([matrices, table.others])[free]
     used = [n for n, name in enumerate(("matrices", *TERMS[2:])) if name != term and (n != 1 or model.t0_s)]
-    found = np.zeros(5)
+    used += [MIXED] * bool(model.mixed_s)
+    found = np.zeros(COLUMNS)
     found[used] = solve(columns[:, used], table.seconds[free])
     refitted = table._model(found, corner, model.sharpness, model.host_s)
     if term == "reading weights":
@@ -200,7 +209,18 @@ class _Table:
         ).T
         self.weights: Array = np.where(drawn > 0, 1.0 + vocab_share, 1.0)
         self.tokens: Array = tokens + vocab_share * drawn
-        self.others: Array = np.array([[1.0, s.pairs, s.context, s.sequences] for s in steps], dtype=float)
+        self.fill = 0.0
+
+    @property
+    def others(self) -> Array:
+        """[steps, 5]: the terms beside the matrices."""
+        return np.array(
+            [
+                [1.0, max(s.pairs, self.fill * s.walk), s.context, s.sequences, not s.decodes_only]
+                for s in (sample.step for sample in self.samples)
+            ],
+            dtype=float,
+        )
 
     def loss(self, model: IterationModel) -> float:
         """Sum of squared relative errors."""
@@ -213,30 +233,57 @@ class _Table:
     def fit(self, host_s: float) -> IterationModel:
         """The best for a host time, from the steps that take longer than it."""
         free = self.above(host_s)
+        distance, found = self._with_constant(free, host_s)
+        if not self.captured.batches:
+            return found
+        # On a GPU short chunks may leave part of it idle. From fill to corner and back, until nothing moves.
+        best, model, having = distance, found, found
+        for _ in range(MOST_TURNS):
+            corner = model.weight_s / model.token_s if model.token_s else CORNERS[-1]
+            tried = []
+            for fill in FILLS:
+                self.fill = fill
+                tried.append((self._solve(free, corner, model.sharpness, bool(model.t0_s))[0], fill))
+            self.fill = min(tried)[1]
+            now, model = self._with_constant(free, host_s)
+            if now > 0.999 * best:
+                break
+            best, having = now, model
+        self.fill = 0.0
+        return having if best < FILL_MUST_REACH * distance else found
+
+    def _with_constant(self, free: NDArray[np.bool_], host_s: float) -> tuple[float, IterationModel]:
         # A constant time and that of the weights differ only in the corner's shape: t0 must earn its place.
         without, having = self._search(free, host_s, with_t0=False), self._search(free, host_s, with_t0=True)
-        return having[1] if having[0] < T0_MUST_REACH * without[0] else without[1]
+        return having if having[0] < T0_MUST_REACH * without[0] else without
 
     def _search(self, free: NDArray[np.bool_], host_s: float, with_t0: bool) -> tuple[float, IterationModel]:
         """(root of the squared relative errors' sum, model) of the best corner."""
+        others = self.others
         grid = [(corner, sharpness) for sharpness in SHARPNESSES for corner in CORNERS]
-        best = min((self._solve(free, *each, with_t0) for each in grid), key=lambda found: found[0])
+        best = min((self._solve(free, *each, with_t0, others) for each in grid), key=lambda found: found[0])
         _, _, corner, sharpness = best
         # Between the corners of the grid.
         finer = np.geomspace(corner / CORNER_STEP, corner * CORNER_STEP, 21)
         distance, found, corner, sharpness = min(
-            (self._solve(free, float(each), sharpness, with_t0) for each in finer),
+            (self._solve(free, float(each), sharpness, with_t0, others) for each in finer),
             key=lambda found: found[0],
         )
         return distance, self._model(found, corner, sharpness, host_s)
 
     def _solve(
-        self, free: NDArray[np.bool_], corner: float, sharpness: float, with_t0: bool
+        self,
+        free: NDArray[np.bool_],
+        corner: float,
+        sharpness: float,
+        with_t0: bool,
+        others: Array | None = None,
     ) -> tuple[float, Array, float, float]:
         """(distance, coefficients, corner, sharpness): linear, given the last two."""
-        columns = np.column_stack([self.matrices(corner, sharpness), self.others])[free]
-        used = [0, 1, 2, 3, 4] if with_t0 else [0, 2, 3, 4]
-        found = np.zeros(5)
+        others = self.others if others is None else others
+        columns = np.column_stack([self.matrices(corner, sharpness), others])[free]
+        used = [0, *([1] if with_t0 else []), 2, 3, 4, *([MIXED] if self.captured.batches else [])]
+        found = np.zeros(COLUMNS)
         found[used] = self.solve(columns[:, used], self.seconds[free])
         distance = float(np.linalg.norm(columns @ found / self.seconds[free] - 1))
         return distance, found, corner, sharpness
@@ -249,7 +296,7 @@ class _Table:
         return found
 
     def _model(self, found: Array, corner: float, sharpness: float, host_s: float) -> IterationModel:
-        weight, t0, pair, context, sequence = map(float, found)
+        weight, t0, pair, context, sequence, mixed = map(float, found)
         return IterationModel(
             t0_s=t0,
             weight_s=weight,
@@ -260,5 +307,7 @@ class _Table:
             host_s=host_s,
             vocab_share=self.vocab_share,
             sharpness=sharpness,
+            fill=self.fill,
+            mixed_s=mixed,
             captured=self.captured,
         )

@@ -57,7 +57,8 @@ class NanoPDModel:
     ) -> NanoPDModel:
         """To timed steps, as well as the formulas can: α from whole prompts, β and threshold from decode steps.
 
-        Of decode steps those of at most max(THRESHOLDS) sequences. No interference (which is for requests, not for steps), and a link that takes no time.
+        Of decode steps those of at most max(THRESHOLDS) sequences. No interference (which is for requests, not for
+        steps), and a link that takes no time.
 
         Raises:
             ValueError: no whole prompt or no decode step among them.

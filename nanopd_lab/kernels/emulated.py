@@ -36,6 +36,7 @@ from nanopd_lab.kernels.run import run
 from nanopd_lab.kernels.sources import with_headers
 
 LIMITS = DeviceLimits(multiprocessors=2)
+SMALL_TILES = TileTuning(64, 3, 1)
 
 
 def execute(
@@ -176,7 +177,7 @@ def some_rows(
     weight: torch.Tensor,
     residual: torch.Tensor | None = None,
     instrument: bool = False,
-    tuning: TileTuning = TileTuning(64, 3, 1),
+    tuning: TileTuning = SMALL_TILES,
 ) -> tuple[torch.Tensor, RunResult]:
     """As `few_rows`, by `cuda/some_rows.cu`, a block a tile: the emulator has no clusters."""
     (rows, k), n = x.shape, weight.shape[0]

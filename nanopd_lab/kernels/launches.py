@@ -392,8 +392,9 @@ def some_rows_tuning(n: int, limits: DeviceLimits) -> TileTuning:
     """The constants for a product: as few blocks a tile as give some seven in ten multiprocessors work.
 
     Measured on an H100 over all products of Qwen3-8B in one graph, with a small kernel before each (0.2 ms of it), ms
-    (cuBLAS): 5.30 (6.32) for 32 rows, 5.47 (6.45) for 64. Two blocks a multiprocessor of half the stages, and more blocks a
-    tile instead: 5.37, 5.66; tiles of 128 rows 5.57, 5.82; warps' products instead of a warpgroup's, at best: 5.60, 6.17.
+    (cuBLAS): 5.30 (6.32) for 32 rows, 5.47 (6.45) for 64. Two blocks a multiprocessor of half the stages, and more
+    blocks a tile instead: 5.37, 5.66; tiles of 128 rows 5.57, 5.82; warps' products instead of a warpgroup's, at best:
+    5.60, 6.17.
     """
     tiles = -(-n // 64)
     cluster = next((c for c in CLUSTERS if 10 * c * tiles >= 7 * limits.multiprocessors), CLUSTERS[-1])
