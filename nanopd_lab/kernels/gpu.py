@@ -192,6 +192,38 @@ class _Config(ctypes.Structure):
 _OVERLAP = (_Attribute * 1)(_Attribute(id=6, pad=0, value=(ctypes.c_int * 16)(1)))
 
 
+class PreparedLaunch:
+    """A launch that can be repeated: what the driver reads is laid out once, and the arguments may change in between.
+
+    args: ctypes values, one a parameter; `enqueue` takes their values of that moment
+    """
+
+    def __init__(
+        self,
+        kernel: LoadedKernel,
+        block: Sequence[int],
+        shared_bytes: int,
+        args: Sequence[Any],
+        stream: int,
+        overlaps: bool = False,
+    ) -> None:
+        self._kernel, self._args = kernel, args  # kept: only their addresses are in `_pointers`
+        self._pointers = (ctypes.c_void_p * max(1, len(args)))(*(ctypes.addressof(arg) for arg in args))
+        self._config = _Config(0, 0, 0, *block, shared_bytes, stream, _OVERLAP, int(overlaps))
+
+    def enqueue(self, grid: Sequence[int]) -> None:
+        """Launch. The stream's device must be the current one. Raises RuntimeError when the driver refuses."""
+        config = self._config
+        config.grid_x, config.grid_y, config.grid_z = grid
+        error = _driver().cuLaunchKernelEx(ctypes.byref(config), self._kernel.handle, self._pointers, None)
+        if error:
+            block = (config.block_x, config.block_y, config.block_z)
+            raise RuntimeError(
+                f"launch of {self._kernel.name} failed: CUDA error {error} (grid {tuple(grid)}, block {block}, "
+                f"{config.shared_bytes} bytes of shared memory)"
+            )
+
+
 def launch_raw(
     kernel: LoadedKernel,
     grid: Sequence[int],
@@ -201,15 +233,8 @@ def launch_raw(
     stream: int,
     overlaps: bool = False,
 ) -> None:
-    """Enqueue. args: ctypes values, one a parameter. Raises RuntimeError when the driver refuses."""
-    pointers = (ctypes.c_void_p * max(1, len(args)))(*(ctypes.addressof(arg) for arg in args))
-    config = _Config(*grid, *block, shared_bytes, stream, _OVERLAP, int(overlaps))
-    error = _driver().cuLaunchKernelEx(ctypes.byref(config), kernel.handle, pointers, None)
-    if error:
-        raise RuntimeError(
-            f"launch of {kernel.name} failed: CUDA error {error} (grid {tuple(grid)}, block {tuple(block)}, "
-            f"{shared_bytes} bytes of shared memory)"
-        )
+    """Enqueue once. args: ctypes values, one a parameter. Raises RuntimeError when the driver refuses."""
+    PreparedLaunch(kernel, block, shared_bytes, args, stream, overlaps).enqueue(grid)
 
 
 def pack(values: Sequence[torch.Tensor | int | float | ctypes._SimpleCData[Any] | None]) -> list[Any]:

@@ -444,21 +444,39 @@ def pull_blocks(
     torch.ops.nanopd.pull_blocks(to_pool, to_ids, from_pool, from_ids)
 
 
-def enqueue_pull(
-    to_pool: torch.Tensor, from_pool: torch.Tensor, ids: torch.Tensor, stream: torch.cuda.Stream
-) -> None:
-    """`pull_blocks` for those who pull often: nothing is checked, and nothing copied before the launch.
+class Puller:
+    """`pull_blocks` into one pool for those who pull often: nothing is checked, and nothing copied before the launch.
 
-    Both pools uint8 `[num_blocks, block_bytes]` as in `pull_blocks`; ids int64 [2, n], of the target's blocks and of
-    the source's, in pinned memory of the host, where the kernel reads them. Keep them until the launch has ended.
+    300 MB from another H100 take 0.85 ms, of which every 8 µs on the host are 1 %. So what all launches have in common
+    is prepared once.
+
+    Args:
+        to_pool: uint8 `[num_blocks, block_bytes]`, as in `pull_blocks`; to be kept by the caller
+        stream: of its device
     """
-    count, size = ids.shape[1], to_pool.shape[1]
-    device = to_pool.device
-    launch = move_launch(count, size, _limits(to_pool))
-    first, pieces = ids.data_ptr(), ctypes.c_longlong(size // 16)
-    args: list[Any] = [
-        from_pool, pieces, ctypes.c_void_p(first + 8 * count), to_pool, pieces, ctypes.c_void_p(first), size // 16
-    ]  # fmt: skip
-    with torch.cuda.device(device):  # the launch goes to the current context
-        kernel = gpu.load(launch, device.index)
-        gpu.launch_raw(kernel, launch.grid, (launch.threads, 1, 1), 0, gpu.pack(args), stream.cuda_stream)
+
+    def __init__(self, to_pool: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        self._block_bytes, self._limits = to_pool.shape[1], _limits(to_pool)
+        self._from_pool, self._from_ids, self._to_ids = (ctypes.c_void_p() for _ in range(3))
+        pieces = self._block_bytes // 16
+        args = [
+            self._from_pool, ctypes.c_longlong(pieces), self._from_ids,
+            ctypes.c_void_p(to_pool.data_ptr()), ctypes.c_longlong(pieces), self._to_ids, ctypes.c_int(pieces),
+        ]  # fmt: skip
+        launch = move_launch(1, self._block_bytes, self._limits)
+        self._on_device = torch.cuda.device(to_pool.device)
+        with self._on_device:
+            kernel = gpu.load(launch, to_pool.device.index)
+        self._launch = gpu.PreparedLaunch(kernel, (launch.threads, 1, 1), 0, args, stream.cuda_stream)
+
+    def enqueue(self, from_pool: torch.Tensor, ids: torch.Tensor, count: int) -> None:
+        """Pull `count` blocks of a pool like the own.
+
+        ids: int64 in pinned memory of the host, where the kernel reads them: `count` of the own blocks, then `count`
+            of the other pool's. Leave them as they are until the launch has ended.
+        """
+        self._from_pool.value = from_pool.data_ptr()
+        self._to_ids.value = first = ids.data_ptr()
+        self._from_ids.value = first + 8 * count
+        with self._on_device:  # the launch goes to the current context
+            self._launch.enqueue(move_launch(count, self._block_bytes, self._limits).grid)

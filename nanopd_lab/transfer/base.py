@@ -17,6 +17,7 @@ from __future__ import annotations
 import enum
 from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Pool:
     memory: torch.Tensor
     generations: MutableSequence[int]
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes of one block."""
         return self.memory[0].numel() * self.memory.itemsize

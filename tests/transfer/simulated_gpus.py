@@ -29,7 +29,7 @@ class SimulatedStream:
         gpus.streams.append(self)
 
     def wait_event(self, event: SimulatedEvent) -> None:
-        self.work.append(("wait", event))
+        self.work.append(("wait", event.last))
 
     def wait_stream(self, other: SimulatedStream) -> None:
         event = SimulatedEvent()
@@ -38,7 +38,7 @@ class SimulatedStream:
 
     def step(self) -> bool:
         """Do the first thing in the queue; False if there is none or it must wait."""
-        if not self.work or (self.work[0][0] == "wait" and not self.work[0][1].passed):
+        if not self.work or (self.work[0][0] == "wait" and not self.work[0][1]):
             return False
         what, given = self.work.popleft()
         if what == "copy":
@@ -46,7 +46,7 @@ class SimulatedStream:
         elif what == "launch":
             given()
         elif what == "record":
-            given.passed = True
+            given.append(True)
         return True
 
     def synchronize(self) -> None:
@@ -58,17 +58,32 @@ class SimulatedStream:
 
 
 class SimulatedEvent:
-    passed = True  # as CUDA has it for an event never recorded
+    """Who waits does so for the recording that was the last one then: an event may be recorded again."""
+
+    def __init__(self) -> None:
+        self.last = [True]  # filled when it has passed; as CUDA has it, an event never recorded has
 
     def record(self, stream: SimulatedStream) -> None:
-        self.passed = False
-        stream.work.append(("record", self))
+        self.last = []
+        stream.work.append(("record", self.last))
 
     def query(self) -> bool:
-        return self.passed
+        return bool(self.last)
 
     def wait(self, stream: SimulatedStream) -> None:
         stream.wait_event(self)
+
+
+class SimulatedPuller:
+    def __init__(self, to_pool: torch.Tensor, stream: SimulatedStream) -> None:
+        self.to_pool, self.stream = to_pool, stream
+
+    def enqueue(self, from_pool: torch.Tensor, ids: torch.Tensor, count: int) -> None:
+        # The ids are read when it runs, as on a GPU.
+        def work() -> None:
+            torch.ops.nanopd.pull_blocks(self.to_pool, ids[:count], from_pool, ids[count : 2 * count])
+
+        self.stream.work.append(("launch", work))
 
 
 class SimulatedGpus:
@@ -89,13 +104,6 @@ class SimulatedGpus:
 
     def copy(self, target: int, source: int, num_bytes: int, stream: SimulatedStream) -> None:
         stream.work.append(("copy", (target, source, num_bytes)))
-
-    def enqueue_pull(
-        self, to_pool: torch.Tensor, from_pool: torch.Tensor, ids: torch.Tensor, stream: SimulatedStream
-    ) -> None:
-        # The ids are read when it runs, as on a GPU.
-        work = lambda: torch.ops.nanopd.pull_blocks(to_pool, ids[0], from_pool, ids[1])  # noqa: E731
-        stream.work.append(("launch", work))
 
     @contextlib.contextmanager
     def stream(self, stream: SimulatedStream) -> Iterator[None]:
@@ -121,8 +129,7 @@ class SimulatedGpus:
             PinnedTransport, "_pinned", staticmethod(lambda n: torch.zeros(n, dtype=torch.uint8))
         )
         monkeypatch.setattr(pinned, "copy_async", self.copy)
-        monkeypatch.setattr(p2p, "gpu", SimpleNamespace(load=lambda *_: None))
-        monkeypatch.setattr(p2p, "ops", SimpleNamespace(enqueue_pull=self.enqueue_pull))
+        monkeypatch.setattr(p2p, "ops", SimpleNamespace(Puller=SimulatedPuller))
         monkeypatch.setattr(cuda_pools.CudaPoolTransport, "_check_cuda", lambda *_: None)
         monkeypatch.setattr(cuda_pools, "device_of", lambda _: torch.device("cpu"))
         monkeypatch.setattr(

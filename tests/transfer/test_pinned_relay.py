@@ -73,13 +73,13 @@ def test_nothing_is_written_after_a_cancelled_pull_was_reported(
 def test_work_of_the_last_owner_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus, transport, source, own = simulate(0, monkeypatch)
     gate, junk = SimulatedEvent(), torch.full((60, 24), 9, dtype=torch.uint8)
-    gate.passed = False
+    gate.last = []
     gpus.computing.wait_event(gate)
     gpus.copy(own.memory.data_ptr(), junk.data_ptr(), junk.numel(), gpus.computing)
     transport.start(Pull(0, "source", range(60), [0] * 60, range(60)), 1e18)
     gpus.advance(5000)
     assert transport.poll() == []
-    gate.passed = True
+    gate.last.append(True)
     assert run(gpus, transport, 1)[0].status is PullStatus.DONE
     assert torch.equal(own.memory, source.memory)
     transport.close()
