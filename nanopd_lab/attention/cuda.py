@@ -100,7 +100,7 @@ def attend_known(
                 block_tables[part],
                 context_lens[part],
                 starts,
-                max(lengths[part]),
+                workspace,
                 scale,
             )
     first = sum(lengths[:few])
@@ -183,8 +183,7 @@ def _attention_cuda(
     ops.decode_into(out[:sequences], query[:sequences], kv_layer, block_tables, decode_lens, workspace, scale)
     if not decode_only:
         # Its sequences' rows come behind those of all decode steps, and overwrite the zeros left there.
-        longest = query.shape[0]
-        ops.prefill_into(out, query, kv_layer, block_tables, prefill_lens, query_start, longest, scale)
+        ops.prefill_into(out, query, kv_layer, block_tables, prefill_lens, query_start, workspace, scale)
     return out
 
 
@@ -217,7 +216,7 @@ torch.library.register_fake("nanopd::attention", lambda query, *_: query.new_emp
 
 
 class CudaBackend:
-    """See `AttentionBackend`. Owns the decode kernels' workspace, so one instance serves one stream at a
+    """See `AttentionBackend`. Owns the kernels' workspace, so one instance serves one stream at a
     time.
 
     validate_values: also check block ids, slots and lengths against the cache before each launch. That waits
@@ -241,7 +240,7 @@ class CudaBackend:
         self._workspace = ops.make_workspace(whole, device)
 
     def workspace(self, query: torch.Tensor, kv_layer: torch.Tensor) -> torch.Tensor:
-        """Scratch memory of the decode kernels; allocated by the first call at the latest."""
+        """Scratch memory of the kernels; allocated by the first call at the latest."""
         if self._workspace is None or self._workspace.device != query.device:
             if query.device.type != "cuda":
                 return query.new_empty(2)

@@ -76,7 +76,7 @@ def test_prefill_over_all_shapes(dtype: torch.dtype) -> None:
             problem.block_tables,
             problem.context_lens,
             problem.query_start,
-            257,
+            ops.make_workspace(problem.shape, "cuda"),
             problem.scale,
         )
         error = reference.relative_error(out, problem.wanted())
