@@ -105,7 +105,7 @@ DEVICE Division divide(const Batch& batch) {
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) longest = max(longest, __shfl_xor_sync(FULL_WARP, longest, step));
-    const int stride = (slots + 32 * batch.kv_heads - 1) / (32 * batch.kv_heads), tried = lane * stride + 1;
+    const int tried = lane + 1 + lane * lane * slots / (1024 * batch.kv_heads);  // up to one for each slot
     const int turns = (longest + tried - 1) / tried;
 
     int count = 0, most_turns = 1, most_parts = 1;

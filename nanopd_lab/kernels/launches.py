@@ -311,7 +311,7 @@ def prefill_workspace_bytes(shape: AttentionShape, launch: Launch) -> int:
 def prefill_workspace(
     workspace: torch.Tensor, shape: AttentionShape, launch: Launch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """(partial, partial sums, counters, places): views of a workspace as `split_workspace` takes it, and their number."""
+    """(partial, partial sums, counters, places): views of a workspace, see `split_workspace`, and a number."""
     outputs, sums, counters = _split(workspace, shape, prefill_workspace_bytes(shape, launch))
     return outputs, sums, counters, PREFILL_PLACES * launch.grid[0]
 

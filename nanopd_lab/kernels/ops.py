@@ -53,7 +53,7 @@ def _limits(tensor: torch.Tensor) -> gpu.DeviceLimits:
 
 
 def make_workspace(shape: AttentionShape, device: torch.device | str) -> torch.Tensor:
-    """Scratch memory for `paged_decode` and `paged_prefill`, zeroed. Make it once, before any CUDA graph is captured."""
+    """Scratch memory for `paged_decode` and `paged_prefill`, zeroed. Make it once, before any graph is captured."""
     device = torch.device(device)
     if device.type != "cuda":
         return torch.zeros(0, dtype=torch.uint8, device=device)

@@ -112,6 +112,63 @@ def test_prefill_equals_float64(shape: tuple) -> None:
     assert reference.relative_error(out, problem.wanted()) <= reference.TOLERANCES[shape[0]]
 
 
+def prefill(problem: Problem, blocks: int, warps: int, instrument: bool = False) -> tuple[float, int]:
+    """Relative error of a launch, and how many parts of divided tiles it wrote."""
+    args = (problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.query_start)
+    out, result = emulated.paged_prefill(*args, problem.scale, instrument, warps, blocks)
+    assert result.findings == ()
+    lengths = problem.query_start.diff()
+    own = torch.repeat_interleave(problem.context_lens > 0, lengths)
+    assert out[~own].isnan().all(), "rows of sequences without context are left alone"
+    sums = result.outputs[-2].view(-1, 16 * (4 if problem.shape.head_dim == 256 else warps), 2)
+    parts = int((~sums[:, 0, 0].isnan()).sum())
+    return reference.relative_error(out[own], problem.wanted()[own]), parts
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "warps", "least"),
+    [
+        ((BF16, 64, 16, 4, 1, [700], [3]), 12, 1, 6),
+        ((BF16, 128, 16, 4, 2, [700, 0, 300, 40], [3, 5, 40, 40]), 20, 2, 4),
+        ((FP16, 256, 32, 8, 1, [500], [9]), 9, 4, 4),
+        ((BF16, 64, 8, 3, 1, [400] * 35, [1] * 35), 70, 1, 70),  # more sequences than lanes
+    ],
+    ids=["one-chunk", "mixture", "d256", "many-sequences"],
+)
+def test_a_long_past_is_divided(shape: tuple, blocks: int, warps: int, least: int) -> None:
+    error, parts = prefill(make_problem(*shape), blocks, warps, instrument=True)
+    assert parts >= least
+    assert error <= reference.TOLERANCES[shape[0]]
+
+
+def test_prompts_without_a_past_are_not_divided() -> None:
+    error, parts = prefill(make_problem(BF16, 64, 16, 4, 1, [300, 90], [300, 80]), 64, 1)
+    assert parts == 0
+    assert error <= reference.TOLERANCES[BF16]
+
+
+CHUNK = st.tuples(st.sampled_from([1, 2, 5, 17, 40]), st.sampled_from([0, 1, 63, 200, 500]))
+
+
+@given(
+    st.lists(CHUNK, min_size=1, max_size=5),
+    st.sampled_from([(16, 4), (8, 3), (32, 1), (16, 8)]),
+    st.sampled_from([1, 2, 7, 33]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 5),
+)
+@settings(max_examples=25, deadline=None)
+def test_prefill_of_any_batch(
+    chunks: list[tuple[int, int]], constants: tuple[int, int], blocks: int, warps: int, padding: int
+) -> None:
+    contexts, lengths = [count + past for count, past in chunks], [count for count, _ in chunks]
+    contexts.insert(padding % len(contexts), 0)
+    lengths.insert(padding % len(lengths), padding)
+    problem = make_problem(BF16, 64, *constants, 2, contexts, lengths)
+    error, _ = prefill(problem, blocks, warps)
+    assert error <= reference.TOLERANCES[BF16]
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_store(dtype: torch.dtype) -> None:
     cache = torch.randn(6, 2, 2, 3, 8, 64).to(dtype)

@@ -83,6 +83,56 @@ def test_prefill_over_all_shapes(dtype: torch.dtype) -> None:
         assert error <= reference.TOLERANCES[dtype], (head_dim, block_size, group, error)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_prefill_of_chunks_after_a_long_past(dtype: torch.dtype) -> None:
+    """Divided tiles: right, the same at every launch, and their counters zero again."""
+    for i, (head_dim, block_size, group) in enumerate(((64, 16, 3), (128, 16, 4), (256, 32, 8), (128, 8, 1))):
+        for contexts, query_lens in (
+            ([5000], [1]),
+            ([9000, 0, 3000, 300], [16, 4, 70, 300]),
+            ([700] * 40, [3] * 40),
+        ):
+            problem = make_problem(dtype, head_dim, block_size, group, 2, contexts, query_lens, i, "cuda")
+            workspace = ops.make_workspace(problem.shape, "cuda")
+            args = (
+                problem.kv_layer,
+                problem.block_tables,
+                problem.context_lens,
+                problem.query_start,
+                workspace,
+            )
+            out = ops.paged_prefill(problem.query, *args, problem.scale)
+            own = torch.repeat_interleave(problem.context_lens > 0, problem.query_start.diff())
+            error = reference.relative_error(out[own], problem.wanted()[own])
+            assert error <= reference.TOLERANCES[dtype], (head_dim, contexts, error)
+            for _ in range(5):
+                again = ops.paged_prefill(problem.query, *args, problem.scale)
+                assert torch.equal(again[own], out[own])
+            assert int(workspace[: 4 << 16].sum()) == 0
+
+
+def test_prefill_graph_replays_with_new_lengths() -> None:
+    problem = make_problem(torch.bfloat16, 128, 16, 4, 8, [2000] * 4, [16] * 4, device="cuda")
+    workspace = ops.make_workspace(problem.shape, "cuda")
+    args = (problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.query_start)
+    call = torch.ops.nanopd.paged_prefill
+    call(*args, workspace, problem.scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(*args, workspace, problem.scale)
+    for contexts, starts in (
+        ([2000, 2000, 2000, 2000], [0, 16, 32, 48, 64]),
+        ([0, 16, 1900, 40], [0, 0, 16, 18, 50]),
+        ([0, 0, 0, 1999], [0, 0, 0, 0, 64]),
+    ):
+        problem.context_lens.copy_(torch.tensor(contexts, dtype=torch.int32))
+        problem.query_start.copy_(torch.tensor(starts, dtype=torch.int32))
+        graph.replay()
+        used = starts[-1]
+        error = reference.relative_error(out[:used], problem.wanted()[:used])
+        assert error <= reference.TOLERANCES[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_store_and_moves(dtype: torch.dtype) -> None:
     cache = torch.randn(40, 3, 2, 2, 16, 64, device="cuda").to(dtype)
