@@ -12,6 +12,7 @@
 using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;
+using u64 = unsigned long long;
 
 struct float16 { u16 bits; };
 struct bfloat16 { u16 bits; };
@@ -173,14 +174,44 @@ DEVICE void async_copy16(void* shared, const void* global, bool valid = true) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(valid ? 16 : 0) : "memory");
 }
+// The same for what nobody needs again: it is the first to leave the L2 cache.
+DEVICE u64 used_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+DEVICE void async_copy16_once(void* shared, const void* global, bool valid, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(valid ? 16 : 0), "l"(policy) : "memory");
+}
 DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 #else
 DEVICE void async_copy16(void* shared, const void* global, bool valid = true) {
     emu::async_copy(shared, global, 16, valid ? 16 : 0);
 }
+DEVICE u64 used_once() { return 0; }
+DEVICE void async_copy16_once(void* shared, const void* global, bool valid, u64) {
+    async_copy16(shared, global, valid);
+}
 DEVICE void async_commit() { emu::async_commit(); }
 template <int N> DEVICE void async_wait() { emu::async_wait(N); }
+#endif
+
+// ---- clusters: blocks that run together and reach each other's shared memory (sm_90) --------------------------
+
+#if defined(NANOPD_GPU) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// What the block of that rank has at this place of its shared memory.
+DEVICE float4 load_of_cluster(const float4* p, int rank) {
+    u32 at;
+    float4 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
+    return v;
+}
 #endif
 
 // ---- tensor cores -----------------------------------------------------------------------------------------

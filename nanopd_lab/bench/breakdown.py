@@ -14,7 +14,18 @@ KINDS = (
     ("attention", ("paged_decode", "paged_prefill", "kv_store", "flash", "fmha", "sdpa", "cudnn")),
     (
         "products",
-        ("few_rows", "gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk", "triton_tem", "triton_mm"),
+        (
+            "few_rows",
+            "some_rows",
+            "gemm",
+            "gemv",
+            "nvjet",
+            "cutlass",
+            "cublas",
+            "splitk",
+            "triton_tem",
+            "triton_mm",
+        ),
     ),
 )
 

@@ -5,7 +5,8 @@
 
 Every try at serving one sample of a request has a `key` of its own, so that what comes late from an earlier try is
 recognised and dropped. Workers don't talk to each other: what the source publishes goes to the target through the
-controller, which so knows of every step. What is sent often is frozen in spirit only: that costs a third to make. Times are seconds on one clock for all (`time.monotonic` on one machine).
+controller, which so knows of every step. Times are seconds on one clock for all (`time.monotonic` on one machine).
+What is sent often is frozen in spirit only, which makes it three times as cheap to make.
 """
 
 from __future__ import annotations

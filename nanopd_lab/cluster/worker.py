@@ -77,7 +77,7 @@ class WorkerCore:
         terms: of leases
         generation: of a block of the own pool; None: the allocator's
         lease: makes a `Lease`
-        stream: tell of tokens as they come; without it, of the first one here and then, at the end, of the rest
+        stream: tell of tokens as they come; without it, of a request's first one and then, at the end, of the rest
     """
 
     missing = staticmethod(missing_blocks)
@@ -190,6 +190,8 @@ class WorkerCore:
             each.usage = each.usage._replace(scheduled=self.now, first_cached=cached)
 
     def _reserve(self) -> None:
+        if not self.scheduler.expected:
+            return
         for sequence in self.scheduler.reserve(self._offered):
             each = self._tries[sequence.request.request_id]
             each.arrived = set(range(sequence.num_computed // self.scheduler.block_size))
@@ -233,10 +235,11 @@ class WorkerCore:
         sequence = each.sequence
         if not self.stream and not sequence.finished and each.usage.sampled is not None:
             return
-        new = sequence.tokens[sequence.prompt_len + each.sent : sequence.known_len]
         if each.usage.sampled is None:
-            self._unsampled.discard(sequence)
-            each.usage = each.usage._replace(sampled=self.now)
+            self._note_sampled(each, self.now)
+            if not self.stream and not sequence.finished and each.usage.adopted is not None:
+                return
+        new = sequence.tokens[sequence.prompt_len + each.sent : sequence.known_len]
         if new or sequence.finished:
             self.outbox.append(
                 Tokens(
@@ -251,6 +254,10 @@ class WorkerCore:
             each.sent += len(new)
         if sequence.finished:
             self._forget(each)
+
+    def _note_sampled(self, each: _Try, now: float) -> None:
+        self._unsampled.discard(each.sequence)
+        each.usage = each.usage._replace(sampled=now)
 
     def _sampled(self, sequence: Sequence, new: list[int]) -> tuple[SampledToken, ...]:
         """The newest tokens as they were sampled."""
@@ -392,6 +399,11 @@ class WorkerCore:
                 f"{scheduler.allocator.num_blocks} are free, {places} of {scheduler.max_num_seqs} sequences run)"
             )
         return f"{each.source} re-used blocks and did not publish them again within {self.terms.patience} s"
+
+    @property
+    def timed(self) -> bool:
+        """True if `tick` may have something to do some time."""
+        return bool(self._timed)
 
     def next_wakeup(self) -> float | None:
         """When `tick` has something to do next, if nothing else happens."""

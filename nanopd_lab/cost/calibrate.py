@@ -3,44 +3,110 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nanopd_lab.cost.derived import derive
-from nanopd_lab.cost.files import CostModel, check_schema
-from nanopd_lab.cost.fitting import StepSample, errors, fit_iteration, launch_overhead
+from nanopd_lab.cost.files import CostModel, check_schema, read_json
+from nanopd_lab.cost.fitting import (
+    FitError,
+    Solve,
+    StepSample,
+    errors,
+    fit_iteration,
+    fit_terms,
+    held_out_error,
+    launch_overhead,
+)
 from nanopd_lab.cost.grid import KINDS, Point
-from nanopd_lab.cost.iteration import CapturedSizes, StepFeatures
-from nanopd_lab.cost.roofline import ModelDims
+from nanopd_lab.cost.iteration import CapturedSizes, IterationModel, StepFeatures
+from nanopd_lab.cost.roofline import ChunkShape, ModelDims
 from nanopd_lab.cost.transfer_time import TransferModel, TransferSample
+from nanopd_lab.resources import data_dir
 
 PROFILE_SCHEMA = "nanopd-lab/profile/1"
 TRANSFER_SCHEMA = "nanopd-lab/transfer/1"
 MIN_ROUNDS = 3
 
 
-def samples_of(profile: Mapping[str, Any]) -> dict[str, list[StepSample]]:
-    """The timed steps of each kind: medians of at least three visits.
+@dataclass(frozen=True)
+class CostParts:
+    """What a cost model is made with; a notebook puts a learner's own in.
+
+    features:       of a step's chunks
+    fit:            see `fit_terms`
+    held_out_error: see there
+    """
+
+    features: Callable[[Seq[ChunkShape]], StepFeatures] = StepFeatures.of
+    fit: Solve = fit_terms
+    held_out_error: Callable[[IterationModel, Seq[StepSample], Seq[StepSample]], FitError] = held_out_error
+
+
+def recorded_profile(device: str, cuda_graphs: bool = True) -> dict[str, Any] | None:
+    """The newest profile in `data/recorded` with `device` in its name, with CUDA graphs or not; None: there is none."""
+    found = [read_json(path) for path in sorted((data_dir() / "recorded").glob(f"profile-*{device}*.json"))]
+    found = [record for record in found if record["settings"].get("cuda_graphs", True) == cuda_graphs]
+    return max(found, key=lambda record: str(record["provenance"]["date"]), default=None)
+
+
+def timed_points(profile: Mapping[str, Any]) -> list[tuple[Point, float]]:
+    """The steps and their seconds: medians of at least three visits.
 
     Raises:
         ValueError: another schema, or a profile that is not complete.
     """
     check_schema(profile, PROFILE_SCHEMA, "the profile", "profile again (nanopd-lab profile)")
-    found: dict[str, list[StepSample]] = {kind: [] for kind in KINDS}
+    found = []
     for row in profile["points"]:
         if len(row["seconds"]) < MIN_ROUNDS:
             raise ValueError(
                 f"the profile is not complete: a {row['kind']} step has {len(row['seconds'])} of {MIN_ROUNDS} visits; "
                 "run nanopd-lab profile with the same settings and file to continue it"
             )
-        point = Point.from_record(row)
-        found[point.kind].append(StepSample(StepFeatures.of(point.chunks), statistics.median(row["seconds"])))
+        found.append((Point.from_record(row), statistics.median(row["seconds"])))
+    return found
+
+
+def samples_of(
+    profile: Mapping[str, Any], features: Callable[[Seq[ChunkShape]], StepFeatures] = StepFeatures.of
+) -> dict[str, list[StepSample]]:
+    """The timed steps of each kind, by their features.
+
+    Raises:
+        ValueError: see `timed_points`.
+    """
+    found: dict[str, list[StepSample]] = {kind: [] for kind in KINDS}
+    for point, seconds in timed_points(profile):
+        found[point.kind].append(StepSample(features(point.chunks), seconds))
+    return found
+
+
+def engine_samples(record: Mapping[str, Any], mode: str) -> list[StepSample]:
+    """Decode steps and prompts of one mode of a record of `nanopd-lab bench-engine`.
+
+    Raises:
+        ValueError: a mode that the record lacks.
+    """
+    if mode not in record["modes"]:
+        raise ValueError(f"the record has no mode {mode!r}; it has {', '.join(record['modes'])}")
+    found = []
+    for name, value in record["modes"][mode].items():
+        what, _, size = name.partition("_")
+        if what in ("decode", "ttft") and size.isdecimal():
+            one = ChunkShape(1, record["context"]) if what == "decode" else ChunkShape(int(size))
+            count = int(size) if what == "decode" else 1
+            found.append(StepSample(StepFeatures.of([one] * count), value / 1e3))
     return found
 
 
 def fit_profile(
-    profile: Mapping[str, Any], link: TransferModel | None = None, link_source: Any = None
+    profile: Mapping[str, Any],
+    link: TransferModel | None = None,
+    link_source: Any = None,
+    parts: CostParts | None = None,
 ) -> CostModel:
     """Fit all prefill and decode steps and every other mixed one; the mixed ones left out are the check.
 
@@ -49,13 +115,13 @@ def fit_profile(
     Raises:
         ValueError: see `samples_of`; or fewer than four mixed steps.
     """
-    samples = samples_of(profile)
+    own = parts or CostParts()
+    samples = samples_of(profile, own.features)
     mixed = samples["mixed"]
     if len(mixed) < 4:
         raise ValueError(
             f"the profile has {len(mixed)} mixed steps; at least 4 are needed to fit and to check"
         )
-    held_out = mixed[1::2]
     used = [*samples["prefill"], *samples["decode"], *mixed[::2]]
     dims = ModelDims(**profile["dims"])
     on_cpu = profile["settings"]["device"] == "cpu"
@@ -63,9 +129,12 @@ def fit_profile(
         used,
         vocab_share=dims.vocab_weights / dims.token_weights,
         host_s=0.0 if on_cpu else None,
+        solve=own.fit,
         captured=captured_of(profile),
     )
-    parts = {"fitted": used, "prefill": samples["prefill"], "decode": samples["decode"], "held_out": held_out}
+    kinds = {"fitted": used, "prefill": samples["prefill"], "decode": samples["decode"]}
+    found = {name: errors(model, part) for name, part in kinds.items() if part}
+    found["held_out"] = own.held_out_error(model, mixed, used)
     provenance = profile["provenance"]
     machine = provenance["machine"]
     threads = profile["settings"]["threads"]
@@ -77,7 +146,7 @@ def fit_profile(
         link,
         {"profile": provenance, **({"transfer": link_source} if link_source else {})},
         {
-            "errors": {name: asdict(errors(model, part)) for name, part in parts.items() if part},
+            "errors": {name: asdict(error) for name, error in found.items()},
             "dims": asdict(dims),
             "block_size": profile["block_size"],
             "block_bytes": profile["block_bytes"],
@@ -176,6 +245,8 @@ def describe(cost: CostModel, prompt_tokens: int = 512, context: int = 512) -> s
         ("a1", f"{1e9 * model.pair_s:.3f} ns a (query, key) pair"),
         ("a2", f"{1e6 * model.context_s:.3f} µs a token of context"),
         ("a3", f"{1e6 * model.sequence_s:.1f} µs a sequence"),
+        *([("fill", f"{model.fill:.0f} prompt tokens keep the device busy")] if model.fill else []),
+        *([("mixed", f"{1e3 * model.mixed_s:.3f} ms a step with a prompt chunk")] if model.mixed_s else []),
         ("host", f"{1e3 * model.host_s:.3f} ms a step, beside the device"),
     ]
     if launched := cost.fit.get("launched"):

@@ -7,6 +7,7 @@ minimised: a 5 ms step counts as much as a 500 ms one. Corner and host time are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -16,10 +17,14 @@ from numpy.typing import NDArray
 from nanopd_lab.cost.iteration import CapturedSizes, IterationModel, StepFeatures
 
 Array = NDArray[np.float64]
+Solve = Callable[[Array, Array], Array]
 SHARPNESSES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
 MIN_SAMPLES = 8
 HOST_CANDIDATES = 12
 CORNER_STEP = 1.2
+FILLS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024)  # in tokens
+MOST_TURNS = 6
+FILL_MUST_REACH = 0.9  # of the error without it
 CORNERS = tuple(0.25 * CORNER_STEP**n for n in range(54))  # in tokens; up to 3,900
 T0_MUST_REACH = 0.9  # of the error without it
 
@@ -56,12 +61,44 @@ def errors(model: IterationModel, samples: Seq[StepSample]) -> FitError:
     return FitError(len(found), sum(found) / len(found), max(found))
 
 
+def held_out_error(model: IterationModel, samples: Seq[StepSample], fitted: Seq[StepSample]) -> FitError:
+    """How far the model is from those of `samples` that it has not seen.
+
+    A step that was fitted is known even where it was timed once more: what counts is the step, not the time.
+
+    Raises:
+        ValueError: no step is left.
+    """
+    known = {sample.step for sample in fitted}
+    return errors(model, [sample for sample in samples if sample.step not in known])
+
+
+def fit_terms(terms: Array, seconds: Array) -> Array:
+    """Coefficients, none negative, with the least sum of squared relative errors `(terms @ x) / seconds - 1`.
+
+    Args:
+        terms: [steps, terms], how much of each term a step has
+        seconds: [steps], what it took
+    Returns:
+        [terms], seconds for one of each
+    """
+    from scipy.optimize import nnls
+
+    scaled = terms / seconds[:, None]
+    # Terms differ by nine orders of magnitude (one step, millions of pairs): solve in units of each column's length.
+    size = np.linalg.norm(scaled, axis=0)
+    size[size == 0] = 1.0
+    found: Array = nnls(scaled / size, np.ones(len(seconds)))[0] / size
+    return found
+
+
 def fit_iteration(
     samples: Seq[StepSample],
     *,
     vocab_share: float = 0.0,
     host_s: float | None = None,
     captured: CapturedSizes | None = None,
+    solve: Solve = fit_terms,
 ) -> IterationModel:
     """The model with the least squared relative error.
 
@@ -72,6 +109,7 @@ def fit_iteration(
             floor under the shortest steps. What the device takes below that floor was not seen, only extrapolated:
             profile with CUDA graphs for the device, and get the overhead without them from `launch_overhead`
         captured: what the steps were padded to
+        solve: finds the coefficients for a given corner and host time; called some hundred times
 
     Raises:
         ValueError: fewer than eight samples, also of those above `host_s`; or one that took no time.
@@ -80,7 +118,7 @@ def fit_iteration(
         raise ValueError(
             f"a fit needs at least {MIN_SAMPLES} timed steps, got {len(samples)}; profile without --quick"
         )
-    table = _Table(samples, vocab_share, captured or CapturedSizes())
+    table = _Table(samples, vocab_share, captured or CapturedSizes(), solve)
     if host_s is not None and table.above(host_s).sum() < MIN_SAMPLES:
         raise ValueError(
             f"only {table.above(host_s).sum()} of {len(samples)} steps take longer than the host's {host_s} s; "
@@ -90,6 +128,43 @@ def fit_iteration(
         (table.fit(host) for host in (_host_candidates(table) if host_s is None else [host_s])),
         key=table.loss,
     )
+
+
+COLUMNS, MIXED = (
+    6,
+    5,
+)  # of the linear part: the matrices, four more terms, and what only steps with prompts pay
+TERMS = ("reading weights", "matrix products", "constant", "attention pairs", "context", "sequences")
+
+
+def fit_without(
+    model: IterationModel, samples: Seq[StepSample], term: str | None, solve: Solve = fit_terms
+) -> IterationModel:
+    """The model fitted anew without one of TERMS, with the corner and the host time that it has; None: with all.
+
+    Raises:
+        ValueError: an unknown term, or a model without a corner.
+    """
+    if term is not None and term not in TERMS:
+        raise ValueError(f"unknown term {term!r}; choose one of {', '.join(TERMS)}")
+    if not (model.weight_s > 0 and model.token_s > 0):
+        raise ValueError("the model has no corner: reading weights or matrix products take no time in it")
+    table, corner = _Table(samples, model.vocab_share, model.captured), model.weight_s / model.token_s
+    table.fill = model.fill
+    matrices = {
+        "reading weights": table.tokens / corner,
+        "matrix products": table.weights,
+    }.get(term or "", table.matrices(corner, model.sharpness))
+    free = table.above(model.host_s)
+    columns = np.column_stack([matrices, table.others])[free]
+    used = [n for n, name in enumerate(("matrices", *TERMS[2:])) if name != term and (n != 1 or model.t0_s)]
+    used += [MIXED] * bool(model.mixed_s)
+    found = np.zeros(COLUMNS)
+    found[used] = solve(columns[:, used], table.seconds[free])
+    refitted = table._model(found, corner, model.sharpness, model.host_s)
+    if term == "reading weights":
+        return replace(refitted, weight_s=0.0)
+    return replace(refitted, token_s=0.0) if term == "matrix products" else refitted
 
 
 def launch_overhead(model: IterationModel, samples: Seq[StepSample]) -> IterationModel:
@@ -117,9 +192,16 @@ def _host_candidates(table: _Table) -> list[float]:
 class _Table:
     """Samples as columns."""
 
-    def __init__(self, samples: Seq[StepSample], vocab_share: float, captured: CapturedSizes) -> None:
+    def __init__(
+        self,
+        samples: Seq[StepSample],
+        vocab_share: float,
+        captured: CapturedSizes,
+        solve: Solve = fit_terms,
+    ) -> None:
         steps = [s.step for s in samples]
         self.vocab_share, self.captured = vocab_share, captured
+        self.solve = solve
         self.samples = samples
         self.seconds: Array = np.array([s.seconds for s in samples])
         tokens, drawn = np.array(
@@ -127,7 +209,18 @@ class _Table:
         ).T
         self.weights: Array = np.where(drawn > 0, 1.0 + vocab_share, 1.0)
         self.tokens: Array = tokens + vocab_share * drawn
-        self.others: Array = np.array([[1.0, s.pairs, s.context, s.sequences] for s in steps], dtype=float)
+        self.fill = 0.0
+
+    @property
+    def others(self) -> Array:
+        """[steps, 5]: the terms beside the matrices."""
+        return np.array(
+            [
+                [1.0, max(s.pairs, self.fill * s.walk), s.context, s.sequences, not s.decodes_only]
+                for s in (sample.step for sample in self.samples)
+            ],
+            dtype=float,
+        )
 
     def loss(self, model: IterationModel) -> float:
         """Sum of squared relative errors."""
@@ -140,43 +233,70 @@ class _Table:
     def fit(self, host_s: float) -> IterationModel:
         """The best for a host time, from the steps that take longer than it."""
         free = self.above(host_s)
+        distance, found = self._with_constant(free, host_s)
+        if not self.captured.batches:
+            return found
+        # On a GPU short chunks may leave part of it idle. From fill to corner and back, until nothing moves.
+        best, model, having = distance, found, found
+        for _ in range(MOST_TURNS):
+            corner = model.weight_s / model.token_s if model.token_s else CORNERS[-1]
+            tried = []
+            for fill in FILLS:
+                self.fill = fill
+                tried.append((self._solve(free, corner, model.sharpness, bool(model.t0_s))[0], fill))
+            self.fill = min(tried)[1]
+            now, model = self._with_constant(free, host_s)
+            if now > 0.999 * best:
+                break
+            best, having = now, model
+        self.fill = 0.0
+        return having if best < FILL_MUST_REACH * distance else found
+
+    def _with_constant(self, free: NDArray[np.bool_], host_s: float) -> tuple[float, IterationModel]:
         # A constant time and that of the weights differ only in the corner's shape: t0 must earn its place.
         without, having = self._search(free, host_s, with_t0=False), self._search(free, host_s, with_t0=True)
-        return having[1] if having[0] < T0_MUST_REACH * without[0] else without[1]
+        return having if having[0] < T0_MUST_REACH * without[0] else without
 
     def _search(self, free: NDArray[np.bool_], host_s: float, with_t0: bool) -> tuple[float, IterationModel]:
         """(root of the squared relative errors' sum, model) of the best corner."""
+        others = self.others
         grid = [(corner, sharpness) for sharpness in SHARPNESSES for corner in CORNERS]
-        best = min((self._solve(free, *each, with_t0) for each in grid), key=lambda found: found[0])
+        best = min((self._solve(free, *each, with_t0, others) for each in grid), key=lambda found: found[0])
         _, _, corner, sharpness = best
         # Between the corners of the grid.
         finer = np.geomspace(corner / CORNER_STEP, corner * CORNER_STEP, 21)
         distance, found, corner, sharpness = min(
-            (self._solve(free, float(each), sharpness, with_t0) for each in finer),
+            (self._solve(free, float(each), sharpness, with_t0, others) for each in finer),
             key=lambda found: found[0],
         )
         return distance, self._model(found, corner, sharpness, host_s)
 
     def _solve(
-        self, free: NDArray[np.bool_], corner: float, sharpness: float, with_t0: bool
+        self,
+        free: NDArray[np.bool_],
+        corner: float,
+        sharpness: float,
+        with_t0: bool,
+        others: Array | None = None,
     ) -> tuple[float, Array, float, float]:
         """(distance, coefficients, corner, sharpness): linear, given the last two."""
-        from scipy.optimize import nnls
+        others = self.others if others is None else others
+        columns = np.column_stack([self.matrices(corner, sharpness), others])[free]
+        used = [0, *([1] if with_t0 else []), 2, 3, 4, *([MIXED] if self.captured.batches else [])]
+        found = np.zeros(COLUMNS)
+        found[used] = self.solve(columns[:, used], self.seconds[free])
+        distance = float(np.linalg.norm(columns @ found / self.seconds[free] - 1))
+        return distance, found, corner, sharpness
 
+    def matrices(self, corner: float, sharpness: float) -> Array:
+        """[steps]: time of the matrices, in units of reading them once."""
         products = self.tokens / corner
         high, low = np.maximum(self.weights, products), np.minimum(self.weights, products)
-        matrices = high * (1 + (low / high) ** sharpness) ** (1 / sharpness)
-        scaled = np.column_stack([matrices, self.others])[free] / self.seconds[free, None]
-        size = np.linalg.norm(scaled, axis=0)
-        size[size == 0] = 1.0
-        scaled /= size
-        if not with_t0:
-            scaled[:, 1] = 0.0
-        found, distance = nnls(scaled, np.ones(int(free.sum())))
-        return float(distance), found / size, corner, sharpness
+        found: Array = high * (1 + (low / high) ** sharpness) ** (1 / sharpness)
+        return found
 
     def _model(self, found: Array, corner: float, sharpness: float, host_s: float) -> IterationModel:
-        weight, t0, pair, context, sequence = map(float, found)
+        weight, t0, pair, context, sequence, mixed = map(float, found)
         return IterationModel(
             t0_s=t0,
             weight_s=weight,
@@ -187,5 +307,7 @@ class _Table:
             host_s=host_s,
             vocab_share=self.vocab_share,
             sharpness=sharpness,
+            fill=self.fill,
+            mixed_s=mixed,
             captured=self.captured,
         )

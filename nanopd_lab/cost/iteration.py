@@ -1,12 +1,14 @@
 """How long one engine step takes: a sum of few terms, each with a physical meaning.
 
-    device = t0 + smooth_max(weights, products) + a1·Σ q(k + q/2) + a2·Σ context + a3·sequences
+    device = t0 + smooth_max(weights, products) + a1·max(Σ q(k + q/2), fill·walk) + a2·Σ context + a3·sequences
     step   = max(host, device)
 
 A step computes for each sequence a chunk of q new tokens behind k past ones. `weights` is the time to read the
 matrices once, `products` that of the matrix products of all tokens: the larger of the two counts, with a round corner.
 Launch overhead is the host's own time. It runs beside the device's, so it is a floor and not a summand: CUDA graphs
-lower `host_s`, and pad a step to one of the captured sizes, which `products` sees.
+lower `host_s`, and pad a step to one of the captured sizes, which `products` sees. `walk` is the longest way that a
+prompt chunk's queries have through its keys, one after the other: on a GPU a chunk of fewer than `fill` tokens leaves
+multiprocessors idle, and takes as long as one of `fill`. On a CPU `fill` is 0.
 
 Seconds everywhere. Pure arithmetic without torch, a clock or a lookup, as a simulator asks 100,000 times a second;
 runs of decode steps of an unchanged batch have closed forms.
@@ -17,7 +19,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanopd_lab.cost.roofline import ChunkShape, ModelDims
 
@@ -41,6 +43,7 @@ class StepFeatures:
     pairs:     Σ q(k + q/2), the (query, key) pairs of causal attention without the half on the diagonal
     context:   Σ (k + q), tokens whose K and V are read
     sequences: number of chunks
+    walk:      the largest k + q of a prompt chunk, 0 without one; for GPUs
     """
 
     tokens: int
@@ -48,6 +51,7 @@ class StepFeatures:
     pairs: float
     context: int
     sequences: int
+    walk: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, chunks: Iterable[ChunkShape]) -> StepFeatures:
@@ -56,7 +60,7 @@ class StepFeatures:
         Raises:
             ValueError: no chunk, or one without tokens or with a negative past.
         """
-        tokens = drawn = context = sequences = 0
+        tokens = drawn = context = sequences = walk = 0
         pairs = 0.0
         for chunk in chunks:
             if chunk.count < 1 or chunk.past < 0:
@@ -66,9 +70,16 @@ class StepFeatures:
             pairs += chunk.count * (chunk.past + chunk.count / 2)
             context += chunk.past + chunk.count
             sequences += 1
+            if chunk.count > 1:
+                walk = max(walk, chunk.past + chunk.count)
         if not sequences:
             raise ValueError("a step is one chunk or more; got none")
-        return cls(tokens, drawn, pairs, context, sequences)
+        return cls(tokens, drawn, pairs, context, sequences, walk)
+
+    @property
+    def decodes_only(self) -> bool:
+        """True if no chunk has more than one token."""
+        return self.tokens == self.sequences
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,8 @@ class IterationModel:
     vocab_share: the vocabulary projection's weights as a part of those in `weight_s`. They are read if anybody draws
                  a token, and each sequence that does adds so much of a token's products.
     sharpness:   of the corner where products overtake reading; see `smooth_max`
+    fill:        prompt tokens that keep all of the device busy in attention; see `walk`
+    mixed_s:     of a step with a prompt chunk, beside all else: its logits are behind the graph and not in it
     captured:    what CUDA graphs pad steps to
 
     Raises:
@@ -128,6 +141,8 @@ class IterationModel:
     host_s: float = 0.0
     vocab_share: float = 0.0
     sharpness: float = 4.0
+    fill: float = 0.0
+    mixed_s: float = 0.0
     captured: CapturedSizes = CapturedSizes()
 
     def __post_init__(self) -> None:
@@ -183,8 +198,9 @@ class IterationModel:
         """Of the device alone, as if the host took no time."""
         return (
             self.t0_s
+            + (0.0 if step.decodes_only else self.mixed_s)
             + self._matrices(*self.captured.rows(step.tokens, step.drawn, step.sequences))
-            + self.pair_s * step.pairs
+            + self.pair_s * max(step.pairs, self.fill * step.walk)
             + self.context_s * step.context
             + self.sequence_s * step.sequences
         )

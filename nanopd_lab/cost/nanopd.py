@@ -10,8 +10,17 @@ their context. Formulas and parameters were read in nanoPD's source. Times are i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
+
+from nanopd_lab.cost.fitting import fit_terms
+from nanopd_lab.cost.grid import Point
+from nanopd_lab.cost.roofline import ChunkShape
+
+THRESHOLDS = (1, 4, 8, 16, 32)  # what nanoPD chooses from
 QWEN3_8B_KV_BYTES_PER_TOKEN = 147_456
 
 
@@ -41,6 +50,42 @@ class NanoPDModel:
         for name, value in vars(self).items():
             if value < 0 or (value == 0 and name != "gamma_s"):
                 raise ValueError(f"{name} is {value}; it must be positive")
+
+    @classmethod
+    def fit(
+        cls, timed: Seq[tuple[Point, float]], kv_bytes_per_token: int = QWEN3_8B_KV_BYTES_PER_TOKEN
+    ) -> NanoPDModel:
+        """To timed steps, as well as the formulas can: α from whole prompts, β and threshold from decode steps.
+
+        Of decode steps those of at most max(THRESHOLDS) sequences. No interference (which is for requests, not for
+        steps), and a link that takes no time.
+
+        Raises:
+            ValueError: no whole prompt or no decode step among them.
+        """
+        prompts = [(p.tokens, s) for p, s in timed if p.kind == "prefill" and p.chunks[0].past == 0]
+        most = max(THRESHOLDS)
+        decodes = [(p.tokens, s) for p, s in timed if p.kind == "decode" and p.tokens <= most]
+        if not prompts or not decodes:
+            raise ValueError(f"{len(prompts)} whole prompts and {len(decodes)} decode steps; both are needed")
+
+        def one_term(rows: Iterable[tuple[float, float]]) -> tuple[float, float]:
+            """(squared relative errors, coefficient)"""
+            term, seconds = np.array(list(rows), dtype=float).T
+            found = float(fit_terms(term[:, None], seconds)[0])
+            return float(((term * found / seconds - 1) ** 2).sum()), found
+
+        (_, beta), threshold = min(
+            (one_term((max(1.0, batch / each), s) for batch, s in decodes), each) for each in THRESHOLDS
+        )
+        return cls(one_term(prompts)[1], beta, threshold, 0.0, float("inf"), kv_bytes_per_token)
+
+    def step_seconds(self, chunks: Iterable[ChunkShape]) -> float:
+        """What the formulas make of one step: α for each token of a prompt, and a decode step of the others."""
+        chunks = list(chunks)
+        batch = sum(chunk.count == 1 and chunk.past > 0 for chunk in chunks)
+        prompt = sum(chunk.count for chunk in chunks) - batch
+        return self.prefill_seconds(prompt) + (self.decode_seconds(batch) if batch else 0.0)
 
     @property
     def transfer_rate_s(self) -> float:

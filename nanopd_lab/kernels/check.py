@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,16 +14,21 @@ from nanopd_lab.kernels import emulated, gpu, ops, reference
 from nanopd_lab.kernels.errors import CompilerMissingError
 from nanopd_lab.kernels.launches import (
     BLOCK_SIZES,
+    CLUSTERS,
     ELEMENTS,
     HEAD_DIMS,
     ROWS_TUNINGS,
     RUNGS,
+    SOME_COLUMNS,
     AttentionShape,
+    DeviceLimits,
     Launch,
     decode_launch,
     few_rows_launch,
     move_launch,
     prefill_launch,
+    some_rows_launch,
+    some_rows_tuning,
     store_launch,
     top_p_launch,
 )
@@ -70,6 +75,11 @@ def all_launches(full: bool = False) -> Iterator[tuple[str, Launch]]:
     for dtype in (torch.bfloat16, torch.float16):
         for rows in ROWS_TUNINGS:
             yield f"few_rows {ELEMENTS[dtype]} {rows}", few_rows_launch(dtype, rows, 64, 64)
+        for rows in SOME_COLUMNS:
+            for cluster in CLUSTERS:
+                tuning = replace(some_rows_tuning(64, DeviceLimits()), cluster=cluster)
+                launch = some_rows_launch(dtype, rows, 64, 128, tuning=tuning)
+                yield f"some_rows {ELEMENTS[dtype]} {rows} cluster {cluster}", launch
     yield "top_p", top_p_launch(4)
     yield "move_blocks", move_launch(4, 65536)
     yield "read_bandwidth", Launch("read_bandwidth.cu", "read_bandwidth", (1, 1, 1), 512)
@@ -79,7 +89,10 @@ def check_compiles(full: bool = False) -> Iterator[Line]:
     """Every kernel for every architecture, with NVRTC; no GPU needed."""
     for architecture in gpu.ARCHITECTURES:
         begun = time.perf_counter()
-        launches = [launch for _, launch in all_launches(full)]
+        clusters = architecture != "sm_80"
+        launches = [
+            launch for _, launch in all_launches(full) if clusters or launch.defines.get("CLUSTER", 1) == 1
+        ]
 
         def build(launch: Launch, architecture: str = architecture) -> bytes:
             return gpu.compile_cubin(launch.source, architecture, launch.defines, launch.file)

@@ -20,6 +20,7 @@ from nanopd_lab.kernels.launches import (
     Launch,
     RowsTuning,
     SplitTuning,
+    TileTuning,
     decode_launch,
     decode_workspace_bytes,
     few_rows_launch,
@@ -27,6 +28,7 @@ from nanopd_lab.kernels.launches import (
     prefill_launch,
     prefill_workspace,
     prefill_workspace_bytes,
+    some_rows_launch,
     split_workspace,
     store_launch,
     top_p_launch,
@@ -36,6 +38,7 @@ from nanopd_lab.kernels.run import run
 from nanopd_lab.kernels.sources import with_headers
 
 LIMITS = DeviceLimits(multiprocessors=2)
+SMALL_TILES = TileTuning(64, 3, 1)
 
 
 def execute(
@@ -175,6 +178,22 @@ def few_rows(
     add, stride = (none, 0) if residual is None else (residual, residual.stride(0))
     args = [out, n, x, x.stride(0), weight, add, stride, rows, k]
     return out, execute(few_rows_launch(x.dtype, rows, n, k, tuning), args, instrument)
+
+
+def some_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    instrument: bool = False,
+    tuning: TileTuning = SMALL_TILES,
+) -> tuple[torch.Tensor, RunResult]:
+    """As `few_rows`, by `cuda/some_rows.cu`, a block a tile: the emulator has no clusters."""
+    (rows, k), n = x.shape, weight.shape[0]
+    out = torch.full((rows, n), float("nan")).to(x.dtype)
+    none = torch.zeros(0, dtype=x.dtype)
+    add, stride = (none, 0) if residual is None else (residual, residual.stride(0))
+    args = [out, n, x, x.stride(0), weight, add, stride, rows, n, k]
+    return out, execute(some_rows_launch(x.dtype, rows, n, k, LIMITS, tuning), args, instrument)
 
 
 def top_p_threshold(

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from nanopd_lab.errors import OutOfBlocks
@@ -87,6 +88,12 @@ class Allocator(Protocol):
         ...
 
 
+@lru_cache(maxsize=4)
+def _ids(num_blocks: int) -> tuple[int, ...]:
+    """Shared by all pools of this size: a thousand simulated ones would else hold millions of numbers."""
+    return tuple(range(num_blocks))
+
+
 class BlockAllocator:
     """Reference-counted blocks with copy-on-write and a prefix cache.
 
@@ -109,7 +116,7 @@ class BlockAllocator:
             raise ValueError(f"num_blocks is {num_blocks}; a pool needs at least 1 block")
         self.num_blocks = num_blocks
         self.enable_prefix_caching = enable_prefix_caching
-        self.free: deque[int] = deque(range(num_blocks))
+        self.free: deque[int] = deque(_ids(num_blocks))
         self.refs = [0] * num_blocks
         self.generations: MutableSequence[int] = [0] * num_blocks
         self.contents: list[bytes | None] = [None] * num_blocks
@@ -176,13 +183,13 @@ class BlockAllocator:
                 need[block] = need.get(block, 0) + 1
             for block, times in need.items():
                 self.require_used(block, "release", times)
-        elif blocks:
-            if min(blocks) < 0 or max(blocks) >= num_blocks or not all(map(refs.__getitem__, blocks)):
-                for block in blocks:
-                    self.require_used(block, "release")
-        if not self.block_of and sum(map(refs.__getitem__, blocks)) == len(
-            blocks
-        ):  # one owner each, none cached
+        elif blocks and (
+            min(blocks) < 0 or max(blocks) >= num_blocks or not all(map(refs.__getitem__, blocks))
+        ):
+            for block in blocks:
+                self.require_used(block, "release")
+        # Mostly each has one owner and none is cached.
+        if not self.block_of and sum(map(refs.__getitem__, blocks)) == len(blocks):
             for block in blocks:
                 refs[block] = 0
             free.extend(reversed(blocks))
@@ -292,16 +299,17 @@ class BlockAllocator:
         free, evictable = set(self.free), set(self.evictable)
         assert len(free) == len(self.free), "a block is on the free list twice"
         assert not free & evictable, f"blocks {free & evictable} are both free and evictable"
-        for block, refs in enumerate(self.refs):
-            states = (block in free) + (block in evictable) + (refs > 0)
-            assert states == 1, f"block {block} is in {states} states (refs {refs})"
-            assert (block in evictable) <= (self.contents[block] is not None), (
-                f"block {block} evictable, uncached"
-            )
-            assert not (block in free and self.contents[block] is not None), (
-                f"block {block} is free but cached"
-            )
-        cached = {content: block for block, content in enumerate(self.contents) if content is not None}
+        assert min(self.refs) >= 0, "a block was released twice"
+        used = {block for block, refs in enumerate(self.refs) if refs}
+        assert not used & free, f"blocks {used & free} are both used and free"
+        assert not used & evictable, f"blocks {used & evictable} are both used and evictable"
+        assert len(used) + len(free) + len(evictable) == self.num_blocks, "a block is in no state"
+        cached: dict[bytes, int] = {}
+        if self.contents.count(None) < self.num_blocks:
+            cached = {content: block for block, content in enumerate(self.contents) if content is not None}
+        registered = set(cached.values())
+        assert evictable <= registered, f"blocks {evictable - registered} are evictable, uncached"
+        assert not free & registered, f"blocks {free & registered} are free but cached"
         assert cached == self.block_of, "the prefix cache's maps disagree"
 
     def _note_peak(self) -> None:

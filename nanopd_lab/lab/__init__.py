@@ -36,6 +36,7 @@ solution = _session.solution
 use = _session.use
 parts = _session.parts
 cluster_parts = _session.cluster_parts
+cost_parts = _session.cost_parts
 progress = _session.progress
 record = _session.record
 ledger = _session.ledger
@@ -54,6 +55,7 @@ __all__ = [
     "all_exercises",
     "check",
     "cluster_parts",
+    "cost_parts",
     "cuda",
     "examine",
     "exercise",

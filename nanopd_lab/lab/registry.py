@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from nanopd_lab.cluster.config import ClusterParts
+from nanopd_lab.cost.calibrate import CostParts
 from nanopd_lab.engine.config import EngineParts
 from nanopd_lab.lab import exercises
 
@@ -31,6 +32,7 @@ class Exercise:
     plug:      takes an engine's parts and an implementation, returns parts with it in place;
                None for an exercise that is no part of an engine
     cluster_plug: the same for a part of a cluster's workers
+    cost_plug: the same for what a cost model is made with
     """
 
     name: str
@@ -40,12 +42,15 @@ class Exercise:
     hints: tuple[str, str, str]
     plug: Callable[[EngineParts, Any], EngineParts] | None = None
     cluster_plug: Callable[[ClusterParts, Any], ClusterParts] | None = None
+    cost_plug: Callable[[CostParts, Any], CostParts] | None = None
 
     @property
     def carrier(self) -> tuple[str, str] | None:
         """What hands an implementation on, and where to; None for an exercise that is no part of anything."""
         if self.cluster_plug is not None:
             return "lab.cluster_parts()", "the cluster"
+        if self.cost_plug is not None:
+            return "lab.cost_parts()", "the cost model"
         return None if self.plug is None else ("lab.parts()", "the engine")
 
     def __post_init__(self) -> None:

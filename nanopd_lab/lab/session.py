@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from nanopd_lab.cluster.config import ClusterParts
+from nanopd_lab.cost.calibrate import CostParts
 from nanopd_lab.engine.config import EngineParts
 from nanopd_lab.lab import store
 from nanopd_lab.lab.checking import CannotCheckError, Counterexample, NotWrittenError
@@ -159,6 +160,14 @@ class Session:
         for entry, impl in self._passed(lambda entry: entry.cluster_plug is not None):
             assert entry.cluster_plug is not None
             parts = entry.cluster_plug(parts, impl)
+        return parts
+
+    def cost_parts(self) -> CostParts:
+        """The same for what a cost model is made with."""
+        parts = CostParts()
+        for entry, impl in self._passed(lambda entry: entry.cost_plug is not None):
+            assert entry.cost_plug is not None
+            parts = entry.cost_plug(parts, impl)
         return parts
 
     def _passed(self, wanted: Callable[[Exercise], bool]) -> Iterator[tuple[Exercise, Any]]:

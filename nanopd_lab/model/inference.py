@@ -15,9 +15,8 @@ from torch import nn
 
 from nanopd_lab.cpu import library
 from nanopd_lab.cpu.features import has_bf16_matrix_unit
-from nanopd_lab.kernels import products  # noqa: F401  # registers the operators
 from nanopd_lab.kernels.gpu import can_compile
-from nanopd_lab.kernels.launches import MOST_ROWS
+from nanopd_lab.kernels.products import most_rows  # which registers the operators
 
 # Sibling projections that read the same input, by attribute name.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -43,13 +42,14 @@ class InferenceLinear(nn.Module):
         self._native = library.load().dense_linear if native and fits else None
         # On a GPU one operator that chooses by the number of rows, so that a compiled layer needs no branch.
         self.choose = weight.is_cuda and bias is None and can_compile()
+        self._most_rows = most_rows(weight.device)
         self.search = False  # leave products of more rows to torch.compile's search
         # Without a matrix unit a bf16 product runs at half the speed of a float32 one: widen, multiply, round.
         self._widen = native and weight.dtype == torch.bfloat16 and not has_bf16_matrix_unit()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // self.in_features
-        if self.choose and not (self.search and rows > MOST_ROWS):
+        if self.choose and not (self.search and rows > self._most_rows):
             return torch.ops.nanopd.linear(x, self.weight)
         if self._native is None or rows > FEW_ROWS or rows == 0:
             if self._widen:

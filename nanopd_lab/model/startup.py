@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanopd_lab.core import Chunk, Request, SamplingParams, Sequence, StepPlan
-from nanopd_lab.kernels.launches import MOST_ROWS
+from nanopd_lab.kernels.products import most_rows
 from nanopd_lab.kv import blocks_for
 from nanopd_lab.kv.cache import KVCache, KVShape
 from nanopd_lab.model.compilation import compile_model
@@ -102,9 +102,10 @@ def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int
     )
     graphs.capture_mixed(whole, pieces)
     mode = config.compilation
+    most = most_rows(runner.device)
     for few_rows in (False, True):
         compile_model(runner.model, mode, few_rows=few_rows)
-        graphs.capture_decode(size for size in decode if (size <= MOST_ROWS) == few_rows)
+        graphs.capture_decode(size for size in decode if (size <= most) == few_rows)
     # What is not captured goes on with symbolic sizes.
     compile_model(runner.model, "off" if mode == "off" else "default")
     runner.graphs = graphs

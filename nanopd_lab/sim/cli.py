@@ -44,7 +44,12 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--policy", default="least-loaded", help="collocated, 1p2d (any xPyD), round-robin, ..."
     )
-    parser.add_argument("--request-rate", type=float, default=20.0, help="Poisson, requests a second")
+    parser.add_argument(
+        "--request-rate", type=float, default=20.0, help="requests a second; inf: all at once"
+    )
+    parser.add_argument(
+        "--burstiness", type=float, default=1.0, help="of gamma gaps: 1 is Poisson, less is burstier"
+    )
     parser.add_argument("--num-prompts", type=int, default=1000)
     parser.add_argument("--dataset-name", choices=("random", "azure-like"), default="random")
     parser.add_argument(
@@ -60,6 +65,16 @@ def register(subparsers: _Subparsers) -> None:
         "--block-bytes", type=int, help="of KV in a block of 16 tokens; only with --cost-model"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--kill",
+        action="append",
+        default=[],
+        metavar="WORKER@SECONDS[+RESTART]",
+        help="w0@12.5: this worker dies; w0@12.5+3: and is back 3 s later; may be given several times",
+    )
+    parser.add_argument(
+        "--beat", type=float, help="seconds between workers' reports; without: policies see none"
+    )
     parser.add_argument("--trace", type=Path, help="write what happened for Perfetto")
     parser.add_argument("--result-filename", type=Path, help="write the result, as JSON")
     parser.set_defaults(run=run)
@@ -80,19 +95,21 @@ def run(args: argparse.Namespace) -> int:
     from nanopd_lab.router import create_policy
     from nanopd_lab.sim.simulator import Simulator
     from nanopd_lab.sim.trace import write_trace
+    from nanopd_lab.sim.workload import Kill
 
     machine = _fitted(args) if args.cost_model else _prior(args)
     begun = time.perf_counter()
-    result = Simulator(
-        *create_policy(args.policy, args.workers), machine.time, _requests(args), machine.config
-    ).run()
+    policy, roles = create_policy(args.policy, args.workers)
+    kills = [Kill.parse(text) for text in args.kill]
+    result = Simulator(policy, roles, machine.time, _requests(args), machine.config, kills).run()
     seconds = time.perf_counter() - begun
     if problems := result.problems():
         raise RuntimeError(f"the simulation lost something: {problems[0]}")
     record = summary(result, args, machine)
     print(_table(record))
     print(
-        f"simulated {record['duration']:.1f} s in {seconds:.1f} s: {result.events:,} events, {result.steps:,} steps"
+        f"simulated {record['duration']:.1f} s in {seconds:.1f} s: {len(result.records) / seconds:,.0f} requests a "
+        f"second of this computer's, {result.events:,} events, {result.steps:,} steps"
     )
     if args.result_filename:
         args.result_filename.write_text(json.dumps(record, indent=1) + "\n")
@@ -158,13 +175,14 @@ def _machine(
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_bytes=block_bytes,
         link=link,
+        beat_s=args.beat,
         trace=args.trace is not None,
     )
     return Machine(name, model, CostTime(iteration), config)
 
 
 def _requests(args: argparse.Namespace) -> list[SimRequest]:
-    from nanopd_lab.sim.workload import AZURE_LIKE, Lengths, poisson_arrivals
+    from nanopd_lab.sim.workload import AZURE_LIKE, Lengths, gamma_arrivals
 
     if min(args.num_prompts, args.random_input_len, args.random_output_len) < 1:
         raise ValueError("num-prompts, random-input-len and random-output-len must be at least 1")
@@ -172,7 +190,7 @@ def _requests(args: argparse.Namespace) -> list[SimRequest]:
     if args.dataset_name == "random":
         prompt, output = args.random_input_len, args.random_output_len
         lengths = Lengths(prompt, 0.0, prompt), Lengths(output, 0.0, output)
-    return poisson_arrivals(args.num_prompts, args.request_rate, lengths, args.seed)
+    return gamma_arrivals(args.num_prompts, args.request_rate, lengths, args.seed, args.burstiness)
 
 
 def summary(result: SimResult, args: argparse.Namespace, machine: Machine) -> dict[str, Any]:
@@ -192,8 +210,8 @@ def summary(result: SimResult, args: argparse.Namespace, machine: Machine) -> di
         "dataset_name": args.dataset_name,
         "seed": args.seed,
         "num_prompts": args.num_prompts,
-        "request_rate": args.request_rate,
-        "burstiness": 1.0,
+        "request_rate": args.request_rate if args.request_rate < float("inf") else "inf",
+        "burstiness": args.burstiness,
         "duration": result.duration_s,
         "completed": len(done),
         "failed": len(result.records) - len(done),

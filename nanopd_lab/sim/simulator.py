@@ -6,13 +6,15 @@ what they drive is replaced: steps by a cost model, the transport by `Links`, pi
                                                      └PULL (Links)
 
 Runs of equal decode steps are jumped over (`skip`), so that the cost grows with events and not with tokens; times and
-accounts are those of the simulation step by step. Callers count as told of each token when it is sampled, though the
+accounts are those of the simulation step by step. Without a prefix cache decoding sequences cost nothing even in steps
+that they share with prompts (`engine.lockstep`). Callers count as told of each token when it is sampled, though the
 controller hears of the first and the last only: what a worker that dies had sampled is kept, and is not computed again.
 """
 
 from __future__ import annotations
 
 import gc
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -349,7 +351,7 @@ class Simulator:
         config = self.config
         allocator = BlockAllocator(config.num_blocks, config.enable_prefix_caching)
         self._lives += 1  # as hosts do: what an earlier life of a worker published is never valid again
-        allocator.generations = [self._lives << 32] * config.num_blocks
+        allocator.generations = array("q", [self._lives << 32]) * config.num_blocks
         lockstep = config.skip and not config.enable_prefix_caching
         make = partial(LockstepScheduler, token=TOKEN) if lockstep else HandoverScheduler
         scheduler = make(

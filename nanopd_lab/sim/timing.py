@@ -96,13 +96,15 @@ class CostTime:
 
     def mixed_seconds(self, batch: int, total_context: int, chunks: Sequence[tuple[int, int]]) -> float:
         """See `StepTime`."""
-        tokens, context, pairs = batch, total_context + batch, total_context + batch / 2
+        tokens, context, pairs, walk = batch, total_context + batch, total_context + batch / 2, 0
         for start, count in chunks:
+            if count > 1 and start + count > walk:
+                walk = start + count
             tokens += count
             context += start + count
             pairs += count * (start + count / 2)
         sequences = batch + len(chunks)
-        return self.model.of_features(StepFeatures(tokens, sequences, pairs, context, sequences))
+        return self.model.of_features(StepFeatures(tokens, sequences, pairs, context, sequences, walk))
 
 
 class RunClock:

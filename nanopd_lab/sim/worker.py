@@ -36,13 +36,14 @@ class SimCore(WorkerCore):
     """
 
     def __init__(self, name: str, scheduler: HandoverScheduler, terms: LeaseTerms) -> None:
-        super().__init__(name, scheduler, terms, stream=False)
+        generations = scheduler.allocator.generations  # type: ignore[attr-defined]
+        super().__init__(name, scheduler, terms, generations.__getitem__, stream=False)
         self.lockstep = scheduler if isinstance(scheduler, LockstepScheduler) else None
 
     def schedule(self) -> StepPlan | None:
         """See `WorkerCore`."""
         plan = super().schedule()
-        if plan is not None and self.lockstep is not None:
+        if plan is not None and self.lockstep is not None and self.lockstep.newcomers:
             self._note_newcomers(self.lockstep)
         return plan
 
@@ -52,23 +53,33 @@ class SimCore(WorkerCore):
             return super().start_run(most)
         self._reserve()
         steps = self.lockstep.run_length(most)
-        # A first token's time is asked for.
-        return 1 if steps and self._note_newcomers(self.lockstep) else steps
+        if steps and self.lockstep.newcomers and self._note_newcomers(self.lockstep):
+            return 1  # somebody's first token, which is told at once
+        return steps
 
     def _note_newcomers(self, scheduler: LockstepScheduler) -> bool:
-        """Note that those begin to run of which nobody has seen a token here; True if there are any."""
-        new = [each for each in scheduler.newcomers if each in self._unsampled]
-        for sequence in new:
-            self._note_scheduled(sequence, sequence.num_computed)
-        return bool(new)
+        """Note that those begin to run of which nobody has seen a token here. True if the controller waits for one."""
+        awaited = False
+        for sequence in scheduler.newcomers:
+            if sequence in self._unsampled:
+                self._note_scheduled(sequence, sequence.num_computed)
+                awaited |= self._tries[sequence.request.request_id].usage.adopted is None
+        return awaited
 
-    def finish_run(self, steps: int, token: SampledToken) -> None:
-        """See `WorkerCore`."""
+    def run_done(self, steps: int, first: float) -> None:
+        """As `finish_run`; `first` is when the first of the steps was over."""
         scheduler = self.lockstep
         if scheduler is None:
-            super().finish_run(steps, token)
+            self.finish_run(steps, TOKEN)
             return
-        for sequence in scheduler.advance(steps):
+        newcomers = scheduler.newcomers
+        told = scheduler.advance(steps)
+        for sequence in newcomers:
+            if sequence in self._unsampled:
+                each = self._tries[sequence.request.request_id]
+                if each.usage.adopted is not None:
+                    self._note_sampled(each, first)
+        for sequence in told:
             self._report(self._tries[sequence.request.request_id])
 
     def report_all(self) -> None:
@@ -187,9 +198,10 @@ class SimWorker:
         self._finish_step(now)
         self._send()
         self._take_in(seen)
-        due = core.next_wakeup()
-        if due is not None and due <= now:
-            core.tick(now)
+        if core.timed:
+            due = core.next_wakeup()
+            if due is not None and due <= now:
+                core.tick(now)
         if self.beat_due:
             self.beat_due = False
             core.outbox.append(core.beat())
@@ -199,7 +211,8 @@ class SimWorker:
             self._take_in(now)
             self._start_step(now)
         self._send()
-        self._watch()
+        if core.timed:
+            self._watch()
 
     def _take_in(self, seen: float) -> None:
         """Handle what had come by then."""
@@ -223,7 +236,7 @@ class SimWorker:
         if self._run is not None:
             done = self._run.count(self._steps, self._passed, self.queue.now)
             if done:
-                self.core.finish_run(done, TOKEN)
+                self.core.run_done(done, self._run.end(1))
             self._note(self._run.end(done), done)
         self._turn += 1
         self.core.report_all()
@@ -264,8 +277,8 @@ class SimWorker:
     def _finish_step(self, now: float) -> None:
         if self._run is not None:
             self._note(now, self._steps)
-            self._run = None
-            self.core.finish_run(self._steps, TOKEN)
+            run, self._run = self._run, None
+            self.core.run_done(self._steps, run.end(1))
         elif self._plan is not None:
             plan, self._plan = self._plan, None
             self._note(now, 1, plan)
@@ -321,6 +334,8 @@ class SimWorker:
 
     def _send(self) -> None:
         core = self.core
+        if not (core.outbox or core.pulls or core.cancelled_pulls):
+            return
         while core.pulls or core.cancelled_pulls:
             pulls, core.pulls = core.pulls, []
             for pull in pulls:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -74,6 +76,14 @@ class Kill:
     worker: str
     restart_after: float | None = None
 
+    @classmethod
+    def parse(cls, text: str) -> Kill:
+        """From `w0@12.5` (dies at 12.5 s), or `w0@12.5+3` (and is back 3 s later). Raises ValueError."""
+        match = re.fullmatch(r"(\w+)@([\d.]+)(?:\+([\d.]+))?", text)
+        if match is None:
+            raise ValueError(f"{text!r} names no kill; write w0@12.5, or w0@12.5+3 for a restart 3 s later")
+        return cls(float(match[2]), match[1], float(match[3]) if match[3] else None)
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -109,6 +119,31 @@ def poisson_arrivals(
         now += rng.expovariate(rate)
         found.append(SimRequest(f"r{number}", now, lengths[0].draw(rng), lengths[1].draw(rng)))
     return found
+
+
+def gamma_arrivals(
+    count: int, rate: float, lengths: tuple[Lengths, Lengths], seed: int = 0, burstiness: float = 1.0
+) -> list[SimRequest]:
+    """As `vllm bench serve` has them: gaps drawn from a gamma distribution of shape `burstiness` and mean `1 / rate`,
+    then all stretched so that the last of `count` requests arrives at `count / rate`.
+
+    Args:
+        rate: requests a second; infinite: all at once
+        burstiness: 1 is Poisson, less comes in bursts, more evenly
+
+    Raises:
+        ValueError: a rate or a burstiness that is not positive.
+    """
+    if not rate > 0 or not 0 < burstiness < math.inf:
+        raise ValueError(f"rate is {rate} requests/s, burstiness {burstiness}; both must be positive")
+    rng = random.Random(seed)
+    gaps = [rng.gammavariate(burstiness, 1.0) if rate < math.inf else 0.0 for _ in range(count)]
+    times = list(itertools.accumulate(gaps))
+    stretch = count / rate / times[-1] if times and times[-1] else 0.0
+    return [
+        SimRequest(f"r{number}", time * stretch, lengths[0].draw(rng), lengths[1].draw(rng))
+        for number, time in enumerate(times)
+    ]
 
 
 def in_order(requests: Iterable[SimRequest]) -> list[SimRequest]:

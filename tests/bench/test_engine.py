@@ -46,6 +46,7 @@ def test_a_record_reads_as_a_table() -> None:
         ("kv_store", "attention"),
         ("nvjet_sm90_tst_192x64", "products"),
         ("few_rows", "products"),
+        ("some_rows", "products"),
         ("triton_poi_fused_mul_silu", "other"),
         ("Memcpy DtoD (Device -> Device)", "other"),
     ],

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopd_lab.cost.fitting import FitError, StepSample, errors, fit_iteration, launch_overhead
+from nanopd_lab.cost.fitting import (
+    TERMS,
+    FitError,
+    StepSample,
+    errors,
+    fit_iteration,
+    fit_terms,
+    fit_without,
+    held_out_error,
+    launch_overhead,
+)
 from nanopd_lab.cost.iteration import IterationModel, StepFeatures
 from nanopd_lab.cost.roofline import ChunkShape
 from nanopd_lab.cost.transfer_time import TransferModel, TransferSample
@@ -173,3 +183,44 @@ def test_transfer_blocks_of_one_size() -> None:
         TransferModel.fit(one_size[:1])
     with pytest.raises(ValueError, match="bytes_per_s is 0"):
         TransferModel(0, 0, 0)
+
+
+def test_what_was_fitted_is_left_out_of_the_held_out_error() -> None:
+    samples = timed(PLANTED, 0.1, count=20)
+    again = [replace(s, seconds=2 * s.seconds) for s in samples[:15]]
+    assert held_out_error(PLANTED, samples, again) == errors(PLANTED, samples[15:])
+    with pytest.raises(ValueError, match="no steps"):
+        held_out_error(PLANTED, samples, samples)
+
+
+def test_the_fit_of_terms_is_relative_and_not_negative() -> None:
+    alone = fit_terms(np.ones((2, 1)), np.array([0.01, 0.1]))
+    assert alone == pytest.approx([(1 / 0.01 + 1 / 0.1) / (1 / 0.01**2 + 1 / 0.1**2)])
+    falling = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
+    assert fit_terms(falling, np.array([3.0, 2.0, 1.0]))[1] == 0
+    assert fit_terms(np.array([[2.0, 0.0], [4.0, 0.0]]), np.array([1.0, 2.0])) == pytest.approx([0.5, 0])
+
+
+def test_another_solver_is_asked() -> None:
+    asked = []
+
+    def solve(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        asked.append(terms.shape)
+        return fit_terms(terms, seconds)
+
+    samples = timed(PLANTED, 0.01)
+    assert fit_iteration(samples, host_s=0.0, solve=solve) == fit_iteration(samples, host_s=0.0)
+    assert {rows for rows, _ in asked} == {len(samples)}
+    assert {columns for _, columns in asked} == {4, 5}
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_every_term_is_worth_something(term: str) -> None:
+    samples = timed(PLANTED, 0.0)
+    whole, thinner = fit_without(PLANTED, samples, None), fit_without(PLANTED, samples, term)
+    assert errors(whole, samples).maximum < 1e-6
+    assert errors(thinner, samples).mean > 0.001
+    name = dict(zip(TERMS, ("weight_s", "token_s", "t0_s", "pair_s", "context_s", "sequence_s"), strict=True))
+    assert getattr(thinner, name[term]) == 0
+    with pytest.raises(ValueError, match="unknown term 'love'"):
+        fit_without(PLANTED, samples, "love")

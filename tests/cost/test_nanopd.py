@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from nanopd_lab.cost.grid import grid_for
 from nanopd_lab.cost.nanopd import NanoPDModel, published
+from nanopd_lab.cost.roofline import ChunkShape
 
 
 @pytest.mark.parametrize(("device", "ratio"), [("rtx-4090", 7.6), ("h20", 346)])
@@ -50,3 +52,15 @@ def test_bad_parameters() -> None:
         NanoPDModel(1e-4, 1e-2, 16, 1e-4, 0)
     with pytest.raises(ValueError, match="'a100'; it did for rtx-4090, h20"):
         published("a100")
+
+
+def test_its_own_steps_give_its_parameters_back() -> None:
+    planted = NanoPDModel(2e-4, 3e-2, 8, 0.0, float("inf"))
+    points = grid_for("cuda", True).points(10_000, 100_000, 100_000, 16)
+    found = NanoPDModel.fit([(point, planted.step_seconds(point.chunks)) for point in points])
+    assert (found.alpha_s, found.beta_s) == pytest.approx((2e-4, 3e-2))
+    assert found.threshold == 8
+    assert found.step_seconds([ChunkShape(100), *[ChunkShape(1, 50)] * 16]) == pytest.approx(0.02 + 0.06)
+    assert found.step_seconds([ChunkShape(1, 0)]) == pytest.approx(2e-4)  # a prompt of one token
+    with pytest.raises(ValueError, match="0 decode steps; both are needed"):
+        NanoPDModel.fit([(point, 1.0) for point in points if point.kind == "prefill"])

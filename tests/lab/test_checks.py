@@ -17,6 +17,7 @@ from tests.lab.wrong_versions.base import CudaVersion, Version
 SAY_ALL = {"kv.blocks_for", "engine.plan_chunks", "engine.choose_victim"}
 SAY_ALL |= {"cost.arithmetic_intensity", "cost.time_per_output_token"}
 SAY_ALL |= {"transfer.chunk_arrivals", "cluster.missing_blocks"}
+SAY_ALL |= {"cost.features", "cost.fit_terms"}
 NAMES = [exercise.name for exercise in lab.all_exercises()]
 
 

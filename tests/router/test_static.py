@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +14,7 @@ from nanopd_lab.router import (
     POLICIES,
     Collocated,
     Disaggregated,
+    Fleet,
     JobView,
     LeastLoaded,
     Role,
@@ -57,6 +61,45 @@ def test_a_route_is_legal_and_there_is_one_where_there_can_be(
         chosen = {decision.route.prefill, decision.route.decode}
         if name in ("round-robin", "least-loaded") and chosen & avoid:
             assert not [route for route in routes if not {route.prefill, route.decode} & avoid]
+
+
+@given(st.data(), st.sampled_from(list(POLICIES)))
+def test_a_fleet_is_to_a_policy_what_a_list_is(data: st.DataObject, name: str) -> None:
+    """The same route for the same workers, whatever came and went before."""
+    names = [f"w{number}" for number in range(5)]
+    fleet = Fleet(names)
+    now: dict[str, WorkerView | None] = dict.fromkeys(names)
+    quick, plain = POLICIES[name](), POLICIES[name]()
+    for _ in range(data.draw(st.integers(1, 12))):
+        for changed in data.draw(st.sets(st.sampled_from(names))):
+            new = data.draw(st.one_of(st.none(), fleets()))
+            now[changed] = replace(new[0], name=changed) if new else None
+            fleet.put(changed, now[changed])
+        workers = [worker for worker in now.values() if worker is not None]
+        assert list(fleet) == workers
+        assert len(fleet) == fleet.num_members == len(workers)
+        avoid = frozenset(data.draw(st.sets(st.sampled_from(names), max_size=2)))
+        job = JobView(100, 100, SamplingParams(), 0.0, avoid)
+        assert quick.choose(job, fleet, 0.0) == plain.choose(job, workers, 0.0)
+
+
+def test_least_loaded_is_the_best_of_all_pairs() -> None:
+    """The definition, by looking at every pair."""
+    rng = random.Random(1)
+    for _ in range(300):
+        workers = [
+            view(f"w{number}", rng.choice(list(Role)), rng.randrange(3), 0, rng.randrange(3))
+            for number in range(rng.randrange(1, 6))
+        ]
+        jobs = {worker.name: worker.jobs for worker in workers}
+        routes = legal_routes(workers)
+        decision = LeastLoaded().choose(JOB, workers, 0.0)
+        if not routes:
+            assert decision is None
+            continue
+        assert decision is not None
+        costs = {r: (max(jobs[r.prefill], jobs[r.decode]), not r.collocated) for r in routes}
+        assert costs[decision.route] == min(costs.values())
 
 
 def test_collocated_takes_the_mixed_worker_with_the_fewest_jobs() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanopd_lab.cli import main
+from nanopd_lab.sim.workload import Lengths, gamma_arrivals
 
 
 def simulate(*flags: str) -> int:
@@ -59,11 +62,34 @@ def test_a_fitted_model_moves_its_blocks_over_its_link(tmp_path: Path) -> None:
     assert slow["mean_tpot_ms"] > quick["mean_tpot_ms"] + 10
 
 
+def test_arrivals_are_gamma_gaps_stretched_to_the_rate() -> None:
+    lengths = Lengths(10, 0.0, 10), Lengths(5, 0.0, 5)
+    spread = {}
+    for burstiness in (0.25, 1.0, 4.0):
+        times = [each.arrival for each in gamma_arrivals(20_000, 8.0, lengths, 3, burstiness)]
+        assert times[-1] == pytest.approx(20_000 / 8.0, rel=1e-12)
+        gaps = [b - a for a, b in itertools.pairwise(times)]
+        spread[burstiness] = statistics.pstdev(gaps) / statistics.fmean(gaps)
+    # The coefficient of variation of a gamma distribution is 1 / sqrt(shape).
+    assert spread == pytest.approx({0.25: 2.0, 1.0: 1.0, 4.0: 0.5}, rel=0.05)
+    assert {each.arrival for each in gamma_arrivals(5, float("inf"), lengths)} == {0.0}
+
+
+def test_a_killed_worker_fails_nothing(tmp_path: Path) -> None:
+    kills = ["--kill", "w0@0.5+1", "--kill", "w3@1"]
+    record = result(tmp_path, *kills, "--beat", "0.5", "--burstiness", "0.5", "--request-rate", "inf")
+    assert record["completed"] == 60
+    assert (record["request_rate"], record["burstiness"]) == ("inf", 0.5)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--hardware", "h300"], "unknown hardware 'h300'; choose one of"),
         (["--model", "qwen9"], "qwen9"),
+        (["--kill", "w0"], "write w0@12.5"),
+        (["--kill", "w9@1"], "worker 'w9' is to be killed"),
+        (["--burstiness", "0"], "burstiness 0.0"),
         (["--policy", "9p9d"], "needs 9 + 9 workers"),
         (["--request-rate", "0"], "rate is 0.0"),
         (["--num-prompts", "0"], "must be at least 1"),
