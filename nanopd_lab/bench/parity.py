@@ -1,6 +1,6 @@
 """Does the simulator say what the real cluster does? The same requests, served and simulated, side by side.
 
-    nanopd-lab parity --model smollm2 --workers 2 --policy 1p1d --cost-model model.json --request-rate 0.5
+    nanopd-lab parity --model smollm2 --workers 2 --policies 1p1d --cost-model model.json --request-rates 0.5
 
 Requests arrive on a Poisson schedule, are served by worker processes, and then once more in virtual time by the same
 controller, workers and schedulers with steps from the cost model. Times count from the scheduled arrival, as the

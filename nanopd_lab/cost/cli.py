@@ -37,7 +37,10 @@ def register(subparsers: _Subparsers) -> None:
         type=Path,
         help="a record of `nanopd-lab transfer bench`, instead of the profile's own pulls",
     )
-    fit.add_argument("--transport", help="whose link (default: that with the highest bandwidth)")
+    fit.add_argument(
+        "--transport",
+        help="whose link (default: what workers of their own would choose; of a --transfer record, shm)",
+    )
     fit.add_argument(
         "--launched",
         type=Path,

@@ -134,9 +134,8 @@ def _load(
     code = compile_cubin(source, architecture_of(torch.device("cuda", index)), dict(defines), name)
     module = core.ObjectCode.from_cubin(code)
     function = module.get_kernel(kernel)
-    if (
-        shared_bytes > 40 * 1024
-    ):  # more than the default, 48 KB with what is declared in the kernel, must be asked for
+    # More than the default must be asked for: 48 KB, together with what the kernel itself declares.
+    if shared_bytes > 40 * 1024:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (error,) = driver.cuKernelSetAttribute(attribute, shared_bytes, function.handle, index)
         if int(error):

@@ -62,7 +62,7 @@ def register(subparsers: _Subparsers) -> None:
     )
     parser.add_argument("--num-blocks", type=int, help="KV blocks a worker; default: what its memory holds")
     parser.add_argument(
-        "--block-bytes", type=int, help="of KV in a block of 16 tokens; only with --cost-model"
+        "--block-bytes", type=int, help="of KV in a block of 16 tokens, for a --cost-model that doesn't say"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -136,7 +136,14 @@ def _prior(args: argparse.Namespace) -> Machine:
         )
     link = LinkModel(bytes_per_s=hardware.link.value)
     return _machine(
-        args, hardware.name, name, hardware.prior(dims), link, blocks, 16 * dims.kv_bytes_per_token
+        args,
+        hardware.name,
+        name,
+        hardware.prior(dims),
+        link,
+        blocks,
+        16 * dims.kv_bytes_per_token,
+        ahead=True,
     )
 
 
@@ -145,9 +152,10 @@ def _fitted(args: argparse.Namespace) -> Machine:
     from nanopd_lab.sim.links import LinkModel
 
     cost, transfer = load_model(args.cost_model), LinkModel()
+    block_bytes = args.block_bytes or cost.fit.get("block_bytes")
     if cost.transfer is not None:
         transfer = LinkModel(cost.transfer.setup_s, cost.transfer.block_s, cost.transfer.bytes_per_s)
-        if args.block_bytes is None:
+        if not block_bytes:
             raise ValueError(
                 f"{args.cost_model} has a link that moves {cost.transfer.bytes_per_s / 1e9:.1f} GB/s; say how large a "
                 "block of 16 tokens is: --block-bytes (737280 for smollm2 in float32)"
@@ -159,12 +167,20 @@ def _fitted(args: argparse.Namespace) -> Machine:
         cost.iteration,
         transfer,
         args.num_blocks or 4096,
-        args.block_bytes or 0,
+        block_bytes or 0,
+        bool(cost.fit.get("ahead", False)),
     )
 
 
 def _machine(
-    args: argparse.Namespace, name: str, model: str, iteration: Any, link: Any, blocks: int, block_bytes: int
+    args: argparse.Namespace,
+    name: str,
+    model: str,
+    iteration: Any,
+    link: Any,
+    blocks: int,
+    block_bytes: int,
+    ahead: bool,
 ) -> Machine:
     from nanopd_lab.sim.simulator import SimConfig
     from nanopd_lab.sim.timing import CostTime
@@ -174,6 +190,7 @@ def _machine(
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_bytes=block_bytes,
+        ahead=ahead,
         link=link,
         beat_s=args.beat,
         trace=args.trace is not None,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanopd_lab.cli import main
+from nanopd_lab.cost.hardware import load_model
 from nanopd_lab.sim.workload import Lengths, gamma_arrivals
 
 
@@ -93,7 +95,6 @@ def test_a_killed_worker_fails_nothing(tmp_path: Path) -> None:
         (["--policy", "9p9d"], "needs 9 + 9 workers"),
         (["--request-rate", "0"], "rate is 0.0"),
         (["--num-prompts", "0"], "must be at least 1"),
-        (["--cost-model", "cpu-smollm2-fp32"], "--block-bytes"),
     ],
 )
 def test_a_wrong_flag_is_explained(
@@ -101,3 +102,15 @@ def test_a_wrong_flag_is_explained(
 ) -> None:
     assert simulate(*flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_cost_model_says_how_large_a_block_is_or_the_caller_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cost = load_model("cpu-smollm2-fp32")
+    assert simulate("--cost-model", "cpu-smollm2-fp32", "--num-prompts", "3") == 0
+    path = tmp_path / "model.json"
+    replace(cost, fit={}).save(path)
+    assert simulate("--cost-model", str(path), "--num-prompts", "3") == 2
+    assert "--block-bytes" in capsys.readouterr().err
+    assert simulate("--cost-model", str(path), "--num-prompts", "3", "--block-bytes", "737280") == 0
