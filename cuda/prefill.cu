@@ -206,6 +206,8 @@ DEVICE void join_parts(const Batch& batch, const Job& job) {
     }
 }
 
+// SPARE: some warps have no rows. Asking that in the loop costs full tiles 6 %, so they have a copy of the loop.
+template <bool SPARE>
 DEVICE void attend(const Batch& batch, const Job& job, T* shared) {
     T* queries = shared;
     T* keys = shared + ROWS * HEAD_DIM;       // two tiles, one being read while the other is filled
@@ -236,7 +238,7 @@ DEVICE void attend(const Batch& batch, const Job& job, T* shared) {
     float acc[2 * STEPS][4] = {}, m[2] = {minus_infinity(), minus_infinity()}, l[2] = {0, 0};
     // The position of this lane's two rows (g and g + 8 of the warp's 16): keys after it are not theirs to see.
     const int row = warp * 16 + g;
-    const bool busy = warp * 16 < rows;  // the others only copy
+    const bool busy = !SPARE || warp * 16 < rows;  // the others only copy
     const int position[2] = {past + first_token + row / GROUP, past + first_token + (row + 8) / GROUP};
     for (int i = first; i < last; ++i) {
         async_wait<1>();  // K of this turn
@@ -361,7 +363,8 @@ paged_prefill(T* out, const T* query, i64 query_stride, const T* kv, i64 block_s
             following[round ^ 1] = gridDim.x + taken;
             if (taken == division.parts - 1) atomicExch(counters + places, 0);  // nobody asks again in this launch
         }
-        attend(batch, find(batch, division.turns, number), shared);
+        const Job job = find(batch, division.turns, number);
+        rows_of(job) > ROWS - 16 ? attend<false>(batch, job, shared) : attend<true>(batch, job, shared);
         __syncthreads();
     }
 }
