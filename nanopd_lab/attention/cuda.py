@@ -54,7 +54,7 @@ def attend_known(
     """Attention of a batch whose lengths the host knows: each sequence by what is fastest for it.
 
     Args:
-        fresh: K and V of the batch's own tokens; a sequence without a past need not look for them in pages
+        fresh: K and V of the batch's own tokens, just stored; a sequence without a past need not look for them in pages
         out: where to write; rows behind the batch's last are left alone
     """
     if not query.is_cuda:
@@ -75,6 +75,7 @@ def attend_known(
             context_lens[:decodes],
             workspace,
             scale,
+            behind_store=fresh is not None,
         )
     halves = kv_layer.dtype != torch.float32
     new = [s for s in range(decodes, sequences) if contexts[s] == lengths[s]]
@@ -100,7 +101,7 @@ def attend_known(
                 block_tables[part],
                 context_lens[part],
                 starts,
-                max(lengths[part]),
+                workspace,
                 scale,
             )
     first = sum(lengths[:few])
@@ -180,11 +181,19 @@ def _attention_cuda(
         )
     # Captured in a graph: which sequences decode, and how long they are, the kernels read on the device.
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    ops.decode_into(out[:sequences], query[:sequences], kv_layer, block_tables, decode_lens, workspace, scale)
+    ops.decode_into(
+        out[:sequences],
+        query[:sequences],
+        kv_layer,
+        block_tables,
+        decode_lens,
+        workspace,
+        scale,
+        behind_store=True,
+    )
     if not decode_only:
         # Its sequences' rows come behind those of all decode steps, and overwrite the zeros left there.
-        longest = query.shape[0]
-        ops.prefill_into(out, query, kv_layer, block_tables, prefill_lens, query_start, longest, scale)
+        ops.prefill_into(out, query, kv_layer, block_tables, prefill_lens, query_start, workspace, scale)
     return out
 
 
@@ -217,7 +226,7 @@ torch.library.register_fake("nanopd::attention", lambda query, *_: query.new_emp
 
 
 class CudaBackend:
-    """See `AttentionBackend`. Owns the decode kernels' workspace, so one instance serves one stream at a
+    """See `AttentionBackend`. Owns the kernels' workspace, so one instance serves one stream at a
     time.
 
     validate_values: also check block ids, slots and lengths against the cache before each launch. That waits
@@ -241,7 +250,7 @@ class CudaBackend:
         self._workspace = ops.make_workspace(whole, device)
 
     def workspace(self, query: torch.Tensor, kv_layer: torch.Tensor) -> torch.Tensor:
-        """Scratch memory of the decode kernels; allocated by the first call at the latest."""
+        """Scratch memory of the kernels; allocated by the first call at the latest."""
         if self._workspace is None or self._workspace.device != query.device:
             if query.device.type != "cuda":
                 return query.new_empty(2)

@@ -278,6 +278,8 @@ def bench_prefill(timer: Timer, rounds: int) -> list[dict[str, Any]]:
     SDPA."""
     rows = []
     scale = HEAD_DIM**-0.5
+    shape = AttentionShape(torch.bfloat16, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE)
+    workspace = ops.make_workspace(shape, "cuda")
     for length, past in ((512, 0), (2048, 0), (8192, 0), (512, 1536), (512, 7680)):
         context = length + past
         problem = decode_problem("prefill", [context])
@@ -290,8 +292,8 @@ def bench_prefill(timer: Timer, rounds: int) -> list[dict[str, Any]]:
         )
         folded = query.transpose(0, 1)[None]
 
-        def paged(query: torch.Tensor = query, args: Any = args, length: int = length) -> torch.Tensor:
-            return torch.ops.nanopd.paged_prefill(query, *args, length, scale)
+        def paged(query: torch.Tensor = query, args: Any = args) -> torch.Tensor:
+            return torch.ops.nanopd.paged_prefill(query, *args, workspace, scale)
 
         def sdpa(folded: torch.Tensor = folded, k: torch.Tensor = k, v: torch.Tensor = v) -> torch.Tensor:
             return sdpa_causal(folded, k, v, scale)

@@ -70,7 +70,7 @@ def all_launches(full: bool = False) -> Iterator[tuple[str, Launch]]:
                         if not (rung == "mma" and dtype == torch.float32):
                             yield f"{rung} {name}", decode_launch(rung, shape, 64, 1024)
                     if dtype != torch.float32:
-                        yield f"prefill {name}", prefill_launch(shape, 4, 256)
+                        yield f"prefill {name}", prefill_launch(shape)
                     yield f"kv_store {name}", store_launch(shape, 16)
     for dtype in (torch.bfloat16, torch.float16):
         for rows in ROWS_TUNINGS:
@@ -173,7 +173,7 @@ def check_gpu() -> Iterator[Line]:
                 problem.block_tables,
                 problem.context_lens,
                 problem.query_start,
-                max(queries),
+                workspace,
                 problem.scale,
             )
             yield _line(name, "prefill", problem, out)

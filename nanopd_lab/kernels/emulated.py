@@ -22,14 +22,16 @@ from nanopd_lab.kernels.launches import (
     SplitTuning,
     TileTuning,
     decode_launch,
+    decode_workspace_bytes,
     few_rows_launch,
     move_launch,
     prefill_launch,
+    prefill_workspace,
+    prefill_workspace_bytes,
     some_rows_launch,
     split_workspace,
     store_launch,
     top_p_launch,
-    workspace_bytes,
 )
 from nanopd_lab.kernels.report import RunResult
 from nanopd_lab.kernels.run import run
@@ -76,6 +78,7 @@ def paged_decode(
     headers: Mapping[str, str] | None = None,
     device: str = "emulator",
     max_steps: int = 2_000_000_000,
+    behind_store: bool = False,
 ) -> tuple[torch.Tensor, RunResult]:
     """One rung of the decode ladder; `blocks` is the grid of the split rungs.
 
@@ -86,13 +89,13 @@ def paged_decode(
     validate.check_values(kv_layer, block_tables, context_lens)
     sequences = context_lens.shape[0]
     longest = int(context_lens.max())
-    launch = decode_launch(rung, shape, sequences, longest, tuning=tuning, blocks=blocks)
+    launch = decode_launch(rung, shape, sequences, longest, None, tuning, blocks, behind_store)
     out = torch.full(query.shape, float("nan")).to(query.dtype)  # what stays unwritten is seen
     args: list[Any] = [
         out, query, query.stride(0), kv_layer, kv_layer.stride(0), block_tables, block_tables.stride(0),
         context_lens, shape.kv_heads, float(scale),
     ]  # fmt: skip
-    workspace = torch.zeros(workspace_bytes(shape, blocks=blocks), dtype=torch.uint8)
+    workspace = torch.zeros(decode_workspace_bytes(shape, blocks), dtype=torch.uint8)
     if rung in SPLIT_RUNGS:
         partial, sums, counters = split_workspace(workspace, shape, blocks)
         partial.fill_(float("nan"))
@@ -113,19 +116,25 @@ def paged_prefill(
     scale: float,
     instrument: bool = False,
     warps: int = 8,
+    blocks: int = 5,
 ) -> tuple[torch.Tensor, RunResult]:
-    """Causal attention of a flat batch over pages."""
+    """Causal attention of a flat batch over pages; `blocks` is the grid."""
     shape = validate.check_attention(query, kv_layer, block_tables, context_lens)
     validate.check_values(kv_layer, block_tables, context_lens)
     validate.check_query_start(query, query_start, context_lens)
-    longest = int((query_start[1:] - query_start[:-1]).max())
-    launch = prefill_launch(shape, context_lens.shape[0], longest, warps=warps)
+    launch = prefill_launch(shape, warps=warps, blocks=blocks)
+    workspace = torch.zeros(prefill_workspace_bytes(shape, launch), dtype=torch.uint8)
+    partial, sums, counters, places = prefill_workspace(workspace, shape, launch)
+    partial.fill_(float("nan"))
+    sums.fill_(float("nan"))
     out = torch.full(query.shape, float("nan")).to(query.dtype)
     args = [
         out, query, query.stride(0), kv_layer, kv_layer.stride(0), block_tables, block_tables.stride(0),
-        context_lens, query_start, shape.kv_heads, float(scale),
+        context_lens, query_start, shape.kv_heads, float(scale), context_lens.shape[0], partial, sums, counters, places,
     ]  # fmt: skip
-    return out, execute(launch, args, instrument)
+    result = execute(launch, args, instrument)
+    assert int(counters.abs().max()) == 0, "counters must be zero again after a launch"
+    return out, result
 
 
 def kv_store(

@@ -180,13 +180,15 @@ def decode_launch(
     limits: DeviceLimits | None = None,
     tuning: SplitTuning | None = None,
     blocks: int | None = None,
+    behind_store: bool = False,
 ) -> Launch:
     """Launch of one rung of the decode ladder.
 
     max_context: an upper bound (block-table width times block size will do); only rung "naive" depends on it,
     for its scores. `blocks` overrides the grid of the split rungs (the emulator has no multiprocessors to
-    fill). Raises KernelArgumentError for an unknown rung, fp32 on tensor cores, or a context too long for
-    rung "naive".
+    fill); for `behind_store` see `ops.decode_into`.
+
+    Raises KernelArgumentError for an unknown rung, fp32 on tensor cores, or a context too long for rung "naive".
     """
     limits = limits or DeviceLimits()
     if rung not in RUNGS:
@@ -207,6 +209,7 @@ def decode_launch(
             "WARPS": chosen.warps,
             "WARP_TOKENS": chosen.warp_tokens,
             "STAGES": chosen.stages,
+            "BEHIND_STORE": int(behind_store),
         }
         return Launch(
             FILES[rung], kernel, (grid, 1, 1), 32 * chosen.warps, chosen.shared_bytes(shape), defines, True
@@ -229,12 +232,35 @@ def max_grid(limits: DeviceLimits) -> int:
     return 16 * limits.multiprocessors
 
 
-def workspace_bytes(
-    shape: AttentionShape, limits: DeviceLimits | None = None, blocks: int | None = None
-) -> int:
+def decode_workspace_bytes(shape: AttentionShape, blocks: int) -> int:
     """Scratch memory of the split rungs: counters, then two places a block for partial outputs and sums."""
-    count = blocks or max_grid(limits or DeviceLimits())
-    return 4 * MAX_ITEMS + 2 * count * shape.group * (shape.head_dim + 2) * 4
+    return 4 * MAX_ITEMS + 2 * blocks * shape.group * (shape.head_dim + 2) * 4
+
+
+def workspace_bytes(shape: AttentionShape, limits: DeviceLimits | None = None) -> int:
+    """Scratch memory that decode and prefill take turns to use, on a device of such limits."""
+    limits = limits or DeviceLimits()
+    decode = decode_workspace_bytes(shape, max_grid(limits))
+    if shape.dtype == torch.float32:
+        return decode
+    return max(decode, prefill_workspace_bytes(shape, prefill_launch(shape, limits)))
+
+
+def _split(
+    workspace: torch.Tensor, shape: AttentionShape, needed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if workspace.dtype != torch.uint8 or not workspace.is_contiguous() or workspace.numel() < needed:
+        raise KernelArgumentError(
+            f"workspace must be contiguous uint8 of at least {needed} bytes, zeroed once (make_workspace); "
+            f"got {workspace.dtype} of {workspace.numel()}"
+        )
+    counters = 4 * MAX_ITEMS
+    outputs = counters + (needed - counters) // (shape.head_dim + 2) * shape.head_dim
+    return (
+        workspace[counters:outputs].view(torch.float32),
+        workspace[outputs:needed].view(torch.float32),
+        workspace[:counters].view(torch.int32),
+    )
 
 
 def split_workspace(
@@ -244,30 +270,21 @@ def split_workspace(
 
     Raises KernelArgumentError when it is too small for `blocks`.
     """
-    needed = workspace_bytes(shape, blocks=blocks)
-    if workspace.dtype != torch.uint8 or not workspace.is_contiguous() or workspace.numel() < needed:
-        raise KernelArgumentError(
-            f"workspace must be contiguous uint8 of at least {needed} bytes, zeroed once (make_workspace); "
-            f"got {workspace.dtype} of {workspace.numel()}"
-        )
-    outputs = 4 * MAX_ITEMS + 2 * blocks * shape.group * shape.head_dim * 4
-    return (
-        workspace[4 * MAX_ITEMS : outputs].view(torch.float32),
-        workspace[outputs:needed].view(torch.float32),
-        workspace[: 4 * MAX_ITEMS].view(torch.int32),
-    )
+    return _split(workspace, shape, decode_workspace_bytes(shape, blocks))
+
+
+# Thread blocks of paged prefill that a multiprocessor holds: what its registers allow.
+PREFILL_RESIDENT = {64: 2, 128: 1, 256: 2}
+PREFILL_PLACES = 4  # parts of divided tiles, for each thread block
 
 
 def prefill_launch(
-    shape: AttentionShape,
-    sequences: int,
-    max_query_len: int,
-    limits: DeviceLimits | None = None,
-    warps: int = 8,
+    shape: AttentionShape, limits: DeviceLimits | None = None, warps: int = 8, blocks: int | None = None
 ) -> Launch:
-    """Launch of paged prefill. max_query_len: the longest query of the batch, or an upper bound.
+    """Launch of paged prefill: as many blocks as the GPU holds, whatever the batch. They divide it on the device.
 
-    Raises KernelArgumentError for fp32 (its products don't run on these tensor-core instructions).
+    `blocks` overrides the grid. Raises KernelArgumentError for fp32 (its products don't run on these tensor-core
+    instructions).
     """
     if shape.dtype == torch.float32:
         raise KernelArgumentError(
@@ -277,18 +294,29 @@ def prefill_launch(
     keys = 32 if shape.head_dim == 256 else 64
     if shape.head_dim == 256:
         warps = 4
-    shared = (16 * warps + 4 * keys) * shape.head_dim * shape.element_bytes
-    tokens = 16 * warps // shape.group
-    grid = (-(-max_query_len // tokens), shape.kv_heads, sequences)
     return Launch(
         "prefill.cu",
         "paged_prefill",
-        grid,
+        (blocks or limits.multiprocessors * PREFILL_RESIDENT[shape.head_dim], 1, 1),
         32 * warps,
-        shared,
+        (16 * warps + 4 * keys) * shape.head_dim * shape.element_bytes,
         {**shape.defines, "WARPS": warps, "KEYS": keys},
         overlaps=True,
     )
+
+
+def prefill_workspace_bytes(shape: AttentionShape, launch: Launch) -> int:
+    """Scratch memory of paged prefill: counters, then places for the parts of divided tiles."""
+    rows = PREFILL_PLACES * launch.grid[0] * launch.threads // 2
+    return 4 * MAX_ITEMS + rows * (shape.head_dim + 2) * 4
+
+
+def prefill_workspace(
+    workspace: torch.Tensor, shape: AttentionShape, launch: Launch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """(partial, partial sums, counters, places): views of a workspace, see `split_workspace`, and a number."""
+    outputs, sums, counters = _split(workspace, shape, prefill_workspace_bytes(shape, launch))
+    return outputs, sums, counters, PREFILL_PLACES * launch.grid[0]
 
 
 STORE_THREADS = 128

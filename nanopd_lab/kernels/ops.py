@@ -24,6 +24,7 @@ from nanopd_lab.kernels.launches import (
     max_grid,
     move_launch,
     prefill_launch,
+    prefill_workspace,
     split_workspace,
     store_launch,
     workspace_bytes,
@@ -37,7 +38,7 @@ _library.define(
 )
 _library.define(
     "paged_prefill(Tensor query, Tensor kv_layer, Tensor block_tables, Tensor context_lens, "
-    "Tensor query_start, SymInt max_query_len, float scale) -> Tensor"
+    "Tensor query_start, Tensor workspace, float scale) -> Tensor"
 )
 _library.define("copy_blocks(Tensor(a!) kv_cache, Tensor from_ids, Tensor to_ids) -> ()")
 _library.define("gather_blocks(Tensor kv_cache, Tensor ids) -> Tensor")
@@ -52,7 +53,7 @@ def _limits(tensor: torch.Tensor) -> gpu.DeviceLimits:
 
 
 def make_workspace(shape: AttentionShape, device: torch.device | str) -> torch.Tensor:
-    """Scratch memory for `paged_decode`, zeroed. Make it once, before any CUDA graph is captured."""
+    """Scratch memory for `paged_decode` and `paged_prefill`, zeroed. Make it once, before any graph is captured."""
     device = torch.device(device)
     if device.type != "cuda":
         return torch.zeros(0, dtype=torch.uint8, device=device)
@@ -94,8 +95,14 @@ def decode_into(
     workspace: torch.Tensor,
     scale: float,
     rung: str = "auto",
+    behind_store: bool = False,
 ) -> None:
-    """Paged decode on a GPU, written to `out` (contiguous, the query's shape). See `paged_decode`."""
+    """Paged decode on a GPU, written to `out` (contiguous, the query's shape). See `paged_decode`.
+
+    behind_store: the launch just before on this stream was `kv_store`, of nothing that this one reads but the newest
+        token of each sequence; everything else was written at least one ordinary launch earlier. The split rungs then
+        begin with the older tokens while the store still runs.
+    """
     shape = validate.check_attention(query, kv_layer, block_tables, context_lens)
     sequences = context_lens.shape[0]
     if query.shape[0] != sequences:
@@ -106,7 +113,8 @@ def decode_into(
         return
     chosen = best_rung(shape) if rung == "auto" else rung
     limits = _limits(query)
-    launch = decode_launch(chosen, shape, sequences, block_tables.shape[1] * shape.block_size, limits)
+    longest = block_tables.shape[1] * shape.block_size
+    launch = decode_launch(chosen, shape, sequences, longest, limits, behind_store=behind_store)
     args = [
         out,
         query,
@@ -145,7 +153,7 @@ def prefill_into(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     query_start: torch.Tensor,
-    max_query_len: int,
+    workspace: torch.Tensor,
     scale: float,
 ) -> None:
     """Paged prefill on a GPU, written to the rows of `out` that `query_start` names. A sequence whose context
@@ -158,8 +166,9 @@ def prefill_into(
             f"query_start must have {sequences + 1} entries for {sequences} sequences, "
             f"got {query_start.shape[0]}"
         )
-    if query.shape[0] == 0 or max_query_len == 0:
+    if query.shape[0] == 0 or sequences == 0:
         return
+    launch = prefill_launch(shape, _limits(query))
     args = [
         out,
         query,
@@ -172,8 +181,10 @@ def prefill_into(
         query_start,
         shape.kv_heads,
         float(scale),
+        sequences,
+        *prefill_workspace(workspace, shape, launch),
     ]
-    gpu.execute(prefill_launch(shape, sequences, max_query_len, _limits(query)), args, query.device)
+    gpu.execute(launch, args, query.device)
 
 
 def _paged_prefill_cuda(
@@ -182,11 +193,11 @@ def _paged_prefill_cuda(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     query_start: torch.Tensor,
-    max_query_len: int,
+    workspace: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    prefill_into(out, query, kv_layer, block_tables, context_lens, query_start, max_query_len, scale)
+    prefill_into(out, query, kv_layer, block_tables, context_lens, query_start, workspace, scale)
     return out
 
 
@@ -284,7 +295,7 @@ def _paged_prefill_cpu(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     query_start: torch.Tensor,
-    max_query_len: int,
+    workspace: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
     validate.check_attention(query, kv_layer, block_tables, context_lens)
@@ -385,7 +396,7 @@ def paged_prefill(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     query_start: torch.Tensor,
-    max_query_len: int,
+    workspace: torch.Tensor,
     scale: float,
     validate_values: bool = True,
 ) -> torch.Tensor:
@@ -395,7 +406,7 @@ def paged_prefill(
         validate.check_values(kv_layer, block_tables, context_lens)
         validate.check_query_start(query, query_start, context_lens)
     return torch.ops.nanopd.paged_prefill(
-        query, kv_layer, block_tables, context_lens, query_start, max_query_len, scale
+        query, kv_layer, block_tables, context_lens, query_start, workspace, scale
     )
 
 

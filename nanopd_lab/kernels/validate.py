@@ -124,7 +124,7 @@ def check_values(kv_layer: torch.Tensor, block_tables: torch.Tensor, context_len
 
 
 def check_query_start(query: torch.Tensor, query_start: torch.Tensor, context_lens: torch.Tensor) -> None:
-    """query_start rises within the query's rows, and no query is longer than its context. Waits."""
+    """query_start rises within the query's rows, and no query is longer than its context, if it has one. Waits."""
     starts, contexts = query_start.cpu().long(), context_lens.cpu().long()
     lengths = starts[1:] - starts[:-1]
     _require(
@@ -132,7 +132,7 @@ def check_query_start(query: torch.Tensor, query_start: torch.Tensor, context_le
         f"query_start must rise to at most {query.shape[0]} rows, got {starts.tolist()[:8]}…",
     )
     _require(
-        bool((lengths <= contexts).all()),
+        bool(((lengths <= contexts) | (contexts == 0)).all()),
         "a sequence has more query tokens than context; context_lens counts them too",
     )
 

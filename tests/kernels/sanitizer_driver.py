@@ -47,7 +47,7 @@ def main() -> None:
                 batch.block_tables,
                 batch.context_lens,
                 batch.query_start,
-                max(lens),
+                workspace,
                 batch.scale,
             )
         key = torch.randn(9, kv_heads, head_dim, device="cuda").to(dtype)

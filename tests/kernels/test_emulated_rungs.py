@@ -48,14 +48,17 @@ def test_rung_equals_float64(rung: str, shape: tuple) -> None:
     assert error <= reference.TOLERANCES[shape[0]]
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_rung_is_clean_when_watched(rung: str) -> None:
+@pytest.mark.parametrize(
+    ("rung", "early"), [*((rung, False) for rung in RUNGS), ("split", True), ("mma", True)]
+)
+def test_rung_is_clean_when_watched(rung: str, early: bool) -> None:
     """No race, no read out of bounds or of memory that nobody wrote, in a batch that splits sequences."""
     problem = make_problem(BF16, 64, 8, 3, 2, [75, 1, 0, 20])
     out, result = emulated.paged_decode(
         rung,
         *problem.decode_args,
         instrument=True,
+        behind_store=early,
     )
     assert result.findings == ()
     assert reference.relative_error(out, problem.wanted()) <= reference.TOLERANCES[BF16]
@@ -66,10 +69,15 @@ def test_rung_is_clean_when_watched(rung: str) -> None:
     contexts=st.lists(st.integers(0, 400), min_size=1, max_size=6).filter(any),
     blocks=st.integers(1, 40),
     seed=st.integers(0, 1000),
+    stages=st.sampled_from([None, 2, 3]),
 )
-def test_split_and_join_for_any_lengths_and_grid(contexts: list[int], blocks: int, seed: int) -> None:
+def test_split_and_join_for_any_lengths_and_grid(
+    contexts: list[int], blocks: int, seed: int, stages: int | None
+) -> None:
+    """Also where the older tokens are loaded before the newest (`behind_store`), some tiles ahead."""
     problem = make_problem(BF16, 64, 8, 3, 2, contexts, seed=seed)
-    out = decode(problem, "mma", blocks=blocks, tuning=SplitTuning(1, 16, 2))
+    tuning = SplitTuning(1, 16, stages or 2)
+    out = decode(problem, "mma", blocks=blocks, tuning=tuning, behind_store=stages is not None)
     assert reference.relative_error(out, problem.wanted()) <= reference.TOLERANCES[BF16]
 
 
@@ -110,6 +118,63 @@ def test_prefill_equals_float64(shape: tuple) -> None:
     )
     assert result.findings == ()
     assert reference.relative_error(out, problem.wanted()) <= reference.TOLERANCES[shape[0]]
+
+
+def prefill(problem: Problem, blocks: int, warps: int, instrument: bool = False) -> tuple[float, int]:
+    """Relative error of a launch, and how many parts of divided tiles it wrote."""
+    args = (problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.query_start)
+    out, result = emulated.paged_prefill(*args, problem.scale, instrument, warps, blocks)
+    assert result.findings == ()
+    lengths = problem.query_start.diff()
+    own = torch.repeat_interleave(problem.context_lens > 0, lengths)
+    assert out[~own].isnan().all(), "rows of sequences without context are left alone"
+    sums = result.outputs[-2].view(-1, 16 * (4 if problem.shape.head_dim == 256 else warps), 2)
+    parts = int((~sums[:, 0, 0].isnan()).sum())
+    return reference.relative_error(out[own], problem.wanted()[own]), parts
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "warps", "least"),
+    [
+        ((BF16, 64, 16, 4, 1, [700], [3]), 12, 1, 6),
+        ((BF16, 128, 16, 4, 2, [700, 0, 300, 40], [3, 5, 40, 40]), 20, 2, 4),
+        ((FP16, 256, 32, 8, 1, [500], [9]), 9, 4, 4),
+        ((BF16, 64, 8, 3, 1, [400] * 35, [1] * 35), 70, 1, 70),  # more sequences than lanes
+    ],
+    ids=["one-chunk", "mixture", "d256", "many-sequences"],
+)
+def test_a_long_past_is_divided(shape: tuple, blocks: int, warps: int, least: int) -> None:
+    error, parts = prefill(make_problem(*shape), blocks, warps, instrument=True)
+    assert parts >= least
+    assert error <= reference.TOLERANCES[shape[0]]
+
+
+def test_prompts_without_a_past_are_not_divided() -> None:
+    error, parts = prefill(make_problem(BF16, 64, 16, 4, 1, [300, 90], [300, 80]), 64, 1)
+    assert parts == 0
+    assert error <= reference.TOLERANCES[BF16]
+
+
+CHUNK = st.tuples(st.sampled_from([1, 2, 5, 17, 40]), st.sampled_from([0, 1, 63, 200, 500]))
+
+
+@given(
+    st.lists(CHUNK, min_size=1, max_size=5),
+    st.sampled_from([(16, 4), (8, 3), (32, 1), (16, 8)]),
+    st.sampled_from([1, 2, 7, 33]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 5),
+)
+@settings(max_examples=25, deadline=None)
+def test_prefill_of_any_batch(
+    chunks: list[tuple[int, int]], constants: tuple[int, int], blocks: int, warps: int, padding: int
+) -> None:
+    contexts, lengths = [count + past for count, past in chunks], [count for count, _ in chunks]
+    contexts.insert(padding % len(contexts), 0)
+    lengths.insert(padding % len(lengths), padding)
+    problem = make_problem(BF16, 64, *constants, 2, contexts, lengths)
+    error, _ = prefill(problem, blocks, warps)
+    assert error <= reference.TOLERANCES[BF16]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

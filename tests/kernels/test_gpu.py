@@ -76,11 +76,61 @@ def test_prefill_over_all_shapes(dtype: torch.dtype) -> None:
             problem.block_tables,
             problem.context_lens,
             problem.query_start,
-            257,
+            ops.make_workspace(problem.shape, "cuda"),
             problem.scale,
         )
         error = reference.relative_error(out, problem.wanted())
         assert error <= reference.TOLERANCES[dtype], (head_dim, block_size, group, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_prefill_of_chunks_after_a_long_past(dtype: torch.dtype) -> None:
+    """Divided tiles: right, the same at every launch, and their counters zero again."""
+    for i, (head_dim, block_size, group) in enumerate(((64, 16, 3), (128, 16, 4), (256, 32, 8), (128, 8, 1))):
+        for contexts, query_lens in (
+            ([5000], [1]),
+            ([9000, 0, 3000, 300], [16, 4, 70, 300]),
+            ([700] * 40, [3] * 40),
+        ):
+            problem = make_problem(dtype, head_dim, block_size, group, 2, contexts, query_lens, i, "cuda")
+            workspace = ops.make_workspace(problem.shape, "cuda")
+            args = (
+                problem.kv_layer,
+                problem.block_tables,
+                problem.context_lens,
+                problem.query_start,
+                workspace,
+            )
+            out = ops.paged_prefill(problem.query, *args, problem.scale)
+            own = torch.repeat_interleave(problem.context_lens > 0, problem.query_start.diff())
+            error = reference.relative_error(out[own], problem.wanted()[own])
+            assert error <= reference.TOLERANCES[dtype], (head_dim, contexts, error)
+            for _ in range(5):
+                again = ops.paged_prefill(problem.query, *args, problem.scale)
+                assert torch.equal(again[own], out[own])
+            assert int(workspace[: 4 << 16].sum()) == 0
+
+
+def test_prefill_graph_replays_with_new_lengths() -> None:
+    problem = make_problem(torch.bfloat16, 128, 16, 4, 8, [2000] * 4, [16] * 4, device="cuda")
+    workspace = ops.make_workspace(problem.shape, "cuda")
+    args = (problem.query, problem.kv_layer, problem.block_tables, problem.context_lens, problem.query_start)
+    call = torch.ops.nanopd.paged_prefill
+    call(*args, workspace, problem.scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(*args, workspace, problem.scale)
+    for contexts, starts in (
+        ([2000, 2000, 2000, 2000], [0, 16, 32, 48, 64]),
+        ([0, 16, 1900, 40], [0, 0, 16, 18, 50]),
+        ([0, 0, 0, 1999], [0, 0, 0, 0, 64]),
+    ):
+        problem.context_lens.copy_(torch.tensor(contexts, dtype=torch.int32))
+        problem.query_start.copy_(torch.tensor(starts, dtype=torch.int32))
+        graph.replay()
+        used = starts[-1]
+        error = reference.relative_error(out[:used], problem.wanted()[:used])
+        assert error <= reference.TOLERANCES[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,6 +197,34 @@ def test_graph_replays_with_new_lengths() -> None:
         args[0].normal_()
         graph.replay()
         expected = reference.attend(*args, first.query_start, first.scale)
+        assert reference.relative_error(out, expected) <= reference.TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.parametrize("rung", ["split", "mma"])
+def test_decode_right_behind_the_store_sees_the_newest_token(rung: str) -> None:
+    """The kernel may begin while the store runs: a value read too early is a NaN in the output."""
+    contexts = [1, 16, 17, 0, 900, 64, 65, 2000] * 6
+    problem = make_problem(torch.bfloat16, 128, 16, 4, 8, contexts, device="cuda")
+    query, cache, tables, lens = (
+        problem.query.contiguous(), problem.kv_layer, problem.block_tables, problem.context_lens
+    )  # fmt: skip
+    newest = (lens.long() - 1).clamp(min=0)
+    slots = tables.gather(1, newest[:, None] // 16)[:, 0].long() * 16 + newest % 16
+    slots[lens == 0] = -1
+    key, value = (torch.randn(len(contexts), 8, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    wanted_cache = cache.clone()
+    reference.store(key, value, wanted_cache, slots)
+    expected = reference.attend(query, wanted_cache, tables, lens, problem.query_start, problem.scale)
+    workspace, out = ops.make_workspace(problem.shape, "cuda"), torch.empty_like(query)
+    blocks = slots[slots >= 0] // 16
+
+    def chain() -> None:
+        cache[blocks, :, :, slots[slots >= 0] % 16] = float("nan")
+        torch.ops.nanopd.kv_store(key, value, cache, slots)
+        ops.decode_into(out, query, cache, tables, lens, workspace, problem.scale, rung, behind_store=True)
+
+    for _ in range(50):
+        chain()
         assert reference.relative_error(out, expected) <= reference.TOLERANCES[torch.bfloat16]
 
 

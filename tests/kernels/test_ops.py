@@ -52,7 +52,7 @@ def test_ops_pass_torchs_own_checks(problem: Problem) -> None:
     check(torch.ops.nanopd.paged_decode.default, (*attention, NOTHING, problem.scale), test_utils=tests)
     check(
         torch.ops.nanopd.paged_prefill.default,
-        (*attention, problem.query_start, 1, problem.scale),
+        (*attention, problem.query_start, NOTHING, problem.scale),
         test_utils=tests,
     )
     key = torch.randn(4, 3, 64)
