@@ -24,7 +24,7 @@ paged_decode_split(T* out, const T* query, i64 query_stride, const T* kv, i64 bl
 
     prefetch_tables(batch);
     begin_dependents();
-    if (!BEHIND_STORE) wait_for_previous();
+    wait_for_previous();
     const Share share = plan(batch);
     const int tiles = share.end - share.begin;
     Cursor loading = share.start, at = share.start;
@@ -35,19 +35,10 @@ paged_decode_split(T* out, const T* query, i64 query_stride, const T* kv, i64 bl
 #pragma unroll 1
     for (int turn = 0; turn < tiles + STAGES - 1; ++turn) {
         const int i = turn - (STAGES - 1);
-        if (BEHIND_STORE && i == 0) {
-            wait_for_previous();
-            Cursor early = share.start;
-            for (int e = 0; e < min(tiles, STAGES - 1); ++e, early.next(batch))
-                loader.load_newest(batch, early, mine + e * STAGE_ROWS * HEAD_DIM, e == 0 || early.tile == 0);
-            async_commit();
-            async_wait<0>();
-        }
         if (i >= 0) async_wait<STAGES - 2>();
         __syncwarp();  // the tile is there for all lanes, and all have finished with the one before
         if (turn < tiles) {
-            loader.load(batch, loading, mine + turn % STAGES * STAGE_ROWS * HEAD_DIM, turn == 0 || loading.tile == 0,
-                        BEHIND_STORE && i < 0);
+            loader.load(batch, loading, mine + turn % STAGES * STAGE_ROWS * HEAD_DIM, turn == 0 || loading.tile == 0);
             loading.next(batch);
         }
         async_commit();  // also when empty: the wait counts groups
@@ -131,6 +122,5 @@ paged_decode_split(T* out, const T* query, i64 query_stride, const T* kv, i64 bl
         }
         at.next(batch);
     }
-    if (BEHIND_STORE && tiles == 0) wait_for_previous();
     clear_empty(batch);
 }

@@ -31,11 +31,6 @@
 #ifndef STAGES
 #define STAGES 3
 #endif
-// 1: the kernel just before wrote the newest tokens' K and V, and nothing else that this one reads (`kv_store` does).
-// Then dividing the work and the first tiles need not wait for it; only the newest tokens and the queries do.
-#ifndef BEHIND_STORE
-#define BEHIND_STORE 0
-#endif
 
 constexpr int TILE = WARPS * WARP_TOKENS;
 constexpr int TURNS = WARP_TOKENS * PIECES / 32;    // that a warp needs to copy a tile of K
@@ -162,9 +157,8 @@ struct Loader {
         return index * BLOCK_SIZE < at.context ? table[index] : 0;
     }
 
-    // This warp's part of the tile: WARP_TOKENS rows of K, as many of V, zeros past the context; `early` without what
-    // `load_newest` brings.
-    DEVICE_METHOD void load(const Batch& batch, const Cursor& at, T* stage, bool first_of_item, bool early) {
+    // This warp's part of the tile: WARP_TOKENS rows of K, as many of V, zeros past the context.
+    DEVICE_METHOD void load(const Batch& batch, const Cursor& at, T* stage, bool first_of_item) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const int token = at.tile * TILE + warp * WARP_TOKENS, block = token / BLOCK_SIZE;
         if (first_of_item || block / 32 != window) {
@@ -181,32 +175,13 @@ struct Loader {
             const int offset = (token % BLOCK_SIZE + place.row) % BLOCK_SIZE;
             const T* k = key_row(batch.kv, batch.block_stride, id, at.kv_head, offset) + place.piece * PER_16_BYTES;
             const bool valid = token + place.row < at.context;
-            if (early && token + place.row == at.context - 1) continue;
             async_copy16(piece_at(stage, place.row, place.piece), k, valid);
             async_copy16(piece_at(stage, WARP_TOKENS + place.row, place.piece), k + to_values, valid);
         }
-        if (first_of_item && !early) load_queries(batch, at, stage);
-    }
-
-    DEVICE_METHOD static void load_queries(const Batch& batch, const Cursor& at, T* stage) {
+        if (!first_of_item) return;
         const T* q = batch.query + at.sequence * batch.query_stride + at.kv_head * GROUP * HEAD_DIM;
-        for (int i = threadIdx.x % 32; i < GROUP * PIECES; i += 32)
+        for (int i = lane; i < GROUP * PIECES; i += 32)
             async_copy16(piece_at(stage, 2 * WARP_TOKENS + i / PIECES, i % PIECES), q + i * PER_16_BYTES);
-    }
-
-    // The newest token, if it lies in this warp's part of a tile that was loaded early, and the queries.
-    DEVICE_METHOD static void load_newest(const Batch& batch, const Cursor& at, T* stage, bool first_of_item) {
-        const int newest = at.context - 1, row = newest - at.tile * TILE - static_cast<int>(threadIdx.x / 32) * WARP_TOKENS;
-        if (row >= 0 && row < WARP_TOKENS) {
-            const int id = batch.block_tables[static_cast<i64>(at.sequence) * batch.table_stride + newest / BLOCK_SIZE];
-            const T* k = key_row(batch.kv, batch.block_stride, id, at.kv_head, newest % BLOCK_SIZE);
-            for (int i = threadIdx.x % 32; i < 2 * PIECES; i += 32) {
-                const int piece = i % PIECES, values = i / PIECES;
-                async_copy16(piece_at(stage, values * WARP_TOKENS + row, piece),
-                             k + values * value_offset(batch.kv_heads) + piece * PER_16_BYTES);
-            }
-        }
-        if (first_of_item) load_queries(batch, at, stage);
     }
 };
 

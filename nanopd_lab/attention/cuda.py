@@ -54,7 +54,7 @@ def attend_known(
     """Attention of a batch whose lengths the host knows: each sequence by what is fastest for it.
 
     Args:
-        fresh: K and V of the batch's own tokens, just stored; a sequence without a past need not look for them in pages
+        fresh: K and V of the batch's own tokens; a sequence without a past need not look for them in pages
         out: where to write; rows behind the batch's last are left alone
     """
     if not query.is_cuda:
@@ -75,7 +75,6 @@ def attend_known(
             context_lens[:decodes],
             workspace,
             scale,
-            behind_store=fresh is not None,
         )
     halves = kv_layer.dtype != torch.float32
     new = [s for s in range(decodes, sequences) if contexts[s] == lengths[s]]
@@ -181,16 +180,7 @@ def _attention_cuda(
         )
     # Captured in a graph: which sequences decode, and how long they are, the kernels read on the device.
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    ops.decode_into(
-        out[:sequences],
-        query[:sequences],
-        kv_layer,
-        block_tables,
-        decode_lens,
-        workspace,
-        scale,
-        behind_store=True,
-    )
+    ops.decode_into(out[:sequences], query[:sequences], kv_layer, block_tables, decode_lens, workspace, scale)
     if not decode_only:
         # Its sequences' rows come behind those of all decode steps, and overwrite the zeros left there.
         ops.prefill_into(out, query, kv_layer, block_tables, prefill_lens, query_start, workspace, scale)

@@ -78,7 +78,6 @@ def paged_decode(
     headers: Mapping[str, str] | None = None,
     device: str = "emulator",
     max_steps: int = 2_000_000_000,
-    behind_store: bool = False,
 ) -> tuple[torch.Tensor, RunResult]:
     """One rung of the decode ladder; `blocks` is the grid of the split rungs.
 
@@ -89,7 +88,7 @@ def paged_decode(
     validate.check_values(kv_layer, block_tables, context_lens)
     sequences = context_lens.shape[0]
     longest = int(context_lens.max())
-    launch = decode_launch(rung, shape, sequences, longest, None, tuning, blocks, behind_store)
+    launch = decode_launch(rung, shape, sequences, longest, tuning=tuning, blocks=blocks)
     out = torch.full(query.shape, float("nan")).to(query.dtype)  # what stays unwritten is seen
     args: list[Any] = [
         out, query, query.stride(0), kv_layer, kv_layer.stride(0), block_tables, block_tables.stride(0),

@@ -180,15 +180,13 @@ def decode_launch(
     limits: DeviceLimits | None = None,
     tuning: SplitTuning | None = None,
     blocks: int | None = None,
-    behind_store: bool = False,
 ) -> Launch:
     """Launch of one rung of the decode ladder.
 
     max_context: an upper bound (block-table width times block size will do); only rung "naive" depends on it,
     for its scores. `blocks` overrides the grid of the split rungs (the emulator has no multiprocessors to
-    fill); for `behind_store` see `ops.decode_into`.
-
-    Raises KernelArgumentError for an unknown rung, fp32 on tensor cores, or a context too long for rung "naive".
+    fill). Raises KernelArgumentError for an unknown rung, fp32 on tensor cores, or a context too long for
+    rung "naive".
     """
     limits = limits or DeviceLimits()
     if rung not in RUNGS:
@@ -209,7 +207,6 @@ def decode_launch(
             "WARPS": chosen.warps,
             "WARP_TOKENS": chosen.warp_tokens,
             "STAGES": chosen.stages,
-            "BEHIND_STORE": int(behind_store),
         }
         return Launch(
             FILES[rung], kernel, (grid, 1, 1), 32 * chosen.warps, chosen.shared_bytes(shape), defines, True

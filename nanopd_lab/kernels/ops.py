@@ -95,14 +95,8 @@ def decode_into(
     workspace: torch.Tensor,
     scale: float,
     rung: str = "auto",
-    behind_store: bool = False,
 ) -> None:
-    """Paged decode on a GPU, written to `out` (contiguous, the query's shape). See `paged_decode`.
-
-    behind_store: the launch just before on this stream was `kv_store`, of nothing that this one reads but the newest
-        token of each sequence; everything else was written at least one ordinary launch earlier. The split rungs then
-        begin with the older tokens while the store still runs.
-    """
+    """Paged decode on a GPU, written to `out` (contiguous, the query's shape). See `paged_decode`."""
     shape = validate.check_attention(query, kv_layer, block_tables, context_lens)
     sequences = context_lens.shape[0]
     if query.shape[0] != sequences:
@@ -113,8 +107,7 @@ def decode_into(
         return
     chosen = best_rung(shape) if rung == "auto" else rung
     limits = _limits(query)
-    longest = block_tables.shape[1] * shape.block_size
-    launch = decode_launch(chosen, shape, sequences, longest, limits, behind_store=behind_store)
+    launch = decode_launch(chosen, shape, sequences, block_tables.shape[1] * shape.block_size, limits)
     args = [
         out,
         query,

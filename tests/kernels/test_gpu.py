@@ -200,34 +200,6 @@ def test_graph_replays_with_new_lengths() -> None:
         assert reference.relative_error(out, expected) <= reference.TOLERANCES[torch.bfloat16]
 
 
-@pytest.mark.parametrize("rung", ["split", "mma"])
-def test_decode_right_behind_the_store_sees_the_newest_token(rung: str) -> None:
-    """The kernel may begin while the store runs: a value read too early is a NaN in the output."""
-    contexts = [1, 16, 17, 0, 900, 64, 65, 2000] * 6
-    problem = make_problem(torch.bfloat16, 128, 16, 4, 8, contexts, device="cuda")
-    query, cache, tables, lens = (
-        problem.query.contiguous(), problem.kv_layer, problem.block_tables, problem.context_lens
-    )  # fmt: skip
-    newest = (lens.long() - 1).clamp(min=0)
-    slots = tables.gather(1, newest[:, None] // 16)[:, 0].long() * 16 + newest % 16
-    slots[lens == 0] = -1
-    key, value = (torch.randn(len(contexts), 8, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    wanted_cache = cache.clone()
-    reference.store(key, value, wanted_cache, slots)
-    expected = reference.attend(query, wanted_cache, tables, lens, problem.query_start, problem.scale)
-    workspace, out = ops.make_workspace(problem.shape, "cuda"), torch.empty_like(query)
-    blocks = slots[slots >= 0] // 16
-
-    def chain() -> None:
-        cache[blocks, :, :, slots[slots >= 0] % 16] = float("nan")
-        torch.ops.nanopd.kv_store(key, value, cache, slots)
-        ops.decode_into(out, query, cache, tables, lens, workspace, problem.scale, rung, behind_store=True)
-
-    for _ in range(50):
-        chain()
-        assert reference.relative_error(out, expected) <= reference.TOLERANCES[torch.bfloat16]
-
-
 def test_compiles_into_one_graph() -> None:
     problem = make_problem(torch.bfloat16, 64, 16, 3, 3, [40, 300], device="cuda")
     workspace = ops.make_workspace(problem.shape, "cuda")
