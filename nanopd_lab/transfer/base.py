@@ -48,6 +48,11 @@ class Pool:
     generations: MutableSequence[int]
 
     @cached_property
+    def num_blocks(self) -> int:
+        """Blocks in it."""
+        return self.memory.shape[0]
+
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes of one block."""
         return self.memory[0].numel() * self.memory.itemsize

@@ -154,7 +154,7 @@ class PoolTransport(ABC):
             (pull.source, pull.source_blocks, peer.pool),
             (self._worker, pull.target_blocks, own),
         ):
-            low, high, count = min(blocks), max(blocks), pool.memory.shape[0]
+            low, high, count = min(blocks), max(blocks), pool.num_blocks
             if low < 0 or high >= count:
                 raise TransferError(
                     f"pull {pull.pull_id} asks for blocks {low} to {high} of {worker}, which has 0 to {count - 1}"

@@ -36,6 +36,9 @@ class SimulatedStream:
         event.record(other)
         self.wait_event(event)
 
+    def query(self) -> bool:
+        return not self.work
+
     def step(self) -> bool:
         """Do the first thing in the queue; False if there is none or it must wait."""
         if not self.work or (self.work[0][0] == "wait" and not self.work[0][1]):
