@@ -245,7 +245,11 @@ def describe(cost: CostModel, prompt_tokens: int = 512, context: int = 512) -> s
         ("a1", f"{1e9 * model.pair_s:.3f} ns a (query, key) pair"),
         ("a2", f"{1e6 * model.context_s:.3f} µs a token of context"),
         ("a3", f"{1e6 * model.sequence_s:.1f} µs a sequence"),
-        *([("fill", f"{model.fill:.0f} prompt tokens keep the device busy")] if model.fill else []),
+        *(
+            [("short", f"{1e9 * model.short_pair_s:.3f} ns more a pair of a short chunk")]
+            if model.short_pair_s
+            else []
+        ),
         *([("mixed", f"{1e3 * model.mixed_s:.3f} ms a step with a prompt chunk")] if model.mixed_s else []),
         ("host", f"{1e3 * model.host_s:.3f} ms a step, beside the device"),
     ]

@@ -22,9 +22,6 @@ SHARPNESSES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
 MIN_SAMPLES = 8
 HOST_CANDIDATES = 12
 CORNER_STEP = 1.2
-FILLS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024)  # in tokens
-MOST_TURNS = 6
-FILL_MUST_REACH = 0.9  # of the error without it
 CORNERS = tuple(0.25 * CORNER_STEP**n for n in range(54))  # in tokens; up to 3,900
 T0_MUST_REACH = 0.9  # of the error without it
 
@@ -130,10 +127,8 @@ def fit_iteration(
     )
 
 
-COLUMNS, MIXED = (
-    6,
-    5,
-)  # of the linear part: the matrices, four more terms, and what only steps with prompts pay
+# Of the linear part: the matrices, four more terms, and two that only GPUs have.
+COLUMNS, ON_GPUS = 7, [5, 6]
 TERMS = ("reading weights", "matrix products", "constant", "attention pairs", "context", "sequences")
 
 
@@ -150,7 +145,6 @@ def fit_without(
     if not (model.weight_s > 0 and model.token_s > 0):
         raise ValueError("the model has no corner: reading weights or matrix products take no time in it")
     table, corner = _Table(samples, model.vocab_share, model.captured), model.weight_s / model.token_s
-    table.fill = model.fill
     matrices = {
         "reading weights": table.tokens / corner,
         "matrix products": table.weights,
@@ -158,7 +152,7 @@ def fit_without(
     free = table.above(model.host_s)
     columns = np.column_stack([matrices, table.others])[free]
     used = [n for n, name in enumerate(("matrices", *TERMS[2:])) if name != term and (n != 1 or model.t0_s)]
-    used += [MIXED] * bool(model.mixed_s)
+    used += ON_GPUS if model.captured.batches else []
     found = np.zeros(COLUMNS)
     found[used] = solve(columns[:, used], table.seconds[free])
     refitted = table._model(found, corner, model.sharpness, model.host_s)
@@ -209,14 +203,13 @@ class _Table:
         ).T
         self.weights: Array = np.where(drawn > 0, 1.0 + vocab_share, 1.0)
         self.tokens: Array = tokens + vocab_share * drawn
-        self.fill = 0.0
 
     @property
     def others(self) -> Array:
-        """[steps, 5]: the terms beside the matrices."""
+        """[steps, 6]: the terms beside the matrices."""
         return np.array(
             [
-                [1.0, max(s.pairs, self.fill * s.walk), s.context, s.sequences, not s.decodes_only]
+                [1.0, s.pairs, s.context, s.sequences, not s.decodes_only, s.short_pairs]
                 for s in (sample.step for sample in self.samples)
             ],
             dtype=float,
@@ -233,29 +226,9 @@ class _Table:
     def fit(self, host_s: float) -> IterationModel:
         """The best for a host time, from the steps that take longer than it."""
         free = self.above(host_s)
-        distance, found = self._with_constant(free, host_s)
-        if not self.captured.batches:
-            return found
-        # On a GPU short chunks may leave part of it idle. From fill to corner and back, until nothing moves.
-        best, model, having = distance, found, found
-        for _ in range(MOST_TURNS):
-            corner = model.weight_s / model.token_s if model.token_s else CORNERS[-1]
-            tried = []
-            for fill in FILLS:
-                self.fill = fill
-                tried.append((self._solve(free, corner, model.sharpness, bool(model.t0_s))[0], fill))
-            self.fill = min(tried)[1]
-            now, model = self._with_constant(free, host_s)
-            if now > 0.999 * best:
-                break
-            best, having = now, model
-        self.fill = 0.0
-        return having if best < FILL_MUST_REACH * distance else found
-
-    def _with_constant(self, free: NDArray[np.bool_], host_s: float) -> tuple[float, IterationModel]:
         # A constant time and that of the weights differ only in the corner's shape: t0 must earn its place.
         without, having = self._search(free, host_s, with_t0=False), self._search(free, host_s, with_t0=True)
-        return having if having[0] < T0_MUST_REACH * without[0] else without
+        return (having if having[0] < T0_MUST_REACH * without[0] else without)[1]
 
     def _search(self, free: NDArray[np.bool_], host_s: float, with_t0: bool) -> tuple[float, IterationModel]:
         """(root of the squared relative errors' sum, model) of the best corner."""
@@ -282,7 +255,7 @@ class _Table:
         """(distance, coefficients, corner, sharpness): linear, given the last two."""
         others = self.others if others is None else others
         columns = np.column_stack([self.matrices(corner, sharpness), others])[free]
-        used = [0, *([1] if with_t0 else []), 2, 3, 4, *([MIXED] if self.captured.batches else [])]
+        used = [0, *([1] if with_t0 else []), 2, 3, 4, *(ON_GPUS if self.captured.batches else [])]
         found = np.zeros(COLUMNS)
         found[used] = self.solve(columns[:, used], self.seconds[free])
         distance = float(np.linalg.norm(columns @ found / self.seconds[free] - 1))
@@ -296,7 +269,7 @@ class _Table:
         return found
 
     def _model(self, found: Array, corner: float, sharpness: float, host_s: float) -> IterationModel:
-        weight, t0, pair, context, sequence, mixed = map(float, found)
+        weight, t0, pair, context, sequence, mixed, short = map(float, found)
         return IterationModel(
             t0_s=t0,
             weight_s=weight,
@@ -307,7 +280,7 @@ class _Table:
             host_s=host_s,
             vocab_share=self.vocab_share,
             sharpness=sharpness,
-            fill=self.fill,
+            short_pair_s=short,
             mixed_s=mixed,
             captured=self.captured,
         )

@@ -1,14 +1,14 @@
 """How long one engine step takes: a sum of few terms, each with a physical meaning.
 
-    device = t0 + smooth_max(weights, products) + a1·max(Σ q(k + q/2), fill·walk) + a2·Σ context + a3·sequences
+    device = t0 + smooth_max(weights, products) + a1·Σ q(k + q/2) + a2·Σ context + a3·sequences
     step   = max(host, device)
 
 A step computes for each sequence a chunk of q new tokens behind k past ones. `weights` is the time to read the
 matrices once, `products` that of the matrix products of all tokens: the larger of the two counts, with a round corner.
 Launch overhead is the host's own time. It runs beside the device's, so it is a floor and not a summand: CUDA graphs
-lower `host_s`, and pad a step to one of the captured sizes, which `products` sees. `walk` is the longest way that a
-prompt chunk's queries have through its keys, one after the other: on a GPU a chunk of fewer than `fill` tokens leaves
-multiprocessors idle, and takes as long as one of `fill`. On a CPU `fill` is 0.
+lower `host_s`, and pad a step to one of the captured sizes, which `products` sees. On a GPU two more terms are small: a
+pair of a chunk below SHORT_CHUNK tokens takes a little longer, as another kernel computes it, and so does a step with
+prompt chunks, whose logits are not in the graph.
 
 Seconds everywhere. Pure arithmetic without torch, a clock or a lookup, as a simulator asks 100,000 times a second;
 runs of decode steps of an unchanged batch have closed forms.
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from nanopd_lab.cost.roofline import ChunkShape, ModelDims
 
 MOST_STEPS = 1e12  # far below what a float counts in ones
+SHORT_CHUNK = 512  # tokens: below, a chunk goes through the paged kernel (`attention.cuda.LONG_QUERY`)
 
 
 def smooth_max(a: float, b: float, sharpness: float) -> float:
@@ -43,7 +44,7 @@ class StepFeatures:
     pairs:     Σ q(k + q/2), the (query, key) pairs of causal attention without the half on the diagonal
     context:   Σ (k + q), tokens whose K and V are read
     sequences: number of chunks
-    walk:      the largest k + q of a prompt chunk, 0 without one; for GPUs
+    short_pairs: those of `pairs` that belong to prompt chunks below SHORT_CHUNK tokens; for GPUs
     """
 
     tokens: int
@@ -51,7 +52,7 @@ class StepFeatures:
     pairs: float
     context: int
     sequences: int
-    walk: int = field(default=0, compare=False)
+    short_pairs: float = field(default=0.0, compare=False)
 
     @classmethod
     def of(cls, chunks: Iterable[ChunkShape]) -> StepFeatures:
@@ -60,21 +61,22 @@ class StepFeatures:
         Raises:
             ValueError: no chunk, or one without tokens or with a negative past.
         """
-        tokens = drawn = context = sequences = walk = 0
-        pairs = 0.0
+        tokens = drawn = context = sequences = 0
+        pairs = short_pairs = 0.0
         for chunk in chunks:
             if chunk.count < 1 or chunk.past < 0:
                 raise ValueError(f"{chunk} has no tokens or a negative past")
             tokens += chunk.count
             drawn += chunk.samples > 0
-            pairs += chunk.count * (chunk.past + chunk.count / 2)
+            of_chunk = chunk.count * (chunk.past + chunk.count / 2)
+            pairs += of_chunk
+            if 1 < chunk.count < SHORT_CHUNK:
+                short_pairs += of_chunk
             context += chunk.past + chunk.count
             sequences += 1
-            if chunk.count > 1:
-                walk = max(walk, chunk.past + chunk.count)
         if not sequences:
             raise ValueError("a step is one chunk or more; got none")
-        return cls(tokens, drawn, pairs, context, sequences, walk)
+        return cls(tokens, drawn, pairs, context, sequences, short_pairs)
 
     @property
     def decodes_only(self) -> bool:
@@ -124,7 +126,7 @@ class IterationModel:
     vocab_share: the vocabulary projection's weights as a part of those in `weight_s`. They are read if anybody draws
                  a token, and each sequence that does adds so much of a token's products.
     sharpness:   of the corner where products overtake reading; see `smooth_max`
-    fill:        prompt tokens that keep all of the device busy in attention; see `walk`
+    short_pair_s: what a pair of a short prompt chunk takes longer; see `short_pairs`
     mixed_s:     of a step with a prompt chunk, beside all else: its logits are behind the graph and not in it
     captured:    what CUDA graphs pad steps to
 
@@ -141,7 +143,7 @@ class IterationModel:
     host_s: float = 0.0
     vocab_share: float = 0.0
     sharpness: float = 4.0
-    fill: float = 0.0
+    short_pair_s: float = 0.0
     mixed_s: float = 0.0
     captured: CapturedSizes = CapturedSizes()
 
@@ -200,7 +202,8 @@ class IterationModel:
             self.t0_s
             + (0.0 if step.decodes_only else self.mixed_s)
             + self._matrices(*self.captured.rows(step.tokens, step.drawn, step.sequences))
-            + self.pair_s * max(step.pairs, self.fill * step.walk)
+            + self.pair_s * step.pairs
+            + self.short_pair_s * step.short_pairs
             + self.context_s * step.context
             + self.sequence_s * step.sequences
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nanopd_lab.cost.iteration import IterationModel, StepFeatures
+from nanopd_lab.cost.iteration import SHORT_CHUNK, IterationModel, StepFeatures
 
 
 class StepTime(Protocol):
@@ -96,15 +96,16 @@ class CostTime:
 
     def mixed_seconds(self, batch: int, total_context: int, chunks: Sequence[tuple[int, int]]) -> float:
         """See `StepTime`."""
-        tokens, context, pairs, walk = batch, total_context + batch, total_context + batch / 2, 0
+        tokens, context, pairs, short = batch, total_context + batch, total_context + batch / 2, 0.0
         for start, count in chunks:
-            if count > 1 and start + count > walk:
-                walk = start + count
+            of_chunk = count * (start + count / 2)
             tokens += count
             context += start + count
-            pairs += count * (start + count / 2)
+            pairs += of_chunk
+            if 1 < count < SHORT_CHUNK:
+                short += of_chunk
         sequences = batch + len(chunks)
-        return self.model.of_features(StepFeatures(tokens, sequences, pairs, context, sequences, walk))
+        return self.model.of_features(StepFeatures(tokens, sequences, pairs, context, sequences, short))
 
 
 class RunClock:

@@ -174,7 +174,7 @@ FEATURES = (
     "pairs",
     "context",
     "sequences",
-)  # `walk` matters on GPUs only, and is not asked for
+)  # `short_pairs` matter on GPUs only, and are not asked for
 
 
 def check_features(impl: Callable[[Sequence[ChunkShape]], StepFeatures]) -> int:
