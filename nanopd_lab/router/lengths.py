@@ -69,3 +69,30 @@ class LengthPredictor(Protocol):
             ValueError: `prompt_tokens` or `output_tokens` is negative, or an output that is not censored is empty.
         """
         ...
+
+
+def check_question(prompt_tokens: int, max_tokens: int) -> None:
+    """Raises the ValueErrors of `LengthPredictor.predict`."""
+    if prompt_tokens < 0:
+        raise ValueError(f"prompt_tokens is {prompt_tokens}; it must be 0 or more")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+
+
+def check_remaining(produced: int, p: float = 0.0) -> None:
+    """Raises the ValueErrors of `LengthForecast.remaining_quantile`."""
+    if produced < 0:
+        raise ValueError(f"produced is {produced} tokens; it must be 0 or more")
+    if not 0 <= p <= 1:
+        raise ValueError(f"quantile {p} of an output length; p must lie in 0..1 (0.9, not 90)")
+
+
+def check_observation(prompt_tokens: int, output_tokens: int, censored: bool) -> None:
+    """Raises the ValueErrors of `LengthPredictor.observe`."""
+    if prompt_tokens < 0:
+        raise ValueError(f"prompt_tokens is {prompt_tokens}; it must be 0 or more")
+    if output_tokens < (0 if censored else 1):
+        raise ValueError(
+            f"an output of {output_tokens} tokens has ended; that is at least 1 token "
+            "(or 0 if censored=True: it was cut off)"
+        )
