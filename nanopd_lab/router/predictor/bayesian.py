@@ -16,7 +16,7 @@ Morris 1983 has it), not integrated over; an observation that is cut off is repl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nanopd_lab.cost.files import check_schema
@@ -56,6 +56,8 @@ class BayesianLengths:
         self.half_life = half_life
         self.buckets = [Evidence() for _ in range(NUM_BUCKETS)]
         self.shape = None if shape is None else Shape(shape)
+        self.running: dict[int, Evidence] = {}
+        self._bounds: list[float] = []
         self.ended = self.censored = self._new = 0
         self._growth = 1.0 if half_life is None else 2 ** (1 / half_life)
         self._most = math.inf if half_life is None else half_life / math.log(2)
@@ -73,7 +75,7 @@ class BayesianLengths:
         """The posterior of a bucket's mean and variance."""
         parent = self.parent
         prior = NormalInverseGamma(parent.mean, parent.strength, parent.variance, parent.df)
-        post = prior.given(self.buckets[bucket].times(1 / self._gain))
+        post = prior.given(self._seen(bucket))
         # The parent's mean is not known exactly, and the bucket leans on it by this share.
         doubt = (parent.strength / post.strength) ** 2 * parent.uncertainty / parent.variance
         spread = 1 + 1 / post.strength + doubt
@@ -81,6 +83,10 @@ class BayesianLengths:
         # What comes from the prior's mean has a known spread, so that the sum is nearer to a normal (Satterthwaite).
         df = post.df * (spread / (spread - doubt * parent.from_prior)) ** 2
         return NormalInverseGamma(post.mean, worth, post.variance, df)
+
+    def _seen(self, bucket: int) -> Evidence:
+        seen = self.buckets[bucket].times(1 / self._gain)
+        return seen.plus(self.running[bucket]) if bucket in self.running else seen
 
     def _ahead(self, bucket: int) -> StudentT:
         found = self._known.get(bucket)
@@ -110,9 +116,35 @@ class BayesianLengths:
                 value, weight, df = worth
                 self.buckets[bucket].add(value, weight * self._gain, df * self._gain)
         self._new += 1
-        self._known.pop(bucket, None)
+        self._known.clear()
         if self._new * 64 >= min(self.ended + self.censored, self._most):
             self._refresh()
+
+    def survey(self, running: Iterable[tuple[int, int]]) -> None:
+        """What is under way: (prompt_tokens, tokens produced so far) of each request; it takes the last one's place.
+
+        Outputs that end are told by `observe`. But the first of many to end are the short ones, and until the others
+        end a predictor believes that all are: this tells it of those, which go on. It takes some 10 µs a request, so
+        that it is for reports, not for decisions, and is not kept in `to_record`.
+
+        Raises:
+            ValueError: a negative number.
+        """
+        known = []
+        for prompt_tokens, produced in running:
+            check_observation(prompt_tokens, produced, censored=True)
+            if produced:
+                known.append((bucket_of(prompt_tokens), math.log(produced + 0.5)))
+        self.running, self._bounds = {}, []
+        self._refresh()
+        for bucket, bound in known:
+            worth = self.belief(bucket).beyond(bound)
+            if worth is not None:
+                self.running.setdefault(bucket, Evidence()).add(*worth)
+        self._refresh()
+        if self.shape is not None and known:
+            self._bounds = [self._ahead(bucket).above(bound) for bucket, bound in known]
+            self.table = self.shape.table(self._gain, self._bounds)
 
     def _place(self, bucket: int, output_tokens: int, censored: bool) -> None:
         """Tell the shape where the forecast had put this length."""
@@ -128,8 +160,9 @@ class BayesianLengths:
 
     def _refresh(self) -> None:
         gain, self._new = self._gain, 0
-        self.parent = Parent.of(self.prior, [each.times(1 / gain) for each in self.buckets if each.weight])
-        self.table = EDGES if self.shape is None else self.shape.table(gain)
+        seen = [self._seen(bucket) for bucket in range(NUM_BUCKETS)]
+        self.parent = Parent.of(self.prior, [each for each in seen if each.weight])
+        self.table = EDGES if self.shape is None else self.shape.table(gain, self._bounds)
         self._known: dict[int, StudentT] = {}
 
     def _rescale(self) -> None:
@@ -197,6 +230,8 @@ class BayesianLengths:
             if found.shape is not None:
                 found.shape.load(shape)
             found.parent = Parent(**record["parent"])
+            if not all(0 < each < math.inf for each in found.parent[1:]):
+                raise ValueError(f"the parent is {found.parent}; only its mean may be negative")
             found.table = [float(each) for each in record["table"]]
             if len(found.table) != len(EDGES):
                 raise ValueError(f"a table of {len(found.table)} numbers; it has {len(EDGES)}")

@@ -39,6 +39,13 @@ class Evidence:
         self.weight = total
         self.df += weight if df is None else df
 
+    def plus(self, other: Evidence) -> Evidence:
+        """Both together."""
+        found = Evidence(self.weight, self.mean, self.df, self.squares + other.squares)
+        if other.weight:
+            found.add(other.mean, other.weight, other.df)
+        return found
+
     def times(self, factor: float) -> Evidence:
         """The same, every observation counting `factor` of what it did."""
         return Evidence(self.weight * factor, self.mean, self.df * factor, self.squares * factor)

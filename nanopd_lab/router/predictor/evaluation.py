@@ -29,6 +29,7 @@ Factory = Callable[[], LengthPredictor]
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 BLOCK = 50  # requests resampled together
 RESAMPLES = 1000
+SURVEY_S = 1.0  # as often as workers report, or seldomer
 FIRST = 200  # requests that a predictor's start is judged by
 PREDICTORS: dict[str, Factory] = {
     "bayesian": BayesianLengths,
@@ -44,12 +45,14 @@ class Learning:
     """When a predictor is told of an output, and of how much of it.
 
     prefill_s, token_s: it ends so long after its arrival, and so long again for each token; None: at once
+    survey_s:           so often a predictor that has a `survey` is told what is running
     cancelled:          clients go away after a random number of tokens (log-uniform in 4..4096), and what an output
                         would have been is never told, only that it was longer
     """
 
     prefill_s: float | None = None
     token_s: float = 0.0
+    survey_s: float = math.inf
     cancelled: bool = False
 
 
@@ -95,10 +98,14 @@ def replay(
     """Predict each request's length when it arrives; tell it when it is known."""
     rng = random.Random(seed)
     running: list[tuple[float, int, int, int, bool]] = []
+    survey, due = getattr(predictor, "survey", None), -math.inf
     quantiles, means = np.empty((len(requests), len(LEVELS))), np.empty(len(requests))
     for number, request in enumerate(requests):
         while running and running[0][0] <= request.arrival:
             predictor.observe(*heapq.heappop(running)[2:])
+        if survey is not None and learning.survey_s < math.inf and request.arrival >= due:
+            due = request.arrival + learning.survey_s
+            survey(_produced(running, requests, request.arrival, learning))
         forecast = predictor.predict(request.prompt_tokens, max_tokens)
         quantiles[number] = [forecast.quantile(level) for level in LEVELS]
         means[number] = forecast.mean
@@ -113,6 +120,22 @@ def replay(
     return Replay(quantiles, means, np.array(lengths, dtype=float))
 
 
+def _produced(
+    running: Sequence[tuple[float, int, int, int, bool]],
+    requests: Sequence[SimRequest],
+    now: float,
+    learning: Learning,
+) -> list[tuple[int, int]]:
+    """Of each running request its prompt, and the tokens of its output that there are."""
+    assert learning.prefill_s is not None
+    found = []
+    for _, number, prompt_tokens, known, _ in running:
+        decoded_s = now - requests[number].arrival - learning.prefill_s
+        tokens = int(decoded_s / learning.token_s) if learning.token_s and decoded_s > 0 else 0
+        found.append((prompt_tokens, min(tokens, known - 1)))
+    return found
+
+
 def evaluate(
     requests: Sequence[SimRequest],
     max_tokens: int = 4096,
@@ -125,7 +148,7 @@ def evaluate(
     """All predictors on one trace, JSON-ready: figures with 95 % intervals, each beside the first predictor's.
 
     `immediate`, `delayed` and `cancelled` are ways of learning; predictors see all requests and are judged by those
-    behind `skip`, the part that choices may be made on. `starts`: new predictors for every 200 requests of those.
+    behind `skip`, the part that choices may be made on. `starts, ...`: new predictors for every 200 of those.
 
     Args:
         max_tokens: that every request may produce
@@ -147,7 +170,7 @@ def evaluate(
         )
     ways = {
         "immediate": Learning(),
-        "delayed": Learning(*serving),
+        "delayed": Learning(*serving, survey_s=SURVEY_S),
         "cancelled": Learning(cancelled=True),
     }
     found: dict[str, Any] = {"judged": len(judged), "skipped": first, "scenarios": {}, "us_per_request": {}}
@@ -159,12 +182,12 @@ def evaluate(
             rows[name] = {key: values[first:] for key, values in done.figures().items()}
         found["scenarios"][way] = summary(rows, seed)
     starts = [judged[k : k + FIRST] for k in range(0, len(judged) - FIRST + 1, FIRST)]
-    if starts:
+    for way in ("immediate", "delayed") if starts else ():
         rows = {}
         for name, factory in predictors.items():
-            each = [replay(factory(), part, max_tokens, seed=seed).figures() for part in starts]
+            each = [replay(factory(), part, max_tokens, ways[way], seed).figures() for part in starts]
             rows[name] = {key: np.concatenate([part[key] for part in each]) for key in each[0]}
-        found["scenarios"]["starts"] = summary(rows, seed)
+        found["scenarios"][f"starts, {way}"] = summary(rows, seed)
     for name, factory in predictors.items():
         found["us_per_request"][name] = 1e6 * seconds_per_request(factory(), requests[:2000], max_tokens)
     return found

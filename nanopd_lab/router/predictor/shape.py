@@ -13,7 +13,7 @@ are cut off: they count as having reached the cells before (Susarla & Van Ryzin,
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,13 +45,20 @@ class Shape:
         self.ended *= factor
         self.cut *= factor
 
-    def table(self, gain: float = 1.0) -> list[float]:
-        """The share of truths above each of EDGES; `gain` is what an observation of now weighs."""
-        strength = self.strength * gain
+    def table(self, gain: float = 1.0, running: Sequence[float] = ()) -> list[float]:
+        """The share of truths above each of EDGES.
+
+        Args:
+            gain: what an observation of now weighs
+            running: bounds, as for `add`, of truths that are not known yet
+        """
+        strength, cut = self.strength * gain, self.cut
+        if running:
+            cut = cut + gain * np.histogram(running, EDGES)[0]
         ended = strength * np.diff(EDGES) + self.ended  # in cells from the longest lengths to the shortest
-        reached = strength * np.array(EDGES[1:]) + np.cumsum(self.ended + self.cut)
+        reached = strength * np.array(EDGES[1:]) + np.cumsum(self.ended + cut)
         # A truth cut off within a cell was there, on average, for half of it.
-        stays = (1.0 - ended / (reached - self.cut / 2))[::-1]
+        stays = (1.0 - ended / (reached - cut / 2))[::-1]
         return [0.0, *np.cumprod(stays)[-2::-1].tolist(), 1.0]
 
     def to_record(self) -> dict[str, Any]:

@@ -74,12 +74,14 @@ def test_a_forecast_is_a_snapshot(kind: type) -> None:
 def test_bad_input_says_what_is_wrong(kind: type) -> None:
     predictor = kind()
     forecast = predictor.predict(10, 10)
+    survey: Any = ([(5, -3)],) if hasattr(predictor, "survey") else (5, -3)
     for call, words in (
         (lambda: predictor.predict(-1, 10), "prompt_tokens is -1; it must be 0 or more"),
         (lambda: predictor.predict(10, 0), "max_tokens is 0; it must be at least 1"),
         (lambda: predictor.observe(-3, 10), "prompt_tokens is -3"),
         (lambda: predictor.observe(3, 0), "output of 0 tokens has ended; that is at least 1"),
         (lambda: predictor.observe(3, -1, censored=True), "output of -1 tokens"),
+        (lambda: getattr(predictor, "survey", predictor.observe)(*survey), "-3"),
         (lambda: forecast.quantile(90), "quantile 90.*0.9, not 90"),
         (lambda: forecast.remaining_quantile(3, math.nan), "quantile nan"),
         (lambda: forecast.remaining_mean(-2), "produced is -2 tokens"),
@@ -229,6 +231,16 @@ def test_a_cut_off_output_does_not_lower_the_median(bound: int) -> None:
     assert after.predict(100, 10**6).quantile(0.5) >= before.predict(100, 10**6).quantile(0.5)
 
 
+def test_a_survey_takes_the_place_of_the_last_one() -> None:
+    predictor = fed(BayesianLengths(), [(100, output, False) for output in (10, 12, 20, 40, 41, 70)])
+    before = [predictor.predict(prompt, 4096).quantile(p) for prompt in (100, 3000) for p in SHARES]
+    predictor.survey([(100, 300)] * 20 + [(100, 0), (3000, 5)])
+    assert predictor.predict(100, 4096).quantile(0.5) > 2 * before[SHARES.index(0.5)]
+    assert predictor.stats()["buckets"][0]["observations"] == pytest.approx(6, rel=0.01)
+    predictor.survey([])
+    assert [predictor.predict(prompt, 4096).quantile(p) for prompt in (100, 3000) for p in SHARES] == before
+
+
 def test_the_shape_learns_what_is_not_log_normal() -> None:
     """Two kinds of requests, about 10 and 1,000 tokens: no log-normal has these quantiles."""
     rng = random.Random(3)
@@ -282,6 +294,19 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(
     assert fed(restored, later).to_record() == fed(original, later).to_record()
 
 
+def test_a_saved_state_goes_on_in_the_midst_of_what_is_not_worked_out_anew() -> None:
+    rng = random.Random(6)
+    events = [(rng.randrange(1, 5000), rng.randrange(1, 900), rng.random() < 0.1) for _ in range(900)]
+    original = fed(BayesianLengths(half_life=300.0), events[:797])
+    restored = BayesianLengths.from_record(json.loads(json.dumps(original.to_record())))
+    assert original._new > 1
+    for event in events[797:]:
+        for each in (original, restored):
+            each.predict(event[0] // 2, 100)
+            each.observe(*event)
+    assert restored.to_record() == original.to_record()
+
+
 def test_a_state_that_is_not_one_is_refused() -> None:
     record = BayesianLengths().to_record()
     for change, words in (
@@ -290,6 +315,7 @@ def test_a_state_that_is_not_one_is_refused() -> None:
         ({"gain": math.nan}, "it: gain is nan"),
         ({"buckets": [[0, 0, 0, 0]]}, "it: 1 buckets; there are 18"),
         ({"buckets": [[-1, 0, 0, 0]] * 18}, "it: a bucket's evidence is"),
+        ({"parent": {**record["parent"], "variance": 0}}, "it: the parent is"),
         ({"table": [0, 1]}, "it: a table of 2"),
         ({"half_life": -3}, "it: half_life is -3"),
         ({"shape": {**record["shape"], "cut": [1.0]}}, "it: shape: 'cut' must hold"),

@@ -13,7 +13,15 @@ import pytest
 
 from nanopd_lab.cli import main
 from nanopd_lab.router.predictor import BayesianLengths, BucketedMean, OverallQuantiles
-from nanopd_lab.router.predictor.evaluation import LEVELS, Learning, Replay, evaluate, replay, summary
+from nanopd_lab.router.predictor.evaluation import (
+    LEVELS,
+    PREDICTORS,
+    Learning,
+    Replay,
+    evaluate,
+    replay,
+    summary,
+)
 from nanopd_lab.router.predictor.synthetic import KnownLengths, workload
 from nanopd_lab.sim.workload import SimRequest
 
@@ -53,6 +61,30 @@ def test_what_is_delayed_is_told_when_it_ends() -> None:
     replay(predictor, REQUESTS, 50, Learning(prefill_s=0.5, token_s=0.1))
     assert predictor.known == [0, 0, 1, 1]
     assert predictor.told == [(11, 2, False)]
+
+
+def test_what_is_running_is_told_now_and_then() -> None:
+    class Surveyed(Told):
+        surveys: list[list[tuple[int, int]]] = []  # noqa: RUF012
+
+        def survey(self, running: list[tuple[int, int]]) -> None:
+            self.surveys.append(sorted(running))
+
+    predictor = Surveyed()
+    replay(predictor, REQUESTS, 50, Learning(prefill_s=0.5, token_s=0.1, survey_s=1.5))
+    # At 0 s nothing runs; at 2 s the first has 15 tokens, the second has ended.
+    assert predictor.surveys == [[], [(10, 15)]]
+
+
+def test_a_survey_helps_while_only_the_short_ones_have_ended() -> None:
+    """50 requests a second of 5 s each: the first 500."""
+    loss, within = {}, {}
+    for often in (math.inf, 1.0):
+        requests, _ = workload("alike", 500, rate=50.0, seed=1)
+        done = replay(BayesianLengths(), requests, 4096, Learning(0.2, 0.03, survey_s=often)).figures()
+        loss[often], within[often] = done["pinball"].mean(), done["within_90"].mean()
+    assert loss[1.0] < 0.9 * loss[math.inf]
+    assert within[math.inf] + 0.1 < within[1.0]
 
 
 def test_what_is_cancelled_is_longer_than_it_is_said_to_be() -> None:
@@ -112,7 +144,7 @@ def test_the_truth_is_never_beaten_and_intervals_hold(kind: str) -> None:
         assert rows["overall"]["excess"]["pinball"][1] > 0.1
     cancelled = found["scenarios"]["cancelled"]
     assert cancelled["overall"]["excess"]["pinball"][1] > 0.03
-    assert "the truth" not in found["scenarios"]["starts"]
+    assert "the truth" not in found["scenarios"]["starts, delayed"]
 
 
 def test_bad_input_is_refused() -> None:
@@ -143,7 +175,13 @@ def test_the_command_writes_a_record_without_folders(
     assert record["requests"]["trace"] == "some.csv"
     assert len(record["requests"]["sha256"]) == 64
     assert record["judged"] == 420
-    assert set(record["scenarios"]) == {"immediate", "delayed", "cancelled", "starts"}
+    assert set(record["scenarios"]) == {
+        "immediate",
+        "delayed",
+        "cancelled",
+        "starts, immediate",
+        "starts, delayed",
+    }
     row = record["scenarios"]["delayed"]["bayesian"]
     assert len(row["over_time"]["pinball"]) == 10
     assert row["pinball"][1] < row["pinball"][0] < row["pinball"][2]
@@ -162,16 +200,18 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert "max-tokens must be at least 1" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not AZURE.exists(), reason=f"there is no {TRACE} beside the repository")
 def test_on_the_azure_trace_it_is_level_with_plain_quantiles_and_ahead_of_buckets() -> None:
     """Its lengths have little to do with the prompts', so that all quantiles are as good as can be there."""
     from nanopd_lab.sim.request_trace import read_trace
 
-    found = evaluate(read_trace(AZURE))["scenarios"]
+    predictors = {name: PREDICTORS[name] for name in ("bayesian", "overall quantiles", "bucketed quantiles")}
+    found = evaluate(read_trace(AZURE), predictors=predictors)["scenarios"]
     assert abs(found["immediate"]["overall quantiles"]["excess"]["pinball"][0]) < 0.01
     assert found["immediate"]["bucketed quantiles"]["excess"]["pinball"][1] > 0
     assert found["cancelled"]["overall quantiles"]["excess"]["pinball"][1] > 0
-    assert found["starts"]["overall quantiles"]["excess"]["pinball"][1] > 0
+    assert found["starts, immediate"]["overall quantiles"]["excess"]["pinball"][1] > 0
     for row in (found[way]["bayesian"] for way in found):
         for share in (50, 90):
             # Many lengths fall on an end of an interval: a right one holds between these two.

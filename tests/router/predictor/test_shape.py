@@ -54,6 +54,19 @@ def test_half_of_all_cut_off_at_random_leaves_it_right() -> None:
     assert max(np.abs(np.array(naive.table()) - np.sqrt(EDGES))) > 0.2
 
 
+@given(SHARES, SHARES)
+def test_what_is_running_is_cut_off_for_now(ended: list[float], running: list[float]) -> None:
+    told, asked = Shape(10.0), Shape(10.0)
+    for each in ended:
+        told.add(each)
+        asked.add(each)
+    before = asked.table()
+    for each in running:
+        told.add(each, censored=True)
+    assert asked.table(running=running) == pytest.approx(told.table(), abs=1e-9)
+    assert asked.table() == before
+
+
 def test_looking_up_one_number_is_what_numpy_does() -> None:
     table = [edge**2 for edge in EDGES]
     for x in (0.0, 1e-9, 0.03, 0.5, 0.9995, 1.0):
