@@ -112,6 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.sim.cli import register as register_simulate
 
     register_simulate(commands)
+    from nanopd_lab.router.predictor.cli import register as register_predictor
+
+    register_predictor(commands)
     from nanopd_lab.cost.cli import register as register_cost
 
     register_cost(commands)

@@ -1,6 +1,7 @@
 """Where a request runs: policies behind one protocol."""
 
 from nanopd_lab.router.fleet import Fleet, least
+from nanopd_lab.router.lengths import LengthForecast, LengthPredictor
 from nanopd_lab.router.policy import Decision, JobView, Policy, Role, WorkerView, legal_routes
 from nanopd_lab.router.static import (
     POLICIES,
@@ -19,6 +20,8 @@ __all__ = [
     "Fleet",
     "JobView",
     "LeastLoaded",
+    "LengthForecast",
+    "LengthPredictor",
     "Policy",
     "Role",
     "RoundRobin",
