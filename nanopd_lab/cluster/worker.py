@@ -291,8 +291,11 @@ class WorkerCore:
             return
         each.published = (sequence.preemptions, count)
         blocks = tuple(sequence.blocks[:count])
-        generations = tuple(map(self.generation, blocks))
-        self.outbox.append(Published(each.key, blocks, generations, end, token))
+        self.outbox.append(Published(each.key, blocks, self.generations(blocks), end, token))
+
+    def generations(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        """Of blocks that are to be published."""
+        return tuple(map(self.generation, blocks))
 
     # ------------------------------------------------------------------ target: pull, adopt
 

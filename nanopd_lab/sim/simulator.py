@@ -14,10 +14,8 @@ controller hears of the first and the last only: what a worker that dies had sam
 from __future__ import annotations
 
 import gc
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from nanopd_lab.cluster.actions import (
     Action,
@@ -35,7 +33,7 @@ from nanopd_lab.cluster.messages import Capacity, FromWorker, Hello, ToWorker
 from nanopd_lab.engine.handover import HandoverScheduler
 from nanopd_lab.engine.lockstep import LockstepScheduler
 from nanopd_lab.errors import InvalidRequestError
-from nanopd_lab.kv import BlockAllocator
+from nanopd_lab.kv import BlockAllocator, CountedBlocks
 from nanopd_lab.router import Policy, Role
 from nanopd_lab.sim.clock import Event, EventQueue, Kind
 from nanopd_lab.sim.links import Flow, FlowDue, LinkModel, Links
@@ -81,6 +79,7 @@ class _PullUnderWay:
     worker: SimWorker
     source: SimWorker
     pull: Pull
+    table: int  # the first block of the one that it is from
 
 
 @dataclass(slots=True)
@@ -316,7 +315,7 @@ class Simulator:
             worker.core.name,
             blocks,
             blocks * self.config.block_bytes,
-            _PullUnderWay(worker, source, pull),
+            _PullUnderWay(worker, source, pull, worker.core.table_of(pull.pull_id)),
         )
         self._flows[worker, pull.pull_id] = flow
 
@@ -331,13 +330,11 @@ class Simulator:
         assert isinstance(under_way, _PullUnderWay)
         worker, source, pull = under_way.worker, under_way.source, under_way.pull
         del self._flows[worker, pull.pull_id]
-        status, blocks = PullStatus.DONE, tuple(pull.source_blocks)
+        status, blocks = PullStatus.DONE, pull.source_blocks
         if error is not None:
             status = PullStatus.FAILED
-        else:
-            same = tuple(map(source.core.generation, blocks)) == tuple(pull.generations)
-            if not same or source.reuses(blocks):
-                status = PullStatus.STALE
+        elif source.lost(pull, under_way.table):
+            status = PullStatus.STALE
         size = len(blocks) * self.config.block_bytes if status is PullStatus.DONE else 0
         if self.config.trace:
             self.pulls.append(
@@ -349,18 +346,21 @@ class Simulator:
 
     def _start(self, name: str) -> None:
         config = self.config
-        allocator = BlockAllocator(config.num_blocks, config.enable_prefix_caching)
         self._lives += 1  # as hosts do: what an earlier life of a worker published is never valid again
-        allocator.generations = array("q", [self._lives << 32]) * config.num_blocks
-        lockstep = config.skip and not config.enable_prefix_caching
-        make = partial(LockstepScheduler, token=TOKEN) if lockstep else HandoverScheduler
-        scheduler = make(
-            allocator,
-            block_size=config.block_size,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
-        )
+        options = {
+            "block_size": config.block_size,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "max_num_seqs": config.max_num_seqs,
+            "max_model_len": config.max_model_len,
+        }
+        scheduler: HandoverScheduler
+        if config.skip and not config.enable_prefix_caching:
+            pool = CountedBlocks(config.num_blocks, self._lives << 32)
+            scheduler = LockstepScheduler(pool, token=TOKEN, **options)
+        else:
+            allocator = BlockAllocator(config.num_blocks, config.enable_prefix_caching)
+            allocator.generations = [self._lives << 32] * config.num_blocks
+            scheduler = HandoverScheduler(allocator, **options)
         worker = SimWorker(
             SimCore(name, scheduler, config.terms),
             self.names.index(name),
