@@ -66,7 +66,7 @@ class _Attempt:
 class _Job:
     request_id: str
     index: int
-    prompt: tuple[int, ...]
+    prompt: Seq[int]
     params: SamplingParams
     deadline: float
     path: PathReport
@@ -95,11 +95,11 @@ class _Worker:
     prefilling: int = 0
     prefill_tokens: int = 0
     decoding: int = 0
-    _seen: tuple[object, ...] = ()  # what the last view was made of
     _view: WorkerView | None = None
 
     def view(self) -> WorkerView:
-        seen = (
+        """What policies see of it; the same object for as long as that doesn't change."""
+        view = WorkerView(
             self.name,
             self.role,
             self.prefilling,
@@ -108,8 +108,8 @@ class _Worker:
             self.beat.blocks_free if self.beat else 0,
             self.capacity.max_num_seqs if self.capacity else 0,
         )
-        if self._view is None or seen != self._seen:
-            self._seen, self._view = seen, WorkerView(*seen)
+        if self._view is None or view != self._view:
+            self._view = view
         return self._view
 
 
@@ -179,7 +179,8 @@ class Controller:
         deadline: float = float("inf"),
         index: int = 0,
     ) -> None:
-        """Queue one sample of a request. `deadline` is when it ends with an error if it has not finished.
+        """Queue one sample of a request. `deadline` is when it ends with an error if it has not finished. The prompt is
+        not copied: leave it as it is.
 
         Raises:
             InvalidRequestError: see `validate`; or the id is in use
@@ -195,7 +196,7 @@ class Controller:
                 f"{len(self._queue)} requests wait for a worker, the limit is max_queue = {self.limits.max_queue}; "
                 "try again later, or add workers"
             )
-        job = _Job(request_id, index, tuple(prompt), params, deadline, PathReport(len(prompt), now))
+        job = _Job(request_id, index, prompt, params, deadline, PathReport(len(prompt), now))
         self._jobs[job.name] = job
         if deadline != float("inf"):
             heapq.heappush(self._deadlines, (deadline, next(self._numbers), job))
@@ -400,19 +401,20 @@ class Controller:
     # ------------------------------------------------------------------ progress
 
     def _tokens(self, job: _Job, attempt: _Attempt, message: Tokens) -> None:
-        if message.position != len(job.outputs):
+        if message.position != job.path.output_tokens:
             self._retry(
                 job,
-                f"tokens from position {message.position} came after {len(job.outputs)}",
+                f"tokens from position {message.position} came after {job.path.output_tokens}",
                 attempt.report.route.decode,
             )
             return
         if attempt.report.first_token is None:
             attempt.report.first_token = self.now
             self._prefilled(attempt)
-        job.outputs += [token.token for token in message.tokens]
         attempt.report.new_tokens += len(message.tokens)
+        job.path.output_tokens += len(message.tokens)
         if message.finish_reason is None:
+            job.outputs += [token.token for token in message.tokens]  # for another try
             self.actions.append(Emit(job.request_id, job.index, message.tokens))
             return
         attempt.report.whole = message.finish_reason is not FinishReason.ERROR
@@ -464,7 +466,6 @@ class Controller:
             self._queue.remove(job)
             job.queued = False
         job.path.finished = self.now
-        job.path.output_tokens = len(job.outputs)
         self.actions.append(Emit(job.request_id, job.index, tokens, reason, stop_reason, error))
         self._settle(job)
 

@@ -132,7 +132,7 @@ class WorkerCore:
     def _take_on(self, message: Begin | Expect) -> None:
         work = message.work
         params = work.params if work.params.n == 1 else replace(work.params, n=1)
-        request = Request(message.key, list(work.prompt), params, arrival=self.now)
+        request = Request(message.key, work.prompt, params, arrival=self.now)
         try:
             if isinstance(message, Begin):
                 sequence = self.scheduler.begin(request, work.index, work.outputs, message.hand_off)
@@ -187,7 +187,7 @@ class WorkerCore:
         each = self._tries[sequence.request.request_id]
         if each.usage.scheduled is None:
             cached = start if each.usage.reserved is None else each.usage.first_cached
-            each.usage = each.usage._replace(scheduled=self.now, first_cached=cached)
+            each.usage.scheduled, each.usage.first_cached = self.now, cached
 
     def _reserve(self) -> None:
         if not self.scheduler.expected:
@@ -195,7 +195,7 @@ class WorkerCore:
         for sequence in self.scheduler.reserve(self._offered):
             each = self._tries[sequence.request.request_id]
             each.arrived = set(range(sequence.num_computed // self.scheduler.block_size))
-            each.usage = each.usage._replace(reserved=self.now, first_cached=sequence.num_computed)
+            each.usage.reserved, each.usage.first_cached = self.now, sequence.num_computed
             each.waits_since = self.now
             self._pull(each)
 
@@ -257,9 +257,9 @@ class WorkerCore:
 
     def _note_sampled(self, each: _Try, now: float) -> None:
         self._unsampled.discard(each.sequence)
-        each.usage = each.usage._replace(sampled=now)
+        each.usage.sampled = now
 
-    def _sampled(self, sequence: Sequence, new: list[int]) -> tuple[SampledToken, ...]:
+    def _sampled(self, sequence: Sequence, new: Seq[int]) -> tuple[SampledToken, ...]:
         """The newest tokens as they were sampled."""
         tops = sequence.logprobs[len(sequence.logprobs) - len(new) :] if sequence.logprobs else []
         return tuple(
@@ -326,7 +326,7 @@ class WorkerCore:
         assert offer.token is not None
         sequence = each.sequence
         assert offer.num_tokens == len(sequence.tokens), "the source has computed something else"
-        each.usage = each.usage._replace(adopted=self.now)
+        each.usage.adopted = self.now
         self.outbox.append(Received(each.key))
         each.source = None
         del self._timed[each.key]
@@ -340,11 +340,8 @@ class WorkerCore:
         self.now = now
         each, offer = self._pulling.pop(result.pull_id)
         positions = each.under_way.pop(result.pull_id)
-        usage = each.usage
-        each.usage = usage._replace(
-            pulls=(*usage.pulls, (result.started, result.finished)),
-            received_bytes=usage.received_bytes + result.num_bytes,
-        )
+        each.usage.pulls += ((result.started, result.finished),)
+        each.usage.received_bytes += result.num_bytes
         if each.dropped:
             if not each.under_way:
                 self._finish(each)
@@ -441,12 +438,11 @@ class WorkerCore:
     def _forget(self, each: _Try) -> None:
         sequence = each.sequence
         self._freed_at = self.now
-        usage = each.usage._replace(
-            computed=sequence.tokens_computed,
-            cached=sequence.tokens_cached,
-            received=sequence.tokens_received,
-            preemptions=sequence.preemptions,
-        )
+        usage = each.usage
+        usage.computed = sequence.tokens_computed
+        usage.cached = sequence.tokens_cached
+        usage.received = sequence.tokens_received
+        usage.preemptions = sequence.preemptions
         del self._tries[each.key]
         self._timed.pop(each.key, None)
         self._unsampled.discard(each.sequence)

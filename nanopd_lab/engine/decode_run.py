@@ -8,6 +8,7 @@ anything: it only recognises when the scheduler has no decision to make.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -96,7 +97,7 @@ def advance(scheduler: HandoverScheduler, steps: int, token: SampledToken) -> li
     `steps` is at most what `equal_steps` said. Returns the sequences that ended, in order.
     """
     running, size, blocks = scheduler.running, scheduler.block_size, scheduler.blocks
-    new = [token.token] * steps
+    new = array("i", (token.token,)) * steps
     events: list[tuple[int, int, int]] = []  # step, 0 for planning or 1 for completing it, place in the batch
     last = scheduler.serves + (steps - 1) * len(running)
     ended = []

@@ -36,10 +36,10 @@ from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import BlockAllocator, CountedBlocks
 from nanopd_lab.router import Policy, Role
 from nanopd_lab.sim.clock import Event, EventQueue, Kind
-from nanopd_lab.sim.links import Flow, FlowDue, LinkModel, Links
+from nanopd_lab.sim.links import Flow, LinkModel, Links
 from nanopd_lab.sim.results import PullSpan, RequestRecord, SimResult, WorkerTotals
 from nanopd_lab.sim.timing import StepTime
-from nanopd_lab.sim.worker import TOKEN, LoopDue, Outgoing, SimCore, SimWorker, StepSpan
+from nanopd_lab.sim.worker import TOKEN, Outgoing, SimCore, SimWorker, StepSpan
 from nanopd_lab.sim.workload import Kill, SimRequest, in_order
 from nanopd_lab.transfer import Pull, PullResult, PullStatus
 
@@ -188,18 +188,16 @@ class Simulator:
             self._happen(event)
 
     def _happen(self, event: Event) -> None:
-        payload = event.payload
-        if event.kind == Kind.LOOP:
-            assert isinstance(payload, LoopDue)
-            payload.worker.loop(payload.turn)
-        elif event.kind == Kind.ARRIVAL:
+        _, kind, _, order, payload = event
+        if kind == Kind.LOOP:
+            payload.loop(order)
+        elif kind == Kind.ARRIVAL:
             self._arrive()
-        elif event.kind == Kind.PULL:
-            assert isinstance(payload, FlowDue)
+        elif kind == Kind.PULL:
             flow = self.links.due(payload)
             if flow is not None:
                 self._pull_ended(flow)
-        elif event.kind == Kind.MESSAGE:
+        elif kind == Kind.MESSAGE:
             self._message(payload)
         elif isinstance(payload, SimWorker):
             if self._lives_on(payload):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
@@ -96,7 +96,7 @@ class SimCore(WorkerCore):
             self.lockstep.pool.watch(blocks)
         return (0,) * len(blocks)
 
-    def _sampled(self, sequence: Sequence, new: list[int]) -> tuple[SampledToken, ...]:
+    def _sampled(self, sequence: Sequence, new: Seq[int]) -> tuple[SampledToken, ...]:
         return (TOKEN,) * len(new)
 
     def table_of(self, pull_id: int) -> int:
@@ -126,13 +126,6 @@ class Outgoing:
     messages: Callable[[SimWorker, list[FromWorker]], None]
     pull: Callable[[SimWorker, Pull], None]
     cancel: Callable[[SimWorker, int], None]
-
-
-class LoopDue(NamedTuple):
-    """The loop of a worker comes round, unless it was called off: then its `turn` is another."""
-
-    worker: SimWorker
-    turn: int
 
 
 @dataclass(eq=False)
@@ -211,7 +204,7 @@ class SimWorker:
             self.wake()
 
     def loop(self, turn: int) -> None:
-        """The loop comes round: take in what has come, start the next step. `turn` is from the event."""
+        """The loop comes round: take in what has come, start the next step. `turn` is the event's order."""
         if turn != self._turn:
             return  # called off
         self._loop_at = None
@@ -261,7 +254,7 @@ class SimWorker:
             if done:
                 self.core.run_done(done, self._run.end(1))
             self._note(self._run.end(done), done)
-        self._turn += 1
+        self._turn = 0
         self.core.report_all()
         return [*self.in_transit, *self.core.outbox]
 
@@ -345,9 +338,8 @@ class SimWorker:
         self._call(time)
 
     def _call(self, time: float) -> None:
-        self._turn += 1
         self._loop_at = time
-        self.queue.push(time, Kind.LOOP, LoopDue(self, self._turn), self.rank)
+        self._turn = self.queue.push(time, Kind.LOOP, self, self.rank)
 
     def _watch(self) -> None:
         """Be called when the core has something to do by itself."""

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import re
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,10 +54,10 @@ class SimRequest:
                 f"request {self.request_id!r} arrives at {self.arrival} s; give a time from 0 on"
             )
 
-    def prompt(self, number: int) -> tuple[int, ...]:
+    def prompt(self, number: int) -> array[int]:
         """Token ids; `number` makes them differ from those of other requests."""
-        own = (FIRST_PROMPT_TOKEN + number,) * (self.prompt_tokens - self.prefix_tokens)
-        return (self.prefix,) * self.prefix_tokens + own if self.prefix_tokens else own
+        own = array("i", (FIRST_PROMPT_TOKEN + number,)) * (self.prompt_tokens - self.prefix_tokens)
+        return array("i", (self.prefix,)) * self.prefix_tokens + own if self.prefix_tokens else own
 
     def params(self) -> SamplingParams:
         """Greedy, to exactly the length asked for."""
