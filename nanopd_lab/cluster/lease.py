@@ -30,6 +30,11 @@ class LeaseTerms:
         return self.duration / 6
 
     @property
+    def shortest(self) -> float:
+        """Whatever begins to be waited for now is not due before that."""
+        return min(self.renewal, self.patience)
+
+    @property
     def extension(self) -> float:
         """What a renewal is good for, from when it comes."""
         return self.duration * 2 / 3

@@ -41,7 +41,7 @@ class EventQueue:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.key: tuple[float, int, int] = (float("-inf"), 0, 0)
+        self.key: tuple[Any, ...] = (float("-inf"),)
         self.processed = 0
         self._heap: list[Event] = []
         self._order = 0
@@ -64,16 +64,15 @@ class EventQueue:
             return None
         event = heapq.heappop(self._heap)
         self.now = event.time
-        key = event[:3]
         # What is scheduled for this very instant can come behind its place; the order of the others has gone further.
-        if key > self.key:
-            self.key = key
+        if event > self.key:
+            self.key = event
         self.processed += 1
         return event
 
     def passed(self, time: float, kind: Kind, rank: int) -> bool:
         """True if an event with this key would have been taken already."""
-        return (time, kind, rank) < self.key
+        return (time, kind, rank, float("inf")) < self.key
 
     def __len__(self) -> int:
         return len(self._heap)

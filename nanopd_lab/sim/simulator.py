@@ -180,11 +180,10 @@ class Simulator:
 
     def _serve(self) -> None:
         self._schedule_arrival()
-        while self._arrived < len(self.requests) or self.controller.num_unsettled:
-            event = self.queue.pop()
-            assert event is not None, (
-                f"stalled at {self.queue.now} s: {self.controller.num_unsettled} jobs open"
-            )
+        queue, controller, expected = self.queue, self.controller, len(self.requests)
+        while controller.num_unsettled or self._arrived < expected:
+            event = queue.pop()
+            assert event is not None, f"stalled at {queue.now} s: {controller.num_unsettled} jobs open"
             self._happen(event)
 
     def _happen(self, event: Event) -> None:

@@ -158,7 +158,7 @@ class SimWorker:
     _began: float = 0.0
     _loop_at: float | None = None  # when the loop comes round next
     _turn: int = 0
-    _wake_at: float | None = None
+    _wake_at: float = math.inf
 
     # ------------------------------------------------------------------ being called
 
@@ -202,6 +202,8 @@ class SimWorker:
         """Something may be due by now, unless it has been settled since."""
         if (due := self.core.next_wakeup()) is not None and due <= self.queue.now:
             self.wake()
+        else:
+            self._watch()
 
     def loop(self, turn: int) -> None:
         """The loop comes round: take in what has come, start the next step. `turn` is the event's order."""
@@ -214,10 +216,8 @@ class SimWorker:
         self._finish_step(now)
         self._send()
         self._take_in(seen)
-        if core.timed:
-            due = core.next_wakeup()
-            if due is not None and due <= now:
-                core.tick(now)
+        if self._wake_at <= now:
+            core.tick(now)
         if self.beat_due:
             self.beat_due = False
             core.outbox.append(core.beat())
@@ -227,8 +227,7 @@ class SimWorker:
             self._take_in(now)
             self._start_step(now)
         self._send()
-        if core.timed:
-            self._watch()
+        self._watch()
 
     def _take_in(self, seen: float) -> None:
         """Handle what had come by then."""
@@ -342,11 +341,16 @@ class SimWorker:
         self._turn = self.queue.push(time, Kind.LOOP, self, self.rank)
 
     def _watch(self) -> None:
-        """Be called when the core has something to do by itself."""
-        due = self.core.next_wakeup()
-        if due is not None and due != self._wake_at:
+        """Be called when the core has something to do by itself, or before: `timer` then looks again."""
+        now = self.queue.now
+        if now < self._wake_at <= now + self.core.terms.shortest:
+            return  # nothing can be due before
+        due = self.core.next_wakeup() if self.core.timed else None
+        if due is None:
+            self._wake_at = math.inf
+        elif due != self._wake_at:
             self._wake_at = due
-            self.queue.push(max(due, math.nextafter(self.queue.now, math.inf)), Kind.WAKE, self)
+            self.queue.push(max(due, math.nextafter(now, math.inf)), Kind.WAKE, self)
 
     def _passed(self, time: float) -> bool:
         return self.queue.passed(time, Kind.LOOP, self.rank)
