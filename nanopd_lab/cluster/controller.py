@@ -254,7 +254,7 @@ class Controller:
         elif job.attempt is not attempt:
             return  # of an earlier try
         elif isinstance(message, Tokens):
-            self._tokens(job, attempt, message)
+            self._tokens(job, attempt, worker, message)
         elif isinstance(message, Published):
             self._send(attempt.report.route.decode, message)
         elif isinstance(message, Extend):
@@ -400,7 +400,7 @@ class Controller:
 
     # ------------------------------------------------------------------ progress
 
-    def _tokens(self, job: _Job, attempt: _Attempt, message: Tokens) -> None:
+    def _tokens(self, job: _Job, attempt: _Attempt, worker: str, message: Tokens) -> None:
         if message.position != job.path.output_tokens:
             self._retry(
                 job,
@@ -418,8 +418,8 @@ class Controller:
             self.actions.append(Emit(job.request_id, job.index, message.tokens))
             return
         attempt.report.whole = message.finish_reason is not FinishReason.ERROR
-        # A token that ends the sample is sampled by the source: the target is not needed.
-        self._withdraw(job, None)
+        # A token that ends the sample is sampled by the source: the target is not needed. Who tells of it has ended it.
+        self._withdraw(job, None, worker)
         self._end(job, message.finish_reason, message.tokens, message.stop_reason, message.error)
 
     def _failed(self, job: _Job, attempt: _Attempt, worker: str, message: Failed) -> None:
@@ -443,15 +443,16 @@ class Controller:
         self._queue.appendleft(job)
         job.queued = True
 
-    def _withdraw(self, job: _Job, failure: str | None) -> None:
-        """Have the workers drop the current try."""
+    def _withdraw(self, job: _Job, failure: str | None, ended: str | None = None) -> None:
+        """Have the workers drop the current try, but for the one where it has `ended`."""
         attempt, job.attempt = job.attempt, None
         if attempt is None:
             return
         attempt.report.failure = failure
         attempt.report.ended = self.now
         for name in sorted(attempt.open):
-            self._send(name, Cancel(attempt.key))
+            if name != ended:
+                self._send(name, Cancel(attempt.key))
 
     def _end(
         self,
