@@ -33,6 +33,8 @@ class LockstepScheduler(HandoverScheduler):
         pool: where blocks have no place of their own, so that nobody must know meanwhile who has got which
         token: what every decode step samples for everybody; the other arguments are those of `HandoverScheduler`
 
+    lockstepping: how many are parked
+    total_context: tokens that they have in the cache, all together
     newcomers: parked since the last step was complete
     """
 
@@ -45,21 +47,11 @@ class LockstepScheduler(HandoverScheduler):
         self._joined: dict[Sequence, int] = {}  # the parked ones, each with the step behind which it joined
         self._needy = [0] * self.block_size  # element n % block_size: those that need a block for step n
         self._ends: list[tuple[int, int, Sequence]] = []  # a heap: last step, serial; aborted ones stay in it
-        self._context = 0  # tokens in the cache of all parked ones
+        self.total_context = 0
         self._served = 0  # `serves` before the last step
         self._under_way = False  # the step that was planned last has the parked ones in it
 
     # ------------------------------------------------------------------ what is known of the parked ones
-
-    @property
-    def lockstepping(self) -> int:
-        """How many are parked."""
-        return len(self._joined)
-
-    @property
-    def total_context(self) -> int:
-        """Tokens that they have in the cache, all together."""
-        return self._context
 
     def contexts(self) -> list[int]:
         """Tokens that each has in the cache."""
@@ -67,11 +59,14 @@ class LockstepScheduler(HandoverScheduler):
 
     def blocks_taken(self, steps: int) -> int:
         """Blocks that their next so many steps take."""
-        rounds, rest = divmod(steps, self.block_size)
-        count = rounds * len(self._joined)
-        for step in range(self._step + 1, self._step + rest + 1):
-            count += self._needy[step % self.block_size]
-        return count
+        size, needy = self.block_size, self._needy
+        rounds, rest = divmod(steps, size)
+        first = (self._step + 1) % size
+        behind = first + rest
+        some = (
+            sum(needy[first:behind]) if behind <= size else sum(needy[first:]) + sum(needy[: behind - size])
+        )
+        return rounds * self.lockstepping + some
 
     # ------------------------------------------------------------------ in and out
 
@@ -86,7 +81,8 @@ class LockstepScheduler(HandoverScheduler):
                 left.append(sequence)
                 continue
             self._joined[sequence] = self._step
-            self._context += sequence.num_computed
+            self.lockstepping += 1
+            self.total_context += sequence.num_computed
             self._needy[(self._step + room + 1) % size] += 1
             to_come = sequence.request.params.max_tokens - sequence.output_len
             heapq.heappush(self._ends, (self._step + to_come, sequence.request.serial, sequence))
@@ -113,9 +109,10 @@ class LockstepScheduler(HandoverScheduler):
         """Write down what a parked sequence has, and forget it here."""
         self.write_down(sequence)
         del self._joined[sequence]
+        self.lockstepping -= 1
         room = len(sequence.blocks) * self.block_size - sequence.num_computed
         self._needy[(self._step + room + 1) % self.block_size] -= 1
-        self._context -= sequence.num_computed
+        self.total_context -= sequence.num_computed
 
     def unpark(self) -> None:
         """Put all back into `running`, as if they had never been away."""
@@ -132,7 +129,7 @@ class LockstepScheduler(HandoverScheduler):
     def run_length(self, most: int) -> int:
         """As `decode_run.equal_steps`, in time that does not depend on how many decode."""
         self._park()
-        count = len(self._joined)
+        count = self.lockstepping
         if not count or self.running or count > self.budget or not admission_blocked(self):
             return 0
         while self._ends[0][2] not in self._joined:
@@ -150,14 +147,16 @@ class LockstepScheduler(HandoverScheduler):
         """Do so many steps, at most `run_length`; returns newcomers and the sequences that ended, by priority."""
         self.pool.take(self.blocks_taken(steps))
         self.num_steps += steps
-        self.serves += steps * len(self._joined)
-        self._served = self.serves - len(self._joined)
+        self.serves += steps * self.lockstepping
+        self._served = self.serves - self.lockstepping
         return self._done(steps)
 
     def _done(self, steps: int) -> list[Sequence]:
         self._step += steps
-        self._context += steps * len(self._joined)
-        newcomers, self.newcomers = self.newcomers, []
+        self.total_context += steps * self.lockstepping
+        newcomers = self.newcomers
+        if newcomers:
+            self.newcomers = []
         ends, ended = self._ends, []
         while ends and ends[0][0] <= self._step:
             sequence = heapq.heappop(ends)[2]
@@ -176,8 +175,7 @@ class LockstepScheduler(HandoverScheduler):
     def schedule(self) -> StepPlan | None:
         """As in `Scheduler`; the chunks of the parked ones are not listed in the plan, which may be without any."""
         self._park()
-        count = len(self._joined)
-        if not count:
+        if not self.lockstepping:
             return super().schedule()
         if self._could_turn_on_one():
             self.unpark()
@@ -185,7 +183,7 @@ class LockstepScheduler(HandoverScheduler):
         self.pool.take(self.blocks_taken(1))
         self._under_way = True
         self._served = self.serves
-        self.serves += count
+        self.serves += self.lockstepping
         plan = super().schedule()
         if plan is None:
             self.num_steps += 1
@@ -194,7 +192,7 @@ class LockstepScheduler(HandoverScheduler):
 
     def _could_turn_on_one(self) -> bool:
         """True if a parked sequence may not get its token, or have to make room for a prompt."""
-        if len(self._joined) > self.budget or any(each.is_decoding for each in self.running):
+        if self.lockstepping > self.budget or any(each.is_decoding for each in self.running):
             return True
         return self._blocks_needed() > self.pool.num_free
 
@@ -222,11 +220,11 @@ class LockstepScheduler(HandoverScheduler):
 
     @property
     def promised(self) -> int:
-        return super().promised + len(self._joined)
+        return len(self.receiving) + self.lockstepping
 
     @property
     def num_running(self) -> int:
-        return super().num_running + len(self._joined)
+        return len(self.running) + self.lockstepping
 
     def _blocks_needed(self) -> int:
         return super()._blocks_needed() + self._needy[(self._step + 1) % self.block_size]

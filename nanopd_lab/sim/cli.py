@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from nanopd_lab.sim.results import SimResult
@@ -121,12 +122,12 @@ def run(args: argparse.Namespace) -> int:
 def _prior(args: argparse.Namespace) -> Machine:
     from nanopd_lab.cost.hardware import load_hardware
     from nanopd_lab.cost.roofline import ModelDims
-    from nanopd_lab.model.shapes import shape_config
+    from nanopd_lab.model.shape_table import shape_fields
     from nanopd_lab.sim.links import LinkModel
 
     hardware = load_hardware(args.hardware)
     name = args.model.removeprefix("random:")
-    dims = ModelDims.from_config(shape_config(name), name=name, weight_itemsize=2)
+    dims = ModelDims.from_config(SimpleNamespace(**shape_fields(name)), name=name, weight_itemsize=2)
     left = WEIGHT_SHARE * hardware.memory.value - dims.weight_bytes
     blocks = args.num_blocks or int(left // (16 * dims.kv_bytes_per_token))
     if blocks < 1:

@@ -181,7 +181,7 @@ class Simulator:
     def _serve(self) -> None:
         self._schedule_arrival()
         queue, controller, expected = self.queue, self.controller, len(self.requests)
-        while controller.num_unsettled or self._arrived < expected:
+        while self._arrived < expected or controller.num_unsettled:
             event = queue.pop()
             assert event is not None, f"stalled at {queue.now} s: {controller.num_unsettled} jobs open"
             self._happen(event)

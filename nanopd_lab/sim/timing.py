@@ -146,15 +146,14 @@ class RunClock:
         return ends[steps]
 
     def count(self, most: int, over: Callable[[float], bool], now: float) -> int:
-        """How many of the first `most` steps are over; `over` says whether a time has passed, by the clock `now`."""
-        if not most or over(self.end(most)):
-            return most
+        """How many steps are over, of `most` of which the last one is not. `over` says whether a time has passed, and
+        `now` is the clock's."""
         low, high = (
             0,
             most - 1,
         )  # the answer lies in between; steps are nearly alike, so a guess is nearly right
-        guess = int(most * (now - self._start) / (self.end(most) - self._start)) if self._seconds else 0
-        reach = 2
+        guess = int((now - self._start) / (self.end(1) - self._start)) if self._seconds else 0
+        reach = 1
         while low < high:
             middle = min(max(guess, low + 1), high)
             if over(self.end(middle)):
