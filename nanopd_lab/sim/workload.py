@@ -123,7 +123,13 @@ def poisson_arrivals(
 
 
 def gamma_arrivals(
-    count: int, rate: float, lengths: tuple[Lengths, Lengths], seed: int = 0, burstiness: float = 1.0
+    count: int,
+    rate: float,
+    lengths: tuple[Lengths, Lengths],
+    seed: int = 0,
+    burstiness: float = 1.0,
+    prefix_tokens: int = 0,
+    num_prefixes: int = 1,
 ) -> list[SimRequest]:
     """As `vllm bench serve` has them: gaps drawn from a gamma distribution of shape `burstiness` and mean `1 / rate`,
     then all stretched so that the last of `count` requests arrives at `count / rate`.
@@ -131,19 +137,33 @@ def gamma_arrivals(
     Args:
         rate: requests a second; infinite: all at once
         burstiness: 1 is Poisson, less comes in bursts, more evenly
+        prefix_tokens: that a prompt has in front of what is drawn from `lengths`, and shares with others
+        num_prefixes: different ones, each of as many prompts as the others, in a random order
 
     Raises:
-        ValueError: a rate or a burstiness that is not positive.
+        ValueError: a rate or a burstiness that is not positive; a negative prefix, or no prefix.
     """
     if not rate > 0 or not 0 < burstiness < math.inf:
         raise ValueError(f"rate is {rate} requests/s, burstiness {burstiness}; both must be positive")
+    if prefix_tokens < 0 or num_prefixes < 1:
+        raise ValueError(f"{num_prefixes} prefixes of {prefix_tokens} tokens; give one or more, of 0 or more")
     rng = random.Random(seed)
     gaps = [rng.gammavariate(burstiness, 1.0) if rate < math.inf else 0.0 for _ in range(count)]
     times = list(itertools.accumulate(gaps))
     stretch = count / rate / times[-1] if times and times[-1] else 0.0
+    prefixes = [number % num_prefixes for number in range(count)]
+    if num_prefixes > 1:
+        rng.shuffle(prefixes)
     return [
-        SimRequest(f"r{number}", time * stretch, lengths[0].draw(rng), lengths[1].draw(rng))
-        for number, time in enumerate(times)
+        SimRequest(
+            f"r{number}",
+            time * stretch,
+            prefix_tokens + lengths[0].draw(rng),
+            lengths[1].draw(rng),
+            prefix,
+            prefix_tokens,
+        )
+        for number, (time, prefix) in enumerate(zip(times, prefixes, strict=True))
     ]
 
 
