@@ -8,6 +8,7 @@ renewal every sixth of the duration, each good for two thirds of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class LeaseTerms:
         """Between two renewals."""
         return self.duration / 6
 
-    @property
+    @cached_property
     def shortest(self) -> float:
-        """Whatever begins to be waited for now is not due before that."""
+        """What is waited for from now on is not due before so long."""
         return min(self.renewal, self.patience)
 
     @property

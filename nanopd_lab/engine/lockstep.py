@@ -176,7 +176,7 @@ class LockstepScheduler(HandoverScheduler):
         """As in `Scheduler`; the chunks of the parked ones are not listed in the plan, which may be without any."""
         self._park()
         if not self.lockstepping:
-            return super().schedule()
+            return super().schedule() if self.running or self.waiting else None
         if self._could_turn_on_one():
             self.unpark()
             return super().schedule()

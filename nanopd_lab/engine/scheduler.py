@@ -186,8 +186,6 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can run before an earlier one is complete."""
-        if not (self.running or self.waiting):
-            return None
         chunks: dict[Sequence, Chunk] = {}
         copies: dict[Sequence, list[BlockCopy]] = {}
         preempted: list[Sequence] = []
