@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -198,7 +199,7 @@ class Controller:
             )
         job = _Job(request_id, index, prompt, params, deadline, PathReport(len(prompt), now))
         self._jobs[job.name] = job
-        if deadline != float("inf"):
+        if deadline != math.inf:
             heapq.heappush(self._deadlines, (deadline, next(self._numbers), job))
         self._queue.append(job)
         job.queued = True

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+import math
 from typing import Any, NamedTuple
 
 
@@ -41,7 +42,7 @@ class EventQueue:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.key: tuple[Any, ...] = (float("-inf"),)
+        self.key: tuple[Any, ...] = (-math.inf,)
         self.processed = 0
         self._heap: list[Event] = []
         self._order = 0
@@ -52,7 +53,7 @@ class EventQueue:
         Raises:
             ValueError: the time is not a number, infinite or in the past.
         """
-        if not self.now <= time < float("inf"):
+        if not self.now <= time < math.inf:
             raise ValueError(f"an event at {time} s; it must be finite and not before now ({self.now} s)")
         self._order = order = self._order + 1
         heapq.heappush(self._heap, tuple.__new__(Event, (time, kind, rank, order, payload)))
@@ -72,7 +73,7 @@ class EventQueue:
 
     def passed(self, time: float, kind: Kind, rank: int) -> bool:
         """True if an event with this key would have been taken already."""
-        return (time, kind, rank, float("inf")) < self.key
+        return (time, kind, rank, math.inf) < self.key
 
     def __len__(self) -> int:
         return len(self._heap)

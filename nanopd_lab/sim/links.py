@@ -8,6 +8,7 @@ errs to the slow side where shares differ (max-min fairness would redistribute i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -81,7 +82,7 @@ class Links:
 
     def _send(self, flow: Flow) -> bool:
         """The setup is over: begin to send the bytes. False if they have been sent, or take no time."""
-        if flow.sending or not flow.left_bytes > 0 or self.model.bytes_per_s == float("inf"):
+        if flow.sending or not flow.left_bytes > 0 or self.model.bytes_per_s == math.inf:
             return False
         flow.sending = True
         self.leaving.setdefault(flow.source, {})[flow] = None

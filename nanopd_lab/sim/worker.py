@@ -158,7 +158,7 @@ class SimWorker:
     _began: float = 0.0
     _loop_at: float | None = None  # when the loop comes round next
     _turn: int = 0
-    _wake_at: float = math.inf
+    _wake_at: float = -math.inf  # the last one asked for
 
     # ------------------------------------------------------------------ being called
 
@@ -216,7 +216,7 @@ class SimWorker:
         self._finish_step(now)
         self._send()
         self._take_in(seen)
-        if self._wake_at <= now:
+        if core.timed and self._wake_at <= now:
             core.tick(now)
         if self.beat_due:
             self.beat_due = False
@@ -227,7 +227,8 @@ class SimWorker:
             self._take_in(now)
             self._start_step(now)
         self._send()
-        self._watch()
+        if core.timed:
+            self._watch()
 
     def _take_in(self, seen: float) -> None:
         """Handle what had come by then."""
@@ -238,7 +239,8 @@ class SimWorker:
                 core.pull_ended(message, now)
             else:
                 core.handle(message, now)
-            self._send()
+            if core.outbox or core.pulls or core.cancelled_pulls:
+                self._send()
 
     def _planned_at(self) -> float:
         """When the step that is to start now was planned, in an engine that works ahead: as the last one started."""
@@ -343,14 +345,12 @@ class SimWorker:
     def _watch(self) -> None:
         """Be called when the core has something to do by itself, or before: `timer` then looks again."""
         now = self.queue.now
-        if now < self._wake_at <= now + self.core.terms.shortest:
-            return  # nothing can be due before
-        due = self.core.next_wakeup() if self.core.timed else None
-        if due is None:
-            self._wake_at = math.inf
-        elif due != self._wake_at:
-            self._wake_at = due
-            self.queue.push(max(due, math.nextafter(now, math.inf)), Kind.WAKE, self)
+        if now < self._wake_at or (due := self.core.next_wakeup()) is None:
+            return
+        # What begins to be waited for after now is not due before then, so that nobody need look at it meanwhile.
+        due = min(due, now + self.core.terms.shortest)
+        self._wake_at = max(due, math.nextafter(now, math.inf))
+        self.queue.push(self._wake_at, Kind.WAKE, self)
 
     def _passed(self, time: float) -> bool:
         return self.queue.passed(time, Kind.LOOP, self.rank)
