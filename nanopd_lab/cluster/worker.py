@@ -65,15 +65,13 @@ class _Try:
 def missing_blocks(offered: int, arrived: Container[int], under_way: Container[int]) -> list[int]:
     """Positions in the block table that can be pulled now: the source offers the first `offered` of them, and what is
     here or on its way need not be asked for again."""
-    if not arrived and not under_way:
-        return list(range(offered))
     return [position for position in range(offered) if position not in arrived and position not in under_way]
 
 
 def _picked(values: Seq[int], positions: list[int]) -> tuple[int, ...]:
-    """The values at ascending positions, which mostly follow each other: a slice is quicker."""
+    """The values at these positions, which mostly follow each other: a slice is quicker."""
     first, behind = positions[0], positions[-1] + 1
-    if behind - first == len(positions):
+    if positions == list(range(first, behind)):
         return tuple(values[first:behind])
     return tuple([values[position] for position in positions])
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
-from nanopd_lab.cluster.worker import WorkerCore
+from nanopd_lab.cluster.worker import WorkerCore, missing_blocks
 from nanopd_lab.core import SampledToken, Sequence, StepPlan
 from nanopd_lab.engine.decode_run import taken_by_then
 from nanopd_lab.engine.handover import HandoverScheduler
@@ -87,6 +87,11 @@ class SimCore(WorkerCore):
         if self.lockstep is not None:
             self.lockstep.unpark()
         super().report_all()
+
+    @staticmethod
+    def missing(offered: int, arrived: Container[int], under_way: Container[int]) -> list[int]:
+        """See `missing_blocks`; mostly nothing has come yet, and there is nothing to look up."""
+        return missing_blocks(offered, arrived, under_way) if arrived or under_way else list(range(offered))
 
     def generations(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """See `WorkerCore`; a counted block never gets a second one."""
