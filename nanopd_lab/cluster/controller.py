@@ -51,7 +51,6 @@ from nanopd_lab.cluster.messages import (
 )
 from nanopd_lab.core import FinishReason, Route, SampledToken, SamplingParams
 from nanopd_lab.errors import InvalidRequestError
-from nanopd_lab.kv import blocks_for
 from nanopd_lab.router import Collocated, Fleet, JobView, Policy, Role, WorkerView, legal_routes
 
 
@@ -142,6 +141,7 @@ class Controller:
         self._fleet = Fleet(roles)
         self._changed: set[_Worker] = set()  # since the fleet was told
         self._capacities: set[Capacity] = set()  # those that there are; workers are mostly alike
+        self._every_takes = self._any_takes = math.inf  # tokens of a sequence, every worker and the largest
         self._numbers = itertools.count()
         self._deadlines: list[
             tuple[float, int, _Job]
@@ -160,15 +160,13 @@ class Controller:
             raise InvalidRequestError("the prompt is empty; give at least one token")
         self._check_alive()
         total = len(prompt) + params.max_tokens
-        known = self._capacities
-        if not known or any(self._fits(total, capacity) for capacity in known):
+        if total <= self._any_takes:
             return
-        longest = max(known, key=lambda c: min(c.max_model_len, c.num_blocks * c.block_size))
+        largest = max(self._capacities, key=lambda capacity: capacity.longest)
         raise InvalidRequestError(
             f"prompt ({len(prompt)} tokens) + max_tokens ({params.max_tokens}) = {total} tokens; the largest worker "
-            f"takes {min(longest.max_model_len, longest.num_blocks * longest.block_size)} (max_model_len "
-            f"{longest.max_model_len}, {longest.num_blocks} blocks of {longest.block_size}); shorten the prompt, lower "
-            "max_tokens or raise kv_cache_memory_bytes"
+            f"takes {largest.longest} (max_model_len {largest.max_model_len}, {largest.num_blocks} blocks of "
+            f"{largest.block_size}); shorten the prompt, lower max_tokens or raise kv_cache_memory_bytes"
         )
 
     def submit(
@@ -238,6 +236,8 @@ class Controller:
             self._capacities.add(message.capacity)
             if before is not None and before != message.capacity:
                 self._capacities = {each.capacity for each in self._workers.values() if each.capacity}
+            self._every_takes = min(capacity.longest for capacity in self._capacities)
+            self._any_takes = max(capacity.longest for capacity in self._capacities)
             self._changed.add(sender)
             self._dispatch()
             return
@@ -369,12 +369,12 @@ class Controller:
 
     def _fleet_for(self, total: int) -> Fleet:
         """Those that have room for a job and could hold so many tokens: mostly all of them."""
-        if all(self._fits(total, capacity) for capacity in self._capacities):
+        if total <= self._every_takes:
             return self._fleet
         fitting = Fleet(self._workers)
         for view in self._fleet:
             capacity = self._workers[view.name].capacity
-            if capacity and self._fits(total, capacity):
+            if capacity and total <= capacity.longest:
                 fitting.put(view.name, view)
         return fitting
 
@@ -509,12 +509,6 @@ class Controller:
             self.actions.append(Settled(job.request_id, job.index, job.path))
 
     # ------------------------------------------------------------------ small questions
-
-    @staticmethod
-    def _fits(total: int, capacity: Capacity) -> bool:
-        return (
-            total <= capacity.max_model_len and blocks_for(total, capacity.block_size) <= capacity.num_blocks
-        )
 
     def _send(self, worker: str, message: ToWorker) -> None:
         if self._workers[worker].state is State.UP:

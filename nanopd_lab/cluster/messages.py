@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from nanopd_lab.core import FinishReason, SampledToken, SamplingParams
 from nanopd_lab.transfer import PoolAddress
@@ -110,6 +111,11 @@ class Capacity:
     max_model_len: int
     block_bytes: int = 0
     device: str = ""
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens that a sequence may have."""
+        return min(self.max_model_len, self.num_blocks * self.block_size)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""A cluster in virtual time. Controller, workers, schedulers, allocators and policies are those that really run; only
-what they drive is replaced: steps by a cost model, the transport by `Links`, pipes by a delay, callers by a list.
+"""A cluster in virtual time. Controller, workers, schedulers and policies are those that really run; only what they
+drive is replaced: steps by a cost model, the transport by `Links`, pipes by a delay, callers by a list.
 
     requests ──ARRIVAL──► Controller ──MESSAGE──► SimWorker ──LOOP──► … ──MESSAGE──► Controller ──► RequestRecord
                                                      │  ▲
@@ -7,8 +7,9 @@ what they drive is replaced: steps by a cost model, the transport by `Links`, pi
 
 Runs of equal decode steps are jumped over (`skip`), so that the cost grows with events and not with tokens; times and
 accounts are those of the simulation step by step. Without a prefix cache decoding sequences cost nothing even in steps
-that they share with prompts (`engine.lockstep`). Callers count as told of each token when it is sampled, though the
-controller hears of the first and the last only: what a worker that dies had sampled is kept, and is not computed again.
+that they share with prompts (`engine.lockstep`), and blocks are counted and not named (`kv.counted`). Callers count as
+told of each token when it is sampled, though the controller hears of the first and the last only: what a worker that
+dies had sampled is kept, and is not computed again.
 """
 
 from __future__ import annotations
