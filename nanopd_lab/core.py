@@ -207,6 +207,12 @@ class Sequence:
         if not self.tokens:  # simulated prompts are arrays, which are copied much faster
             self.tokens = prompt[:] if isinstance(prompt, array) else list(prompt)
 
+    def append_same(self, token: int, count: int) -> None:
+        """Append `token` so many times, which a simulation does."""
+        one = self.tokens[:1]  # a list or an array, as `tokens` is
+        one[0] = token
+        self.tokens += one * count  # type: ignore[operator, arg-type]
+
     @property
     def known_len(self) -> int:
         """Tokens that are known; the pending ones behind them are not counted."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from array import array
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -97,7 +96,7 @@ class LockstepScheduler(HandoverScheduler):
         """Give a parked sequence what it has by now, and blocks for the step under way."""
         done = self._step - self._joined[sequence]
         self._joined[sequence] = self._step
-        sequence.tokens += array("i", (self.token.token,)) * done
+        sequence.append_same(self.token.token, done)
         sequence.num_computed += done
         sequence.tokens_computed += done
         sequence.cumulative_logprob += self.token.logprob * done

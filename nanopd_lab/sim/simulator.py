@@ -224,10 +224,9 @@ class Simulator:
         request = self.requests[number]
         self._arrived += 1
         self._schedule_arrival()
+        prompt = request.prompt(number if self.config.enable_prefix_caching else None)
         try:
-            self.controller.submit(
-                request.request_id, request.prompt(number), request.params(), now, request.deadline
-            )
+            self.controller.submit(request.request_id, prompt, request.params(), now, request.deadline)
         except (InvalidRequestError, ClusterBusyError, ClusterDownError) as error:
             self._records[request.request_id] = RequestRecord(
                 request.request_id, now, request.prompt_tokens, 0, error=str(error)

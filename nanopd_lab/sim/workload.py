@@ -54,8 +54,10 @@ class SimRequest:
                 f"request {self.request_id!r} arrives at {self.arrival} s; give a time from 0 on"
             )
 
-    def prompt(self, number: int) -> array[int]:
-        """Token ids; `number` makes them differ from those of other requests."""
+    def prompt(self, number: int | None) -> array[int]:
+        """Token ids; `number` makes them differ from those of other requests. None: nobody looks at them."""
+        if number is None:
+            return array("b", (0,)) * self.prompt_tokens
         own = array("i", (FIRST_PROMPT_TOKEN + number,)) * (self.prompt_tokens - self.prefix_tokens)
         return array("i", (self.prefix,)) * self.prefix_tokens + own if self.prefix_tokens else own
 
