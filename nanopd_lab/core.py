@@ -8,6 +8,9 @@ reached the end of its known tokens.
 from __future__ import annotations
 
 import enum
+from array import array
+from collections.abc import MutableSequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -158,7 +161,7 @@ class Request:
     """One prompt and what to do with it. `arrival` is in seconds on the caller's clock."""
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: Seq[int]
     params: SamplingParams
     arrival: float = 0.0
     prompt: str | None = None
@@ -177,7 +180,7 @@ class Sequence:
 
     request: Request
     index: int = 0
-    tokens: list[int] = field(default_factory=list)
+    tokens: MutableSequence[int] = field(default_factory=list)
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -199,9 +202,16 @@ class Sequence:
     preemptions: int = 0
 
     def __post_init__(self) -> None:
-        self.prompt_len = len(self.request.prompt_token_ids)
-        if not self.tokens:
-            self.tokens = list(self.request.prompt_token_ids)
+        prompt = self.request.prompt_token_ids
+        self.prompt_len = len(prompt)
+        if not self.tokens:  # simulated prompts are arrays, which are copied much faster
+            self.tokens = prompt[:] if isinstance(prompt, array) else list(prompt)
+
+    def append_same(self, token: int, count: int) -> None:
+        """Append `token` so many times, which a simulation does."""
+        one = self.tokens[:1]  # a list or an array, as `tokens` is
+        one[0] = token
+        self.tokens += one * count  # type: ignore[operator, arg-type]
 
     @property
     def known_len(self) -> int:
@@ -214,7 +224,7 @@ class Sequence:
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.tokens[self.prompt_len : self.known_len]
+        return list(self.tokens[self.prompt_len : self.known_len])
 
     @property
     def remaining(self) -> int:
@@ -263,8 +273,7 @@ class Chunk:
         return self.start + self.count
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """Who serves a request: `prefill` computes its prompt, `decode` its output. Collocated if they are one worker."""
 
     prefill: str
@@ -286,7 +295,7 @@ class BlockCopy:
     target: int
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class StepPlan:
     """One engine step: decode tokens first, then prefill chunks, all in one flat batch."""
 

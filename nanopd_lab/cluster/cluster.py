@@ -213,7 +213,7 @@ class Cluster:
             self._tracked[name] = tracked
             try:
                 for index in range(params.n):
-                    self.controller.submit(name, ids, params, now, deadline, index)
+                    self.controller.submit(name, tuple(ids), params, now, deadline, index)
                     submitted += 1
             except ValueError:
                 del self._tracked[name]

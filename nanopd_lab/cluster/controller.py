@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -50,7 +51,6 @@ from nanopd_lab.cluster.messages import (
 )
 from nanopd_lab.core import FinishReason, Route, SampledToken, SamplingParams
 from nanopd_lab.errors import InvalidRequestError
-from nanopd_lab.kv import blocks_for
 from nanopd_lab.router import Collocated, Fleet, JobView, Policy, Role, WorkerView, legal_routes
 
 
@@ -66,7 +66,7 @@ class _Attempt:
 class _Job:
     request_id: str
     index: int
-    prompt: tuple[int, ...]
+    prompt: Seq[int]
     params: SamplingParams
     deadline: float
     path: PathReport
@@ -95,11 +95,11 @@ class _Worker:
     prefilling: int = 0
     prefill_tokens: int = 0
     decoding: int = 0
-    _seen: tuple[object, ...] = ()  # what the last view was made of
     _view: WorkerView | None = None
 
     def view(self) -> WorkerView:
-        seen = (
+        """What policies see of it; the same object for as long as that doesn't change."""
+        view = WorkerView(
             self.name,
             self.role,
             self.prefilling,
@@ -108,8 +108,8 @@ class _Worker:
             self.beat.blocks_free if self.beat else 0,
             self.capacity.max_num_seqs if self.capacity else 0,
         )
-        if self._view is None or seen != self._seen:
-            self._seen, self._view = seen, WorkerView(*seen)
+        if self._view is None or view != self._view:
+            self._view = view
         return self._view
 
 
@@ -141,6 +141,7 @@ class Controller:
         self._fleet = Fleet(roles)
         self._changed: set[_Worker] = set()  # since the fleet was told
         self._capacities: set[Capacity] = set()  # those that there are; workers are mostly alike
+        self._every_takes = self._any_takes = math.inf  # tokens of a sequence, every worker and the largest
         self._numbers = itertools.count()
         self._deadlines: list[
             tuple[float, int, _Job]
@@ -159,15 +160,13 @@ class Controller:
             raise InvalidRequestError("the prompt is empty; give at least one token")
         self._check_alive()
         total = len(prompt) + params.max_tokens
-        known = self._capacities
-        if not known or any(self._fits(total, capacity) for capacity in known):
+        if total <= self._any_takes:
             return
-        longest = max(known, key=lambda c: min(c.max_model_len, c.num_blocks * c.block_size))
+        largest = max(self._capacities, key=lambda capacity: capacity.longest)
         raise InvalidRequestError(
             f"prompt ({len(prompt)} tokens) + max_tokens ({params.max_tokens}) = {total} tokens; the largest worker "
-            f"takes {min(longest.max_model_len, longest.num_blocks * longest.block_size)} (max_model_len "
-            f"{longest.max_model_len}, {longest.num_blocks} blocks of {longest.block_size}); shorten the prompt, lower "
-            "max_tokens or raise kv_cache_memory_bytes"
+            f"takes {largest.longest} (max_model_len {largest.max_model_len}, {largest.num_blocks} blocks of "
+            f"{largest.block_size}); shorten the prompt, lower max_tokens or raise kv_cache_memory_bytes"
         )
 
     def submit(
@@ -179,7 +178,8 @@ class Controller:
         deadline: float = float("inf"),
         index: int = 0,
     ) -> None:
-        """Queue one sample of a request. `deadline` is when it ends with an error if it has not finished.
+        """Queue one sample of a request. `deadline` is when it ends with an error if it has not finished. The prompt is
+        not copied: leave it as it is.
 
         Raises:
             InvalidRequestError: see `validate`; or the id is in use
@@ -195,9 +195,9 @@ class Controller:
                 f"{len(self._queue)} requests wait for a worker, the limit is max_queue = {self.limits.max_queue}; "
                 "try again later, or add workers"
             )
-        job = _Job(request_id, index, tuple(prompt), params, deadline, PathReport(len(prompt), now))
+        job = _Job(request_id, index, prompt, params, deadline, PathReport(len(prompt), now))
         self._jobs[job.name] = job
-        if deadline != float("inf"):
+        if deadline != math.inf:
             heapq.heappush(self._deadlines, (deadline, next(self._numbers), job))
         self._queue.append(job)
         job.queued = True
@@ -236,6 +236,8 @@ class Controller:
             self._capacities.add(message.capacity)
             if before is not None and before != message.capacity:
                 self._capacities = {each.capacity for each in self._workers.values() if each.capacity}
+            self._every_takes = min(capacity.longest for capacity in self._capacities)
+            self._any_takes = max(capacity.longest for capacity in self._capacities)
             self._changed.add(sender)
             self._dispatch()
             return
@@ -253,7 +255,7 @@ class Controller:
         elif job.attempt is not attempt:
             return  # of an earlier try
         elif isinstance(message, Tokens):
-            self._tokens(job, attempt, message)
+            self._tokens(job, attempt, worker, message)
         elif isinstance(message, Published):
             self._send(attempt.report.route.decode, message)
         elif isinstance(message, Extend):
@@ -367,12 +369,12 @@ class Controller:
 
     def _fleet_for(self, total: int) -> Fleet:
         """Those that have room for a job and could hold so many tokens: mostly all of them."""
-        if all(self._fits(total, capacity) for capacity in self._capacities):
+        if total <= self._every_takes:
             return self._fleet
         fitting = Fleet(self._workers)
         for view in self._fleet:
             capacity = self._workers[view.name].capacity
-            if capacity and self._fits(total, capacity):
+            if capacity and total <= capacity.longest:
                 fitting.put(view.name, view)
         return fitting
 
@@ -399,25 +401,26 @@ class Controller:
 
     # ------------------------------------------------------------------ progress
 
-    def _tokens(self, job: _Job, attempt: _Attempt, message: Tokens) -> None:
-        if message.position != len(job.outputs):
+    def _tokens(self, job: _Job, attempt: _Attempt, worker: str, message: Tokens) -> None:
+        if message.position != job.path.output_tokens:
             self._retry(
                 job,
-                f"tokens from position {message.position} came after {len(job.outputs)}",
+                f"tokens from position {message.position} came after {job.path.output_tokens}",
                 attempt.report.route.decode,
             )
             return
         if attempt.report.first_token is None:
             attempt.report.first_token = self.now
             self._prefilled(attempt)
-        job.outputs += [token.token for token in message.tokens]
         attempt.report.new_tokens += len(message.tokens)
+        job.path.output_tokens += len(message.tokens)
         if message.finish_reason is None:
+            job.outputs += [token.token for token in message.tokens]  # for another try
             self.actions.append(Emit(job.request_id, job.index, message.tokens))
             return
         attempt.report.whole = message.finish_reason is not FinishReason.ERROR
-        # A token that ends the sample is sampled by the source: the target is not needed.
-        self._withdraw(job, None)
+        # A token that ends the sample is sampled by the source: the target is not needed. Who tells of it has ended it.
+        self._withdraw(job, None, worker)
         self._end(job, message.finish_reason, message.tokens, message.stop_reason, message.error)
 
     def _failed(self, job: _Job, attempt: _Attempt, worker: str, message: Failed) -> None:
@@ -441,15 +444,16 @@ class Controller:
         self._queue.appendleft(job)
         job.queued = True
 
-    def _withdraw(self, job: _Job, failure: str | None) -> None:
-        """Have the workers drop the current try."""
+    def _withdraw(self, job: _Job, failure: str | None, ended: str | None = None) -> None:
+        """Have the workers drop the current try, but for the one where it has `ended`."""
         attempt, job.attempt = job.attempt, None
         if attempt is None:
             return
         attempt.report.failure = failure
         attempt.report.ended = self.now
         for name in sorted(attempt.open):
-            self._send(name, Cancel(attempt.key))
+            if name != ended:
+                self._send(name, Cancel(attempt.key))
 
     def _end(
         self,
@@ -464,7 +468,6 @@ class Controller:
             self._queue.remove(job)
             job.queued = False
         job.path.finished = self.now
-        job.path.output_tokens = len(job.outputs)
         self.actions.append(Emit(job.request_id, job.index, tokens, reason, stop_reason, error))
         self._settle(job)
 
@@ -506,12 +509,6 @@ class Controller:
             self.actions.append(Settled(job.request_id, job.index, job.path))
 
     # ------------------------------------------------------------------ small questions
-
-    @staticmethod
-    def _fits(total: int, capacity: Capacity) -> bool:
-        return (
-            total <= capacity.max_model_len and blocks_for(total, capacity.block_size) <= capacity.num_blocks
-        )
 
     def _send(self, worker: str, message: ToWorker) -> None:
         if self._workers[worker].state is State.UP:

@@ -8,6 +8,7 @@ renewal every sixth of the duration, each good for two thirds of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class LeaseTerms:
     def renewal(self) -> float:
         """Between two renewals."""
         return self.duration / 6
+
+    @cached_property
+    def shortest(self) -> float:
+        """What is waited for from now on is not due before so long."""
+        return min(self.renewal, self.patience)
 
     @property
     def extension(self) -> float:

@@ -68,6 +68,14 @@ def missing_blocks(offered: int, arrived: Container[int], under_way: Container[i
     return [position for position in range(offered) if position not in arrived and position not in under_way]
 
 
+def _picked(values: Seq[int], positions: list[int]) -> tuple[int, ...]:
+    """The values at these positions, which mostly follow each other: a slice is quicker."""
+    first, behind = positions[0], positions[-1] + 1
+    if positions == list(range(first, behind)):
+        return tuple(values[first:behind])
+    return tuple([values[position] for position in positions])
+
+
 class WorkerCore:
     """See the module. A subclass may replace `missing`, as a function with the same meaning.
 
@@ -114,7 +122,7 @@ class WorkerCore:
     def handle(self, message: ToWorker, now: float) -> None:
         """Take in one message."""
         self.now = now
-        if isinstance(message, Begin | Expect):
+        if isinstance(message, (Begin, Expect)):
             self._take_on(message)
             return
         each = self._tries.get(message.key)
@@ -124,7 +132,7 @@ class WorkerCore:
             each.offer, each.waits_since = message, now
             self._offered.add(each.key)
             self._pull(each)
-        elif isinstance(message, Release | Cancel):
+        elif isinstance(message, (Release, Cancel)):
             self._drop(each)
         elif isinstance(message, Extend) and each.lease is not None:
             each.lease.renew(now)
@@ -132,7 +140,7 @@ class WorkerCore:
     def _take_on(self, message: Begin | Expect) -> None:
         work = message.work
         params = work.params if work.params.n == 1 else replace(work.params, n=1)
-        request = Request(message.key, list(work.prompt), params, arrival=self.now)
+        request = Request(message.key, work.prompt, params, arrival=self.now)
         try:
             if isinstance(message, Begin):
                 sequence = self.scheduler.begin(request, work.index, work.outputs, message.hand_off)
@@ -187,7 +195,7 @@ class WorkerCore:
         each = self._tries[sequence.request.request_id]
         if each.usage.scheduled is None:
             cached = start if each.usage.reserved is None else each.usage.first_cached
-            each.usage = each.usage._replace(scheduled=self.now, first_cached=cached)
+            each.usage.scheduled, each.usage.first_cached = self.now, cached
 
     def _reserve(self) -> None:
         if not self.scheduler.expected:
@@ -195,7 +203,7 @@ class WorkerCore:
         for sequence in self.scheduler.reserve(self._offered):
             each = self._tries[sequence.request.request_id]
             each.arrived = set(range(sequence.num_computed // self.scheduler.block_size))
-            each.usage = each.usage._replace(reserved=self.now, first_cached=sequence.num_computed)
+            each.usage.reserved, each.usage.first_cached = self.now, sequence.num_computed
             each.waits_since = self.now
             self._pull(each)
 
@@ -257,9 +265,9 @@ class WorkerCore:
 
     def _note_sampled(self, each: _Try, now: float) -> None:
         self._unsampled.discard(each.sequence)
-        each.usage = each.usage._replace(sampled=now)
+        each.usage.sampled = now
 
-    def _sampled(self, sequence: Sequence, new: list[int]) -> tuple[SampledToken, ...]:
+    def _sampled(self, sequence: Sequence, new: Seq[int]) -> tuple[SampledToken, ...]:
         """The newest tokens as they were sampled."""
         tops = sequence.logprobs[len(sequence.logprobs) - len(new) :] if sequence.logprobs else []
         return tuple(
@@ -291,8 +299,11 @@ class WorkerCore:
             return
         each.published = (sequence.preemptions, count)
         blocks = tuple(sequence.blocks[:count])
-        generations = tuple(map(self.generation, blocks))
-        self.outbox.append(Published(each.key, blocks, generations, end, token))
+        self.outbox.append(Published(each.key, blocks, self.generations(blocks), end, token))
+
+    def generations(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        """Of blocks that are to be published."""
+        return tuple(map(self.generation, blocks))
 
     # ------------------------------------------------------------------ target: pull, adopt
 
@@ -302,28 +313,29 @@ class WorkerCore:
         if offer is None or offer is each.spent or sequence not in self.scheduler.receiving:
             return
         busy = {position for pull in each.under_way.values() for position in pull}
-        wanted = self.missing(len(offer.blocks), each.arrived, busy)
+        whole = offer.token is not None and len(each.arrived) == len(sequence.blocks)
+        wanted = [] if whole else self.missing(len(offer.blocks), each.arrived, busy)
         if wanted:
             assert each.source is not None
             pull = Pull(
                 self._next_pull,
                 each.source,
-                tuple([offer.blocks[p] for p in wanted]),
-                tuple([offer.generations[p] for p in wanted]),
-                tuple([sequence.blocks[p] for p in wanted]),
+                _picked(offer.blocks, wanted),
+                _picked(offer.generations, wanted),
+                _picked(sequence.blocks, wanted),
             )
             self._next_pull += 1
             each.under_way[pull.pull_id] = tuple(wanted)
             self._pulling[pull.pull_id] = (each, offer)
             self.pulls.append(pull)
-        elif offer.token is not None and not busy and len(each.arrived) == len(sequence.blocks):
+        elif whole and not busy:
             self._adopt(each, offer)
 
     def _adopt(self, each: _Try, offer: Published) -> None:
         assert offer.token is not None
         sequence = each.sequence
         assert offer.num_tokens == len(sequence.tokens), "the source has computed something else"
-        each.usage = each.usage._replace(adopted=self.now)
+        each.usage.adopted = self.now
         self.outbox.append(Received(each.key))
         each.source = None
         del self._timed[each.key]
@@ -337,11 +349,8 @@ class WorkerCore:
         self.now = now
         each, offer = self._pulling.pop(result.pull_id)
         positions = each.under_way.pop(result.pull_id)
-        usage = each.usage
-        each.usage = usage._replace(
-            pulls=(*usage.pulls, (result.started, result.finished)),
-            received_bytes=usage.received_bytes + result.num_bytes,
-        )
+        each.usage.pulls += ((result.started, result.finished),)
+        each.usage.received_bytes += result.num_bytes
         if each.dropped:
             if not each.under_way:
                 self._finish(each)
@@ -438,12 +447,11 @@ class WorkerCore:
     def _forget(self, each: _Try) -> None:
         sequence = each.sequence
         self._freed_at = self.now
-        usage = each.usage._replace(
-            computed=sequence.tokens_computed,
-            cached=sequence.tokens_cached,
-            received=sequence.tokens_received,
-            preemptions=sequence.preemptions,
-        )
+        usage = each.usage
+        usage.computed = sequence.tokens_computed
+        usage.cached = sequence.tokens_cached
+        usage.received = sequence.tokens_received
+        usage.preemptions = sequence.preemptions
         del self._tries[each.key]
         self._timed.pop(each.key, None)
         self._unsampled.discard(each.sequence)

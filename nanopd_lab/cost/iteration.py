@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from nanopd_lab.cost.roofline import ChunkShape, ModelDims
 
@@ -224,10 +225,21 @@ class IterationModel:
 
         The device's times are an arithmetic series; those of its first terms that the host exceeds count as the host's.
         """
+        return self.decode_run(batch, total_context)(steps)
+
+    def decode_run(self, batch: int, total_context: int) -> Callable[[int], float]:
+        """`decode_run_seconds` of one batch, for who asks for several numbers of steps."""
         first, growth = self._decode_line(batch, total_context)
-        floor = self._host_steps(first, growth, steps)
-        rest = steps - floor
-        return self.host_s * floor + rest * first + growth * (floor * rest + rest * (rest - 1) / 2)
+        if first >= self.host_s:
+            return lambda steps: steps * first + growth * (steps * (steps - 1) / 2)
+        host_s, host_steps = self.host_s, self._host_steps
+
+        def seconds(steps: int) -> float:
+            floor = host_steps(first, growth, steps)
+            rest = steps - floor
+            return host_s * floor + rest * first + growth * (floor * rest + rest * (rest - 1) / 2)
+
+        return seconds
 
     def decode_steps_within(self, batch: int, total_context: int, seconds: float) -> int:
         """How many whole decode steps of the same batch fit into `seconds`: the inverse of `decode_run_seconds`.
@@ -259,9 +271,16 @@ class IterationModel:
     def _decode_line(self, batch: int, total_context: int) -> tuple[float, float]:
         """(the device's time of the first step, what each further one takes longer)."""
         slope = self.pair_s + self.context_s
-        constant = self.t0_s + self._matrices(*self.captured.rows(batch, batch, batch))
-        each = self.pair_s / 2 + self.context_s + self.sequence_s
-        return constant + batch * each + slope * total_context, slope * batch
+        if (constant := self._of_batch.get(batch)) is None:
+            each = self.pair_s / 2 + self.context_s + self.sequence_s
+            constant = self.t0_s + self._matrices(*self.captured.rows(batch, batch, batch)) + batch * each
+            self._of_batch[batch] = constant
+        return constant + slope * total_context, slope * batch
+
+    @cached_property
+    def _of_batch(self) -> dict[int, float]:
+        """What decode steps of so many sequences take without their context, as far as somebody has asked."""
+        return {}
 
     def _host_steps(self, first: float, growth: float, most: int | None) -> float | int:
         """Steps at the beginning of a decode run for which the host takes longer; `most` of them, if given."""

@@ -69,10 +69,12 @@ class BlockManager:
 
     def cached(self, sequence: Sequence) -> tuple[int, int]:
         """(leading blocks of the sequence that are in the cache, how many of them count as free now)."""
-        return self.allocator.count_match(self._prefix(sequence))
+        return self.allocator.count_match(self._prefix(sequence)) if self.caching else (0, 0)
 
     def attach_cached(self, sequence: Sequence) -> None:
         """Start the sequence's table with what the cache has of it."""
+        if not self.caching:
+            return
         sequence.blocks = self.allocator.match(self._prefix(sequence))
         sequence.num_registered = len(sequence.blocks)
         sequence.num_computed = len(sequence.blocks) * self.block_size
@@ -90,8 +92,6 @@ class BlockManager:
 
     def _prefix(self, sequence: Sequence) -> list[bytes]:
         assert not sequence.pending
-        if not self.caching:
-            return []
         # Never all tokens: one must be computed, for its logits.
         usable = (len(sequence.tokens) - 1) // self.block_size
         if len(sequence.block_hashes) < usable:  # it is asked in every step that the sequence waits

@@ -96,13 +96,12 @@ def advance(scheduler: HandoverScheduler, steps: int, token: SampledToken) -> li
     `steps` is at most what `equal_steps` said. Returns the sequences that ended, in order.
     """
     running, size, blocks = scheduler.running, scheduler.block_size, scheduler.blocks
-    new = [token.token] * steps
     events: list[tuple[int, int, int]] = []  # step, 0 for planning or 1 for completing it, place in the batch
     last = scheduler.serves + (steps - 1) * len(running)
     ended = []
     for place, sequence in enumerate(running):
         computed = sequence.num_computed
-        sequence.tokens += new
+        sequence.append_same(token.token, steps)
         sequence.num_computed = computed + steps
         sequence.tokens_computed += steps
         sequence.cumulative_logprob += token.logprob * steps

@@ -4,9 +4,9 @@ While a sequence decodes, every step gives it one token and now and then a block
 out of `running`, they are known by the step at which they joined, and what they have by now is written down when
 somebody needs it, mostly when they end. What the scheduler asks of all of them together is kept ready:
 
-    when the next one ends            a heap, by the number of the step
-    who needs a block in step n       a list for each n modulo block_size
-    how much context all have         a sum
+    when the next one ends                a heap, by the number of the step
+    how many need a block in step n       a count for each n modulo block_size
+    how much context all have             a sum
 
 Whatever is decided is still decided by `Scheduler`, which counts the parked ones as decodes that it has placed. As soon
 as a decision could turn on one of them (too few blocks or too small a budget for all), they are put back first.
@@ -16,48 +16,41 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from typing import Any
 
 from nanopd_lab.core import FinishReason, SampledToken, Sequence, StepPlan
-from nanopd_lab.engine.decode_run import admission_blocked, handed_out_soon
+from nanopd_lab.engine.decode_run import admission_blocked
 from nanopd_lab.engine.handover import HandoverScheduler
+from nanopd_lab.kv import CountedBlocks, blocks_for
 
 
 class LockstepScheduler(HandoverScheduler):
-    """See the module; for a pool without a prefix cache, one step at a time, and outputs that end by `max_tokens` only.
+    """See the module; one step at a time, and outputs that end by `max_tokens` only.
 
     Args:
+        pool: where blocks have no place of their own, so that nobody must know meanwhile who has got which
         token: what every decode step samples for everybody; the other arguments are those of `HandoverScheduler`
 
+    lockstepping: how many are parked
+    total_context: tokens that they have in the cache, all together
     newcomers: parked since the last step was complete
     """
 
-    def __init__(self, *args: Any, token: SampledToken, **options: Any) -> None:
-        super().__init__(*args, **options)
-        assert not self.blocks.caching, "registering a block needs its tokens"
+    def __init__(self, pool: CountedBlocks, *, token: SampledToken, **options: Any) -> None:
+        super().__init__(pool, **options)
+        self.pool = pool
         self.token = token
         self.newcomers: list[Sequence] = []
         self._step = 0  # steps that the parked ones have done together
         self._joined: dict[Sequence, int] = {}  # the parked ones, each with the step behind which it joined
-        self._needy: list[list[Sequence]] = [[] for _ in range(self.block_size)]  # by priority
+        self._needy = [0] * self.block_size  # element n % block_size: those that need a block for step n
         self._ends: list[tuple[int, int, Sequence]] = []  # a heap: last step, serial; aborted ones stay in it
-        self._context = 0  # tokens in the cache of all parked ones
+        self.total_context = 0
         self._served = 0  # `serves` before the last step
         self._under_way = False  # the step that was planned last has the parked ones in it
 
     # ------------------------------------------------------------------ what is known of the parked ones
-
-    @property
-    def lockstepping(self) -> int:
-        """How many are parked."""
-        return len(self._joined)
-
-    @property
-    def total_context(self) -> int:
-        """Tokens that they have in the cache, all together."""
-        return self._context
 
     def contexts(self) -> list[int]:
         """Tokens that each has in the cache."""
@@ -65,15 +58,14 @@ class LockstepScheduler(HandoverScheduler):
 
     def blocks_taken(self, steps: int) -> int:
         """Blocks that their next so many steps take."""
-        rounds, rest = divmod(steps, self.block_size)
-        count = rounds * len(self._joined)
-        for step in range(self._step + 1, self._step + rest + 1):
-            count += len(self._needy[step % self.block_size])
-        return count
-
-    def taken_by_then(self, steps: int, blocks: Iterable[int]) -> bool:
-        """True if one of the free `blocks` is handed out anew within their next so many steps."""
-        return handed_out_soon(self.allocator, self.blocks_taken(steps), blocks)
+        size, needy = self.block_size, self._needy
+        rounds, rest = divmod(steps, size)
+        first = (self._step + 1) % size
+        behind = first + rest
+        some = (
+            sum(needy[first:behind]) if behind <= size else sum(needy[first:]) + sum(needy[: behind - size])
+        )
+        return rounds * self.lockstepping + some
 
     # ------------------------------------------------------------------ in and out
 
@@ -88,8 +80,9 @@ class LockstepScheduler(HandoverScheduler):
                 left.append(sequence)
                 continue
             self._joined[sequence] = self._step
-            self._context += sequence.num_computed
-            bisect.insort(self._needy[(self._step + room + 1) % size], sequence, key=_priority)
+            self.lockstepping += 1
+            self.total_context += sequence.num_computed
+            self._needy[(self._step + room + 1) % size] += 1
             to_come = sequence.request.params.max_tokens - sequence.output_len
             heapq.heappush(self._ends, (self._step + to_come, sequence.request.serial, sequence))
             self.newcomers.append(sequence)
@@ -100,21 +93,25 @@ class LockstepScheduler(HandoverScheduler):
         return sequence.is_decoding and not (sequence.hand_off or sequence.in_flight or sequence.request.beam)
 
     def write_down(self, sequence: Sequence) -> None:
-        """Give a parked sequence what it has by now."""
+        """Give a parked sequence what it has by now, and blocks for the step under way."""
         done = self._step - self._joined[sequence]
         self._joined[sequence] = self._step
-        sequence.tokens += [self.token.token] * done
+        sequence.append_same(self.token.token, done)
         sequence.num_computed += done
         sequence.tokens_computed += done
         sequence.cumulative_logprob += self.token.logprob * done
+        held = sequence.num_computed + self._under_way
+        if (more := blocks_for(held, self.block_size) - len(sequence.blocks)) > 0:
+            sequence.blocks += self.pool.name(more)
 
     def _leave(self, sequence: Sequence) -> None:
         """Write down what a parked sequence has, and forget it here."""
         self.write_down(sequence)
         del self._joined[sequence]
+        self.lockstepping -= 1
         room = len(sequence.blocks) * self.block_size - sequence.num_computed
-        self._needy[(self._step + room + 1) % self.block_size].remove(sequence)
-        self._context -= sequence.num_computed
+        self._needy[(self._step + room + 1) % self.block_size] -= 1
+        self.total_context -= sequence.num_computed
 
     def unpark(self) -> None:
         """Put all back into `running`, as if they had never been away."""
@@ -131,13 +128,13 @@ class LockstepScheduler(HandoverScheduler):
     def run_length(self, most: int) -> int:
         """As `decode_run.equal_steps`, in time that does not depend on how many decode."""
         self._park()
-        count = len(self._joined)
+        count = self.lockstepping
         if not count or self.running or count > self.budget or not admission_blocked(self):
             return 0
         while self._ends[0][2] not in self._joined:
             heapq.heappop(self._ends)
         most = min(most, self._ends[0][0] - self._step)
-        free = self.allocator.num_free
+        free = self.pool.num_free
         if count * (most // self.block_size + 1) > free:
             low = 0  # the most steps whose blocks are there
             while low < most:
@@ -147,16 +144,18 @@ class LockstepScheduler(HandoverScheduler):
 
     def advance(self, steps: int) -> list[Sequence]:
         """Do so many steps, at most `run_length`; returns newcomers and the sequences that ended, by priority."""
-        self._hand_out(steps)
+        self.pool.take(self.blocks_taken(steps))
         self.num_steps += steps
-        self.serves += steps * len(self._joined)
-        self._served = self.serves - len(self._joined)
+        self.serves += steps * self.lockstepping
+        self._served = self.serves - self.lockstepping
         return self._done(steps)
 
     def _done(self, steps: int) -> list[Sequence]:
         self._step += steps
-        self._context += steps * len(self._joined)
-        newcomers, self.newcomers = self.newcomers, []
+        self.total_context += steps * self.lockstepping
+        newcomers = self.newcomers
+        if newcomers:
+            self.newcomers = []
         ends, ended = self._ends, []
         while ends and ends[0][0] <= self._step:
             sequence = heapq.heappop(ends)[2]
@@ -170,41 +169,20 @@ class LockstepScheduler(HandoverScheduler):
                 self.write_down(sequence)
         return sorted({*ended, *newcomers}, key=_priority)
 
-    def _hand_out(self, steps: int) -> None:
-        """Give out the blocks of the next steps, in the order in which they would be taken one by one."""
-        size, start = self.block_size, self._step + 1
-        groups = [
-            (offset, group)
-            for offset in range(min(size, steps))
-            if (group := self._needy[(start + offset) % size])
-        ]
-        takers = [
-            sequence
-            for turn in range(0, steps, size)
-            for offset, group in groups
-            if turn + offset < steps
-            for sequence in group
-        ]
-        if takers:
-            for sequence, block in zip(takers, self.allocator.allocate(len(takers)), strict=True):
-                sequence.blocks.append(block)
-
     # ------------------------------------------------------------------ single steps
 
     def schedule(self) -> StepPlan | None:
         """As in `Scheduler`; the chunks of the parked ones are not listed in the plan, which may be without any."""
         self._park()
-        count = len(self._joined)
-        self._under_way = bool(count)
-        if not count:
-            return super().schedule()
+        if not self.lockstepping:
+            return super().schedule() if self.running or self.waiting else None
         if self._could_turn_on_one():
             self.unpark()
-            self._under_way = False
             return super().schedule()
-        self._hand_out(1)
+        self.pool.take(self.blocks_taken(1))
+        self._under_way = True
         self._served = self.serves
-        self.serves += count
+        self.serves += self.lockstepping
         plan = super().schedule()
         if plan is None:
             self.num_steps += 1
@@ -213,9 +191,9 @@ class LockstepScheduler(HandoverScheduler):
 
     def _could_turn_on_one(self) -> bool:
         """True if a parked sequence may not get its token, or have to make room for a prompt."""
-        if len(self._joined) > self.budget or any(each.is_decoding for each in self.running):
+        if self.lockstepping > self.budget or any(each.is_decoding for each in self.running):
             return True
-        return self._blocks_needed() > self.allocator.num_free
+        return self._blocks_needed() > self.pool.num_free
 
     def complete(self, plan: StepPlan, sampled: Seq[Seq[SampledToken]]) -> list[Sequence]:
         """As in `Scheduler`; of the parked ones only newcomers and those that ended are returned."""
@@ -227,8 +205,8 @@ class LockstepScheduler(HandoverScheduler):
 
     def roll_back(self, plan: StepPlan) -> None:
         """As in `Scheduler`. The parked ones lose the step and nothing else."""
-        self._under_way = False
         self.unpark()
+        self._under_way = False
         super().roll_back(plan)
 
     # ------------------------------------------------------------------ hooks of the schedulers
@@ -241,17 +219,22 @@ class LockstepScheduler(HandoverScheduler):
 
     @property
     def promised(self) -> int:
-        return super().promised + len(self._joined)
+        return len(self.receiving) + self.lockstepping
 
     @property
     def num_running(self) -> int:
-        return super().num_running + len(self._joined)
+        return len(self.running) + self.lockstepping
 
     def _blocks_needed(self) -> int:
-        return super()._blocks_needed() + len(self._needy[(self._step + 1) % self.block_size])
+        return super()._blocks_needed() + self._needy[(self._step + 1) % self.block_size]
 
     def _queued(self) -> list[Sequence]:
         return [*super()._queued(), *self._joined]
+
+    def check_integrity(self) -> None:
+        for sequence in self._joined:
+            self.write_down(sequence)
+        super().check_integrity()
 
 
 def _priority(sequence: Sequence) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from nanopd_lab.core import Logprob
@@ -64,7 +65,7 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
+    prompt_token_ids: Seq[int]
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics

@@ -92,6 +92,7 @@ class Scheduler:
         self._beams: dict[str, BeamGroup] = {}
         self._next_serial = 0
         self.serves = 0  # chunks planned; a sequence's last one orders decodes when the budget is short
+        self.lockstepping = 0  # decodes that every step has without them running here; see `engine.lockstep`
 
     # ------------------------------------------------------------------ requests in and out
 
@@ -461,11 +462,6 @@ class Scheduler:
     @property
     def promised(self) -> int:
         """Places among the running that are kept free."""
-        return 0
-
-    @property
-    def lockstepping(self) -> int:
-        """Decodes of this step that are placed already, and not among the running; see `engine.lockstep`."""
         return 0
 
     @property

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from nanopd_lab.core import Route, SamplingParams
 
@@ -26,8 +25,7 @@ class Role(str, enum.Enum):
         return self is not Role.PREFILL
 
 
-@dataclass(frozen=True)
-class JobView:
+class JobView(NamedTuple):
     """A sample of a request that waits for a route.
 
     prompt_tokens, known_tokens: of the prompt; and with what the caller has of the output already
@@ -41,8 +39,7 @@ class JobView:
     avoid: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class WorkerView:
+class WorkerView(NamedTuple):
     """A worker as the controller knows it. Counts are of jobs routed to it that have not ended there.
 
     prefilling, prefill_tokens: jobs whose prompt it computes, and the tokens of those prompts
@@ -62,12 +59,11 @@ class WorkerView:
         return self.prefilling + self.decoding
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """A route and, for people, why."""
 
     route: Route
-    reason: str = field(default="", compare=False)
+    reason: str = ""
 
 
 class Policy(Protocol):

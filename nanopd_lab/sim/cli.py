@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from nanopd_lab.sim.results import SimResult
@@ -51,11 +52,30 @@ def register(subparsers: _Subparsers) -> None:
         "--burstiness", type=float, default=1.0, help="of gamma gaps: 1 is Poisson, less is burstier"
     )
     parser.add_argument("--num-prompts", type=int, default=1000)
-    parser.add_argument("--dataset-name", choices=("random", "azure-like"), default="random")
+    parser.add_argument(
+        "--dataset-name", choices=("random", "prefix_repetition", "azure-like"), default="random"
+    )
     parser.add_argument(
         "--random-input-len", type=int, default=1024, help="tokens of each prompt of `random`"
     )
     parser.add_argument("--random-output-len", type=int, default=128, help="and of each output")
+    parser.add_argument(
+        "--random-prefix-len", type=int, default=0, help="tokens in front of them that all prompts share"
+    )
+    for name, default, text in (
+        ("prefix", 256, "tokens that prompts of `prefix_repetition` share"),
+        ("suffix", 256, "tokens of their own behind them"),
+        ("output", 128, "and of each output"),
+    ):
+        parser.add_argument(f"--prefix-repetition-{name}-len", type=int, default=default, help=text)
+    parser.add_argument(
+        "--prefix-repetition-num-prefixes", type=int, default=10, help="how many different ones there are"
+    )
+    parser.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="look for prompts in the KV cache; default: where prompts share a prefix, as it takes time",
+    )
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="tokens a step may hold")
     parser.add_argument(
         "--max-num-seqs", type=int, default=256, help="sequences that run at once on a worker"
@@ -121,12 +141,12 @@ def run(args: argparse.Namespace) -> int:
 def _prior(args: argparse.Namespace) -> Machine:
     from nanopd_lab.cost.hardware import load_hardware
     from nanopd_lab.cost.roofline import ModelDims
-    from nanopd_lab.model.shapes import shape_config
+    from nanopd_lab.model.shape_table import shape_fields
     from nanopd_lab.sim.links import LinkModel
 
     hardware = load_hardware(args.hardware)
     name = args.model.removeprefix("random:")
-    dims = ModelDims.from_config(shape_config(name), name=name, weight_itemsize=2)
+    dims = ModelDims.from_config(SimpleNamespace(**shape_fields(name)), name=name, weight_itemsize=2)
     left = WEIGHT_SHARE * hardware.memory.value - dims.weight_bytes
     blocks = args.num_blocks or int(left // (16 * dims.kv_bytes_per_token))
     if blocks < 1:
@@ -190,6 +210,9 @@ def _machine(
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_bytes=block_bytes,
+        enable_prefix_caching=_shared_prefix(args) > 0
+        if args.enable_prefix_caching is None
+        else args.enable_prefix_caching,
         ahead=ahead,
         link=link,
         beat_s=args.beat,
@@ -201,13 +224,35 @@ def _machine(
 def _requests(args: argparse.Namespace) -> list[SimRequest]:
     from nanopd_lab.sim.workload import AZURE_LIKE, Lengths, gamma_arrivals
 
-    if min(args.num_prompts, args.random_input_len, args.random_output_len) < 1:
-        raise ValueError("num-prompts, random-input-len and random-output-len must be at least 1")
-    lengths = AZURE_LIKE
-    if args.dataset_name == "random":
+    if args.num_prompts < 1:
+        raise ValueError(f"num-prompts is {args.num_prompts}; it must be at least 1")
+    lengths, num_prefixes = AZURE_LIKE, 1
+    if args.dataset_name != "azure-like":
         prompt, output = args.random_input_len, args.random_output_len
+        if args.dataset_name == "prefix_repetition":
+            prompt, output = args.prefix_repetition_suffix_len, args.prefix_repetition_output_len
+            num_prefixes = args.prefix_repetition_num_prefixes
+        if min(prompt, output) < 1:
+            raise ValueError(
+                f"prompts of {prompt} tokens of their own and outputs of {output}; both must be at least 1"
+            )
         lengths = Lengths(prompt, 0.0, prompt), Lengths(output, 0.0, output)
-    return gamma_arrivals(args.num_prompts, args.request_rate, lengths, args.seed, args.burstiness)
+    return gamma_arrivals(
+        args.num_prompts,
+        args.request_rate,
+        lengths,
+        args.seed,
+        args.burstiness,
+        _shared_prefix(args),
+        num_prefixes,
+    )
+
+
+def _shared_prefix(args: argparse.Namespace) -> int:
+    """Tokens that a prompt shares with others."""
+    if args.dataset_name == "prefix_repetition":
+        return int(args.prefix_repetition_prefix_len)
+    return int(args.random_prefix_len) if args.dataset_name == "random" else 0
 
 
 def summary(result: SimResult, args: argparse.Namespace, machine: Machine) -> dict[str, Any]:
@@ -248,6 +293,7 @@ def summary(result: SimResult, args: argparse.Namespace, machine: Machine) -> di
     record["pd"] = {
         "disaggregated": sum(r.path is not None and r.path.transferred_tokens > 0 for r in done),
         "transferred_tokens": sum(r.path.transferred_tokens for r in done if r.path),
+        "cached_tokens": sum(r.path.cached_tokens for r in done if r.path),
         "preemptions": sum(worker.preemptions for worker in result.workers),
     }
     return record
@@ -257,7 +303,8 @@ def _table(record: dict[str, Any]) -> str:
     lines = [
         f"modelled: {record['workers']} workers of {record['hardware']}, {record['model_id']}, {record['policy']}",
         f"{record['completed']} of {record['num_prompts']} requests, {record['request_throughput']:.2f} a second, "
-        f"{record['output_throughput']:,.0f} output tokens/s; {record['pd']['disaggregated']} disaggregated",
+        f"{record['output_throughput']:,.0f} output tokens/s; {record['pd']['disaggregated']} disaggregated, "
+        f"{record['pd']['cached_tokens']:,} of {record['total_input_tokens']:,} prompt tokens from the prefix cache",
         f"{'ms':8}{'mean':>10}{'median':>10}{'p90':>10}{'p99':>10}",
     ]
     for name in METRICS:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import enum
 import heapq
-import itertools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 
 class Kind(enum.IntEnum):
@@ -28,13 +28,13 @@ class Kind(enum.IntEnum):
 
 
 class Event(NamedTuple):
-    """Something that happens at `time` (seconds); `payload` is for whoever scheduled it."""
+    """What happens at `time` (seconds). `payload` is for whoever scheduled it; `order` is that of being scheduled."""
 
     time: float
     kind: int
     rank: int
     order: int
-    payload: object
+    payload: Any
 
 
 class EventQueue:
@@ -42,20 +42,22 @@ class EventQueue:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.key: tuple[float, int, int] = (float("-inf"), 0, 0)
+        self.key: tuple[Any, ...] = (-math.inf,)
         self.processed = 0
         self._heap: list[Event] = []
-        self._order = itertools.count()
+        self._order = 0
 
-    def push(self, time: float, kind: Kind, payload: object, rank: int = 0) -> None:
-        """Schedule an event.
+    def push(self, time: float, kind: Kind, payload: object, rank: int = 0) -> int:
+        """Schedule an event; returns its order.
 
         Raises:
             ValueError: the time is not a number, infinite or in the past.
         """
-        if not self.now <= time < float("inf"):
+        if not self.now <= time < math.inf:
             raise ValueError(f"an event at {time} s; it must be finite and not before now ({self.now} s)")
-        heapq.heappush(self._heap, Event(time, int(kind), rank, next(self._order), payload))
+        self._order = order = self._order + 1
+        heapq.heappush(self._heap, tuple.__new__(Event, (time, kind, rank, order, payload)))
+        return order
 
     def pop(self) -> Event | None:
         """The next event, None at the end of the world. Moves `now` and `key`."""
@@ -63,16 +65,15 @@ class EventQueue:
             return None
         event = heapq.heappop(self._heap)
         self.now = event.time
-        key = event[:3]
         # What is scheduled for this very instant can come behind its place; the order of the others has gone further.
-        if key > self.key:
-            self.key = key
+        if event > self.key:
+            self.key = event
         self.processed += 1
         return event
 
     def passed(self, time: float, kind: Kind, rank: int) -> bool:
         """True if an event with this key would have been taken already."""
-        return (time, int(kind), rank) < self.key
+        return (time, kind, rank, math.inf) < self.key
 
     def __len__(self) -> int:
         return len(self._heap)

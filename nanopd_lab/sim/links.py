@@ -8,6 +8,7 @@ errs to the slow side where shares differ (max-min fairness would redistribute i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -64,7 +65,9 @@ class Links:
         now = self.queue.now
         flow = Flow(source, target, now, float(num_bytes), payload)
         self.flows[flow] = None
-        self._call(flow, now + self.model.setup_s + blocks * self.model.block_s)
+        setup_s = self.model.setup_s + blocks * self.model.block_s
+        if setup_s or not self._send(flow):
+            self._call(flow, now + setup_s)
         return flow
 
     def due(self, event: FlowDue) -> Flow | None:
@@ -72,14 +75,20 @@ class Links:
         flow = event.flow
         if flow not in self.flows or event.version != flow.version:
             return None  # cancelled, or its rate has changed since
-        if not flow.sending and flow.left_bytes > 0 and self.model.bytes_per_s != float("inf"):
-            flow.sending = True
-            self.leaving.setdefault(flow.source, {})[flow] = None
-            self.arriving.setdefault(flow.target, {})[flow] = None
-            self._share(flow)
+        if self._send(flow):
             return None
         self.end(flow)
         return flow
+
+    def _send(self, flow: Flow) -> bool:
+        """The setup is over: begin to send the bytes. False if they have been sent, or take no time."""
+        if flow.sending or not flow.left_bytes > 0 or self.model.bytes_per_s == math.inf:
+            return False
+        flow.sending = True
+        self.leaving.setdefault(flow.source, {})[flow] = None
+        self.arriving.setdefault(flow.target, {})[flow] = None
+        self._share(flow)
+        return True
 
     def end(self, flow: Flow) -> None:
         """Forget a pull, finished or not; the others go faster."""

@@ -1,5 +1,5 @@
-"""A cluster in virtual time. Controller, workers, schedulers, allocators and policies are those that really run; only
-what they drive is replaced: steps by a cost model, the transport by `Links`, pipes by a delay, callers by a list.
+"""A cluster in virtual time. Controller, workers, schedulers and policies are those that really run; only what they
+drive is replaced: steps by a cost model, the transport by `Links`, pipes by a delay, callers by a list.
 
     requests ──ARRIVAL──► Controller ──MESSAGE──► SimWorker ──LOOP──► … ──MESSAGE──► Controller ──► RequestRecord
                                                      │  ▲
@@ -7,17 +7,16 @@ what they drive is replaced: steps by a cost model, the transport by `Links`, pi
 
 Runs of equal decode steps are jumped over (`skip`), so that the cost grows with events and not with tokens; times and
 accounts are those of the simulation step by step. Without a prefix cache decoding sequences cost nothing even in steps
-that they share with prompts (`engine.lockstep`). Callers count as told of each token when it is sampled, though the
-controller hears of the first and the last only: what a worker that dies had sampled is kept, and is not computed again.
+that they share with prompts (`engine.lockstep`), and blocks are counted and not named (`kv.counted`). Callers count as
+told of each token when it is sampled, though the controller hears of the first and the last only: what a worker that
+dies had sampled is kept, and is not computed again.
 """
 
 from __future__ import annotations
 
 import gc
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from nanopd_lab.cluster.actions import (
     Action,
@@ -35,13 +34,13 @@ from nanopd_lab.cluster.messages import Capacity, FromWorker, Hello, ToWorker
 from nanopd_lab.engine.handover import HandoverScheduler
 from nanopd_lab.engine.lockstep import LockstepScheduler
 from nanopd_lab.errors import InvalidRequestError
-from nanopd_lab.kv import BlockAllocator
+from nanopd_lab.kv import BlockAllocator, CountedBlocks
 from nanopd_lab.router import Policy, Role
 from nanopd_lab.sim.clock import Event, EventQueue, Kind
-from nanopd_lab.sim.links import Flow, FlowDue, LinkModel, Links
+from nanopd_lab.sim.links import Flow, LinkModel, Links
 from nanopd_lab.sim.results import PullSpan, RequestRecord, SimResult, WorkerTotals
 from nanopd_lab.sim.timing import StepTime
-from nanopd_lab.sim.worker import TOKEN, LoopDue, Outgoing, SimCore, SimWorker, StepSpan
+from nanopd_lab.sim.worker import TOKEN, Outgoing, SimCore, SimWorker, StepSpan
 from nanopd_lab.sim.workload import Kill, SimRequest, in_order
 from nanopd_lab.transfer import Pull, PullResult, PullStatus
 
@@ -81,6 +80,7 @@ class _PullUnderWay:
     worker: SimWorker
     source: SimWorker
     pull: Pull
+    table: int  # the first block of the one that it is from
 
 
 @dataclass(slots=True)
@@ -181,26 +181,23 @@ class Simulator:
 
     def _serve(self) -> None:
         self._schedule_arrival()
-        while self._arrived < len(self.requests) or self.controller.num_unsettled:
-            event = self.queue.pop()
-            assert event is not None, (
-                f"stalled at {self.queue.now} s: {self.controller.num_unsettled} jobs open"
-            )
+        queue, controller, expected = self.queue, self.controller, len(self.requests)
+        while self._arrived < expected or controller.num_unsettled:
+            event = queue.pop()
+            assert event is not None, f"stalled at {queue.now} s: {controller.num_unsettled} jobs open"
             self._happen(event)
 
     def _happen(self, event: Event) -> None:
-        payload = event.payload
-        if event.kind == Kind.LOOP:
-            assert isinstance(payload, LoopDue)
-            payload.worker.loop(payload.turn)
-        elif event.kind == Kind.ARRIVAL:
+        _, kind, _, order, payload = event
+        if kind == Kind.LOOP:
+            payload.loop(order)
+        elif kind == Kind.ARRIVAL:
             self._arrive()
-        elif event.kind == Kind.PULL:
-            assert isinstance(payload, FlowDue)
+        elif kind == Kind.PULL:
             flow = self.links.due(payload)
             if flow is not None:
                 self._pull_ended(flow)
-        elif event.kind == Kind.MESSAGE:
+        elif kind == Kind.MESSAGE:
             self._message(payload)
         elif isinstance(payload, SimWorker):
             if self._lives_on(payload):
@@ -227,10 +224,9 @@ class Simulator:
         request = self.requests[number]
         self._arrived += 1
         self._schedule_arrival()
+        prompt = request.prompt(number if self.config.enable_prefix_caching else None)
         try:
-            self.controller.submit(
-                request.request_id, request.prompt(number), request.params(), now, request.deadline
-            )
+            self.controller.submit(request.request_id, prompt, request.params(), now, request.deadline)
         except (InvalidRequestError, ClusterBusyError, ClusterDownError) as error:
             self._records[request.request_id] = RequestRecord(
                 request.request_id, now, request.prompt_tokens, 0, error=str(error)
@@ -316,7 +312,7 @@ class Simulator:
             worker.core.name,
             blocks,
             blocks * self.config.block_bytes,
-            _PullUnderWay(worker, source, pull),
+            _PullUnderWay(worker, source, pull, worker.core.table_of(pull.pull_id)),
         )
         self._flows[worker, pull.pull_id] = flow
 
@@ -331,13 +327,11 @@ class Simulator:
         assert isinstance(under_way, _PullUnderWay)
         worker, source, pull = under_way.worker, under_way.source, under_way.pull
         del self._flows[worker, pull.pull_id]
-        status, blocks = PullStatus.DONE, tuple(pull.source_blocks)
+        status, blocks = PullStatus.DONE, pull.source_blocks
         if error is not None:
             status = PullStatus.FAILED
-        else:
-            same = tuple(map(source.core.generation, blocks)) == tuple(pull.generations)
-            if not same or source.reuses(blocks):
-                status = PullStatus.STALE
+        elif source.lost(pull, under_way.table):
+            status = PullStatus.STALE
         size = len(blocks) * self.config.block_bytes if status is PullStatus.DONE else 0
         if self.config.trace:
             self.pulls.append(
@@ -349,18 +343,21 @@ class Simulator:
 
     def _start(self, name: str) -> None:
         config = self.config
-        allocator = BlockAllocator(config.num_blocks, config.enable_prefix_caching)
         self._lives += 1  # as hosts do: what an earlier life of a worker published is never valid again
-        allocator.generations = array("q", [self._lives << 32]) * config.num_blocks
-        lockstep = config.skip and not config.enable_prefix_caching
-        make = partial(LockstepScheduler, token=TOKEN) if lockstep else HandoverScheduler
-        scheduler = make(
-            allocator,
-            block_size=config.block_size,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
-        )
+        options = {
+            "block_size": config.block_size,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "max_num_seqs": config.max_num_seqs,
+            "max_model_len": config.max_model_len,
+        }
+        scheduler: HandoverScheduler
+        if config.skip and not config.enable_prefix_caching:
+            pool = CountedBlocks(config.num_blocks, self._lives << 32)
+            scheduler = LockstepScheduler(pool, token=TOKEN, **options)
+        else:
+            allocator = BlockAllocator(config.num_blocks, config.enable_prefix_caching)
+            allocator.generations = [self._lives << 32] * config.num_blocks
+            scheduler = HandoverScheduler(allocator, **options)
         worker = SimWorker(
             SimCore(name, scheduler, config.terms),
             self.names.index(name),

@@ -12,9 +12,10 @@ from nanopd_lab.cost.iteration import SHORT_CHUNK, IterationModel, StepFeatures
 class StepTime(Protocol):
     """Seconds of engine steps.
 
-    It may have a method `decode_run_seconds(batch, total_context, steps)` as well: the time of `steps` decode steps of
-    `batch` sequences, whose contexts (the `start` of their chunks) add up to `total_context` in the first step and to
-    `batch` more in each that follows. A run then costs the simulator as much as a step. And a method
+    It may have a method `decode_run(batch, total_context)` as well, which returns a function: from a number of steps to
+    the time of so many decode steps of `batch` sequences, whose contexts (the `start` of their chunks) add up to
+    `total_context` in the first step and to `batch` more in each that follows. A run then costs the simulator as much
+    as a step. And a method
     `mixed_seconds(batch, total_context, chunks)`: the time of one step that does both, `batch` decodes and the chunks.
     """
 
@@ -33,9 +34,9 @@ class ConstantTime:
         """See `StepTime`."""
         return self.step_s
 
-    def decode_run_seconds(self, batch: int, total_context: int, steps: int) -> float:
+    def decode_run(self, batch: int, total_context: int) -> Callable[[int], float]:
         """See `StepTime`."""
-        return self.step_s * steps
+        return lambda steps: self.step_s * steps
 
     def mixed_seconds(self, batch: int, total_context: int, chunks: Sequence[tuple[int, int]]) -> float:
         """See `StepTime`."""
@@ -60,10 +61,10 @@ class LinearTime:
         context = sum([start for start, _ in chunks]) + tokens
         return self._step(len(chunks), tokens, context)
 
-    def decode_run_seconds(self, batch: int, total_context: int, steps: int) -> float:
+    def decode_run(self, batch: int, total_context: int) -> Callable[[int], float]:
         """See `StepTime`; an arithmetic series."""
-        first = self._step(batch, batch, total_context + batch)
-        return steps * first + self.context_s * batch * (steps * (steps - 1) // 2)
+        first, growth = self._step(batch, batch, total_context + batch), self.context_s * batch
+        return lambda steps: steps * first + growth * (steps * (steps - 1) // 2)
 
     def mixed_seconds(self, batch: int, total_context: int, chunks: Sequence[tuple[int, int]]) -> float:
         """See `StepTime`."""
@@ -88,7 +89,7 @@ class CostTime:
 
     def __init__(self, model: IterationModel) -> None:
         self.model = model
-        self.decode_run_seconds = model.decode_run_seconds
+        self.decode_run = model.decode_run
 
     def seconds(self, chunks: Sequence[tuple[int, int]]) -> float:
         """See `StepTime`."""
@@ -127,32 +128,33 @@ class RunClock:
         total_context: int,
         contexts: Callable[[], Sequence[int]],
     ) -> None:
-        self._time = time
-        self._batch, self._total = batch, total_context
-        self._closed: Callable[[int, int, int], float] | None = getattr(time, "decode_run_seconds", None)
-        self._contexts = () if self._closed else contexts()
-        self._ends = [start]  # of a model without a closed form, as far as somebody has asked
+        self._start = start
+        self._seconds: Callable[[int], float] | None = None
+        if (decode_run := getattr(time, "decode_run", None)) is not None:
+            self._seconds = decode_run(batch, total_context)
+            return
+        self._time, self._contexts = time, contexts()
+        self._ends = [start]  # as far as somebody has asked
 
     def end(self, steps: int) -> float:
         """When the `steps`-th step ends; `end(0)` is the start."""
+        if self._seconds is not None:
+            return self._start + self._seconds(steps) if steps else self._start
         ends = self._ends
-        if self._closed is not None:
-            return ends[0] + self._closed(self._batch, self._total, steps) if steps else ends[0]
         while len(ends) <= steps:
             done = len(ends) - 1
             ends.append(ends[-1] + self._time.seconds([(context + done, 1) for context in self._contexts]))
         return ends[steps]
 
     def count(self, most: int, over: Callable[[float], bool], now: float) -> int:
-        """How many of the first `most` steps are over; `over` says whether a time has passed, by the clock `now`."""
-        if not most or over(self.end(most)):
-            return most
+        """How many steps are over, of `most` of which the last one is not. `over` says whether a time has passed, and
+        `now` is the clock's."""
         low, high = (
             0,
             most - 1,
         )  # the answer lies in between; steps are nearly alike, so a guess is nearly right
-        guess = int(most * (now - self._ends[0]) / (self.end(most) - self._ends[0])) if self._closed else 0
-        reach = 2
+        guess = int((now - self._start) / (self.end(1) - self._start)) if self._seconds else 0
+        reach = 1
         while low < high:
             middle = min(max(guess, low + 1), high)
             if over(self.end(middle)):

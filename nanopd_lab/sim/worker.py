@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
-from nanopd_lab.cluster.worker import WorkerCore
+from nanopd_lab.cluster.worker import WorkerCore, missing_blocks
 from nanopd_lab.core import SampledToken, Sequence, StepPlan
 from nanopd_lab.engine.decode_run import taken_by_then
 from nanopd_lab.engine.handover import HandoverScheduler
 from nanopd_lab.engine.lockstep import LockstepScheduler
+from nanopd_lab.kv import BlockAllocator
 from nanopd_lab.sim.clock import EventQueue, Kind
 from nanopd_lab.sim.timing import RunClock, StepTime
 from nanopd_lab.transfer import Pull, PullResult
@@ -36,8 +37,7 @@ class SimCore(WorkerCore):
     """
 
     def __init__(self, name: str, scheduler: HandoverScheduler, terms: LeaseTerms) -> None:
-        generations = scheduler.allocator.generations  # type: ignore[attr-defined]
-        super().__init__(name, scheduler, terms, generations.__getitem__, stream=False)
+        super().__init__(name, scheduler, terms, stream=False)
         self.lockstep = scheduler if isinstance(scheduler, LockstepScheduler) else None
 
     def schedule(self) -> StepPlan | None:
@@ -88,8 +88,25 @@ class SimCore(WorkerCore):
             self.lockstep.unpark()
         super().report_all()
 
-    def _sampled(self, sequence: Sequence, new: list[int]) -> tuple[SampledToken, ...]:
+    @staticmethod
+    def missing(offered: int, arrived: Container[int], under_way: Container[int]) -> list[int]:
+        """See `missing_blocks`; mostly nothing has come yet, and there is nothing to look up."""
+        return missing_blocks(offered, arrived, under_way) if arrived or under_way else list(range(offered))
+
+    def generations(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        """See `WorkerCore`; a counted block never gets a second one."""
+        if self.lockstep is None:
+            return super().generations(blocks)
+        if blocks:
+            self.lockstep.pool.watch(blocks)
+        return (0,) * len(blocks)
+
+    def _sampled(self, sequence: Sequence, new: Seq[int]) -> tuple[SampledToken, ...]:
         return (TOKEN,) * len(new)
+
+    def table_of(self, pull_id: int) -> int:
+        """The first block of the table that this pull under way is from."""
+        return self._pulling[pull_id][1].blocks[0]
 
 
 @dataclass(frozen=True)
@@ -114,13 +131,6 @@ class Outgoing:
     messages: Callable[[SimWorker, list[FromWorker]], None]
     pull: Callable[[SimWorker, Pull], None]
     cancel: Callable[[SimWorker, int], None]
-
-
-class LoopDue(NamedTuple):
-    """The loop of a worker comes round, unless it was called off: then its `turn` is another."""
-
-    worker: SimWorker
-    turn: int
 
 
 @dataclass(eq=False)
@@ -153,42 +163,55 @@ class SimWorker:
     _began: float = 0.0
     _loop_at: float | None = None  # when the loop comes round next
     _turn: int = 0
-    _wake_at: float | None = None
+    _wake_at: float = -math.inf  # the last one asked for
 
     # ------------------------------------------------------------------ being called
 
     def deliver(self, message: ToWorker | PullResult) -> None:
         """Something has come; it is looked at when the loop comes round."""
-        if isinstance(message, Expect) and self._run is not None and not self.inbox and not self.ahead:
+        now, run = self.queue.now, self._run
+        if run is None:
+            self.inbox.append((now, message))
+            self.wake()
+            return
+        over = run.count(self._steps, self._passed, now)
+        # A worker that plans ahead has planned one step more, and looks behind it.
+        seen = over + 2 if self.ahead and run.end(over) < now else over + 1
+        core = self.core
+        waits = isinstance(message, Expect) and not core.scheduler.blocks.caching
+        if waits and seen <= self._steps and not self.inbox:
             # It waits for its source and stops nobody, unless the cache could have it: no need to cut the run short.
-            core = self.core
-            if not core.scheduler.blocks.caching:
-                step = self._run.count(self._steps, self._passed, self.queue.now) + 1
-                core.handle(message, self._run.end(step))
-                self._watch()
-                if core.outbox:  # refused
-                    self.wake()
-                return
-        self.inbox.append((self.queue.now, message))
-        self.wake()
+            core.handle(message, run.end(seen))  # type: ignore[arg-type]
+            self._watch()
+            if core.outbox:  # refused
+                self._cut(seen)
+            return
+        self.inbox.append((now, message))
+        self._cut(seen)
 
     def wake(self) -> None:
         """Let the loop come round as soon as it can: now, or after the step under way."""
         if self._run is not None:
-            over = self._run.count(self._steps, self._passed, self.queue.now)
-            if over + 1 < self._steps:
-                self._steps = over + 1
-                self._call(self._run.end(self._steps))
+            self._cut(self._run.count(self._steps, self._passed, self.queue.now) + 1)
         elif self._plan is None and self._loop_at is None:
             self._call(self.queue.now)
+
+    def _cut(self, steps: int) -> None:
+        """Let the run end after so many steps, if it would go on."""
+        assert self._run is not None
+        if steps < self._steps:
+            self._steps = steps
+            self._call(self._run.end(steps))
 
     def timer(self) -> None:
         """Something may be due by now, unless it has been settled since."""
         if (due := self.core.next_wakeup()) is not None and due <= self.queue.now:
             self.wake()
+        else:
+            self._watch()
 
     def loop(self, turn: int) -> None:
-        """The loop comes round: take in what has come, start the next step. `turn` is from the event."""
+        """The loop comes round: take in what has come, start the next step. `turn` is the event's order."""
         if turn != self._turn:
             return  # called off
         self._loop_at = None
@@ -198,10 +221,8 @@ class SimWorker:
         self._finish_step(now)
         self._send()
         self._take_in(seen)
-        if core.timed:
-            due = core.next_wakeup()
-            if due is not None and due <= now:
-                core.tick(now)
+        if core.timed and self._wake_at <= now:
+            core.tick(now)
         if self.beat_due:
             self.beat_due = False
             core.outbox.append(core.beat())
@@ -223,7 +244,8 @@ class SimWorker:
                 core.pull_ended(message, now)
             else:
                 core.handle(message, now)
-            self._send()
+            if core.outbox or core.pulls or core.cancelled_pulls:
+                self._send()
 
     def _planned_at(self) -> float:
         """When the step that is to start now was planned, in an engine that works ahead: as the last one started."""
@@ -238,7 +260,7 @@ class SimWorker:
             if done:
                 self.core.run_done(done, self._run.end(1))
             self._note(self._run.end(done), done)
-        self._turn += 1
+        self._turn = 0
         self.core.report_all()
         return [*self.in_transit, *self.core.outbox]
 
@@ -296,17 +318,21 @@ class SimWorker:
             prefill = sum(c.count for c in plan.chunks if c.start < c.sequence.prompt_len or c.count > 1)
         self.spans.append(StepSpan(self.core.name, self._began, end, steps, sequences, prefill))
 
-    def reuses(self, blocks: tuple[int, ...]) -> bool:
-        """True if the run under way has handed out one of these free blocks anew, though nobody has written it down."""
-        if self._run is None:
-            return False
-        free = [block for block in blocks if self.core.scheduler.allocator.refs[block] == 0]  # type: ignore[attr-defined]
-        planned = min(self._steps, self._run.count(self._steps, self._passed, self.queue.now) + 1)
-        if not free:
-            return False
-        if (lockstep := self.core.lockstep) is not None:
-            return lockstep.taken_by_then(planned, free)
-        return taken_by_then(self.core.scheduler, planned, free)
+    def lost(self, pull: Pull, table: int) -> bool:
+        """True if a block that was pulled from here has been handed out anew, perhaps by the run under way, of which
+        nobody has written down yet what it took. `table`: the first block of the table that the pulled ones are from.
+        """
+        core, planned = self.core, 0
+        if self._run is not None:
+            planned = min(self._steps, self._run.count(self._steps, self._passed, self.queue.now) + 1)
+        if (lockstep := core.lockstep) is not None:
+            return lockstep.pool.reused(table, pull.source_blocks, lockstep.blocks_taken(planned))
+        blocks, allocator = pull.source_blocks, core.scheduler.allocator
+        assert isinstance(allocator, BlockAllocator)
+        if core.generations(tuple(blocks)) != tuple(pull.generations):
+            return True
+        free = [block for block in blocks if allocator.refs[block] == 0]
+        return bool(free and planned) and taken_by_then(core.scheduler, planned, free)
 
     # ------------------------------------------------------------------ small parts
 
@@ -318,16 +344,18 @@ class SimWorker:
         self._call(time)
 
     def _call(self, time: float) -> None:
-        self._turn += 1
         self._loop_at = time
-        self.queue.push(time, Kind.LOOP, LoopDue(self, self._turn), self.rank)
+        self._turn = self.queue.push(time, Kind.LOOP, self, self.rank)
 
     def _watch(self) -> None:
-        """Be called when the core has something to do by itself."""
-        due = self.core.next_wakeup()
-        if due is not None and due != self._wake_at:
-            self._wake_at = due
-            self.queue.push(max(due, math.nextafter(self.queue.now, math.inf)), Kind.WAKE, self)
+        """Be called when the core has something to do by itself, or before: `timer` then looks again."""
+        now = self.queue.now
+        if now < self._wake_at or (due := self.core.next_wakeup()) is None:
+            return
+        # What begins to be waited for after now is not due before then, so that nobody need look at it meanwhile.
+        due = min(due, now + self.core.terms.shortest)
+        self._wake_at = max(due, math.nextafter(now, math.inf))
+        self.queue.push(self._wake_at, Kind.WAKE, self)
 
     def _passed(self, time: float) -> bool:
         return self.queue.passed(time, Kind.LOOP, self.rank)

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import re
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,10 +54,12 @@ class SimRequest:
                 f"request {self.request_id!r} arrives at {self.arrival} s; give a time from 0 on"
             )
 
-    def prompt(self, number: int) -> tuple[int, ...]:
-        """Token ids; `number` makes them differ from those of other requests."""
-        own = (FIRST_PROMPT_TOKEN + number,) * (self.prompt_tokens - self.prefix_tokens)
-        return (self.prefix,) * self.prefix_tokens + own if self.prefix_tokens else own
+    def prompt(self, number: int | None) -> array[int]:
+        """Token ids; `number` makes them differ from those of other requests. None: nobody looks at them."""
+        if number is None:
+            return array("b", (0,)) * self.prompt_tokens
+        own = array("i", (FIRST_PROMPT_TOKEN + number,)) * (self.prompt_tokens - self.prefix_tokens)
+        return array("i", (self.prefix,)) * self.prefix_tokens + own if self.prefix_tokens else own
 
     def params(self) -> SamplingParams:
         """Greedy, to exactly the length asked for."""
@@ -122,7 +125,13 @@ def poisson_arrivals(
 
 
 def gamma_arrivals(
-    count: int, rate: float, lengths: tuple[Lengths, Lengths], seed: int = 0, burstiness: float = 1.0
+    count: int,
+    rate: float,
+    lengths: tuple[Lengths, Lengths],
+    seed: int = 0,
+    burstiness: float = 1.0,
+    prefix_tokens: int = 0,
+    num_prefixes: int = 1,
 ) -> list[SimRequest]:
     """As `vllm bench serve` has them: gaps drawn from a gamma distribution of shape `burstiness` and mean `1 / rate`,
     then all stretched so that the last of `count` requests arrives at `count / rate`.
@@ -130,19 +139,33 @@ def gamma_arrivals(
     Args:
         rate: requests a second; infinite: all at once
         burstiness: 1 is Poisson, less comes in bursts, more evenly
+        prefix_tokens: that a prompt has in front of what is drawn from `lengths`, and shares with others
+        num_prefixes: different ones, each of as many prompts as the others, in a random order
 
     Raises:
-        ValueError: a rate or a burstiness that is not positive.
+        ValueError: a rate or a burstiness that is not positive; a negative prefix, or no prefix.
     """
     if not rate > 0 or not 0 < burstiness < math.inf:
         raise ValueError(f"rate is {rate} requests/s, burstiness {burstiness}; both must be positive")
+    if prefix_tokens < 0 or num_prefixes < 1:
+        raise ValueError(f"{num_prefixes} prefixes of {prefix_tokens} tokens; give one or more, of 0 or more")
     rng = random.Random(seed)
     gaps = [rng.gammavariate(burstiness, 1.0) if rate < math.inf else 0.0 for _ in range(count)]
     times = list(itertools.accumulate(gaps))
     stretch = count / rate / times[-1] if times and times[-1] else 0.0
+    prefixes = [number % num_prefixes for number in range(count)]
+    if num_prefixes > 1:
+        rng.shuffle(prefixes)
     return [
-        SimRequest(f"r{number}", time * stretch, lengths[0].draw(rng), lengths[1].draw(rng))
-        for number, time in enumerate(times)
+        SimRequest(
+            f"r{number}",
+            time * stretch,
+            prefix_tokens + lengths[0].draw(rng),
+            lengths[1].draw(rng),
+            prefix,
+            prefix_tokens,
+        )
+        for number, (time, prefix) in enumerate(zip(times, prefixes, strict=True))
     ]
 
 

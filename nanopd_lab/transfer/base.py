@@ -69,7 +69,7 @@ class PoolAddress:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Pull:
     """Copy `source_blocks[i]` of worker `source` to `target_blocks[i]` of the own pool.
 
@@ -91,7 +91,7 @@ class Pull:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PullResult:
     """What became of a pull. `started` and `finished` are seconds of `time.monotonic()` (one clock for all processes
     of a machine); `num_bytes` counts the blocks' bytes if they arrived."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -73,7 +72,7 @@ def test_a_fleet_is_to_a_policy_what_a_list_is(data: st.DataObject, name: str) -
     for _ in range(data.draw(st.integers(1, 12))):
         for changed in data.draw(st.sets(st.sampled_from(names))):
             new = data.draw(st.one_of(st.none(), fleets()))
-            now[changed] = replace(new[0], name=changed) if new else None
+            now[changed] = new[0]._replace(name=changed) if new else None
             fleet.put(changed, now[changed])
         workers = [worker for worker in now.values() if worker is not None]
         assert list(fleet) == workers

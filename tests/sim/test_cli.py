@@ -95,6 +95,8 @@ def test_a_killed_worker_fails_nothing(tmp_path: Path) -> None:
         (["--policy", "9p9d"], "needs 9 + 9 workers"),
         (["--request-rate", "0"], "rate is 0.0"),
         (["--num-prompts", "0"], "must be at least 1"),
+        (["--random-input-len", "0"], "prompts of 0 tokens of their own"),
+        (["--random-prefix-len", "-1"], "prefixes of -1 tokens"),
     ],
 )
 def test_a_wrong_flag_is_explained(
@@ -114,3 +116,38 @@ def test_a_cost_model_says_how_large_a_block_is_or_the_caller_does(
     assert simulate("--cost-model", str(path), "--num-prompts", "3") == 2
     assert "--block-bytes" in capsys.readouterr().err
     assert simulate("--cost-model", str(path), "--num-prompts", "3", "--block-bytes", "737280") == 0
+
+
+def test_prompts_that_share_a_prefix_find_it_in_the_cache(tmp_path: Path) -> None:
+    """One worker, one prompt after the other: all but the first find the prefix's whole blocks, 6 of 16 tokens."""
+    flags = [
+        "--workers",
+        "1",
+        "--policy",
+        "collocated",
+        "--request-rate",
+        "0.5",
+        "--random-prefix-len",
+        "100",
+    ]
+    flags += ["--random-input-len", "50", "--random-output-len", "4"]
+    cached = result(tmp_path, *flags)
+    assert cached["total_input_tokens"] == 60 * 150
+    assert cached["pd"]["cached_tokens"] == 59 * 96
+    plain = result(tmp_path, *flags, "--no-enable-prefix-caching")
+    assert plain["pd"]["cached_tokens"] == 0
+    assert plain["mean_ttft_ms"] >= cached["mean_ttft_ms"]
+    # `azure-like` prompts share nothing, whatever the flag of the other data set says.
+    assert result(tmp_path, "--dataset-name", "azure-like", *flags)["pd"]["cached_tokens"] == 0
+
+
+def test_repeated_prefixes_are_as_many_as_asked_for(tmp_path: Path) -> None:
+    flags = ["--workers", "1", "--policy", "collocated", "--dataset-name", "prefix_repetition"]
+    flags += ["--prefix-repetition-prefix-len", "64", "--prefix-repetition-num-prefixes", "4"]
+    record = result(tmp_path, *flags, "--request-rate", "0.5", "--prefix-repetition-output-len", "4")
+    assert record["total_input_tokens"] == 60 * (64 + 256)
+    assert record["pd"]["cached_tokens"] == (60 - 4) * 64
+    lengths = Lengths(10, 0.0, 10), Lengths(5, 0.0, 5)
+    requests = gamma_arrivals(12, 8.0, lengths, 3, prefix_tokens=7, num_prefixes=3)
+    assert sorted(each.prefix for each in requests) == [0] * 4 + [1] * 4 + [2] * 4
+    assert {(each.prompt_tokens, each.prefix_tokens) for each in requests} == {(17, 7)}

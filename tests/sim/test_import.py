@@ -17,3 +17,15 @@ def test_simulating_needs_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "True", result.stderr
+
+
+def test_the_command_needs_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from nanopd_lab.cli import main\n"
+        "sys.exit(main(['simulate', '--num-prompts', '5', '--policy', '4p4d']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "5 of 5 requests" in result.stdout

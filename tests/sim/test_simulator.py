@@ -6,8 +6,10 @@ import math
 
 import pytest
 
-from nanopd_lab.cluster.actions import Limits
-from nanopd_lab.core import SamplingParams
+from nanopd_lab.cluster.actions import Limits, Send
+from nanopd_lab.cluster.controller import Controller
+from nanopd_lab.cluster.messages import Cancel, Capacity, Ended, Hello, Tokens
+from nanopd_lab.core import FinishReason, SampledToken, SamplingParams
 from nanopd_lab.router import create_policy
 from nanopd_lab.sim import (
     ConstantTime,
@@ -247,3 +249,21 @@ def test_a_worker_that_plans_ahead_lets_newcomers_wait_a_step_longer(skip: bool)
 
     assert ttfts(ahead=False) == [1.0, 1.5, 1.0]
     assert ttfts(ahead=True) == [1.0, 2.5, 1.0]  # an idle worker plans at once
+
+
+def test_who_told_of_the_last_token_is_not_told_to_drop_the_request() -> None:
+    """A route over two workers, and a source whose first token is the last one: only the target hears of it."""
+    policy, roles = create_policy("1p1d", 2)
+    controller = Controller(policy, dict(zip(["p", "d"], roles, strict=True)))
+    for name in ("p", "d"):
+        controller.handle(name, Hello(Capacity(100, 4, 8, 64, 100)), 0.0)
+    controller.submit("r", [1] * 5, SamplingParams(max_tokens=1), 0.0)
+    begin, controller.actions = controller.actions, []
+    (key,) = {action.message.key for action in begin if isinstance(action, Send)}
+    controller.handle("p", Tokens(key, 0, (SampledToken(7),), FinishReason.LENGTH), 1.0)
+    controller.handle("p", Ended(key), 1.0)
+    told = [(each.worker, each.message) for each in controller.actions if isinstance(each, Send)]
+    assert told == [("d", Cancel(key))]
+    controller.handle("d", Ended(key), 2.0)
+    assert controller.num_unsettled == 0
+    controller.check_integrity()
