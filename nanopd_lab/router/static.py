@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from nanopd_lab.core import Route
 from nanopd_lab.router.fleet import Fleet, least
+from nanopd_lab.router.outlook import Outlook
 from nanopd_lab.router.policy import Decision, JobView, Policy, Role, WorkerView
 
 
@@ -128,8 +129,11 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 
 
-def create_policy(name: str, num_workers: int) -> tuple[Policy, list[Role]]:
+def create_policy(name: str, num_workers: int, outlook: Outlook | None = None) -> tuple[Policy, list[Role]]:
     """The policy and the workers' roles; `name` is one of POLICIES, or static xPyD such as "1p2d".
+
+    Args:
+        outlook: what policies that estimate need; those that look at queues only do without
 
     Raises:
         ValueError: an unknown name, or numbers that don't add up to `num_workers`.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nanopd_lab.cluster.accounts import PathReport
+from nanopd_lab.router.slo import Slo
 from nanopd_lab.sim.worker import StepSpan
 
 
@@ -61,6 +62,12 @@ class RequestRecord:
         if self.finished is None or self.first_token is None or self.output_tokens < 2:
             return None
         return (self.finished - self.first_token) / (self.output_tokens - 1)
+
+    def meets(self, slo: Slo) -> bool:
+        """True if it got all of its tokens in the times promised; one that was dropped or failed did not."""
+        if not self.ok or self.ttft_s is None or self.e2e_s is None:
+            return False
+        return slo.met(self.ttft_s, self.tpot_s or 0.0, self.e2e_s)
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,18 @@ class SimResult:
     def request_throughput(self) -> float:
         """Completed requests a second."""
         return len(self.completed) / self.duration_s if self.duration_s else 0.0
+
+    def attainment(self, slo: Slo) -> float:
+        """Share of all requests that got what they were promised; nan without requests."""
+        return (
+            sum(record.meets(slo) for record in self.records) / len(self.records)
+            if self.records
+            else math.nan
+        )
+
+    def goodput(self, slo: Slo) -> float:
+        """Requests a second that got what they were promised; the duration is that of all, drain included."""
+        return sum(record.meets(slo) for record in self.records) / self.duration_s if self.duration_s else 0.0
 
     @property
     def output_throughput(self) -> float:
