@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from nanopd_lab.router.outlook import Outlook
 
 SECONDS_WORTH = 0.02  # misses that count as much as the time that a request takes alone
-TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.08  # how far estimates are off, as a share of the objective
-SURVEYED = 12  # outputs under way that the predictor is told of
+TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12  # how far estimates are off, as a share of the objective
 PATIENCE, LONGEST_S = (
     20,
     10.0,
 )  # how long one that is late lets others pass: so many times its objective, at least so long
+SAMPLED = 16  # outputs under way that are looked at
 MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
 
 
@@ -103,6 +103,8 @@ class Adaptive:
         self._under_way: dict[int, deque[float]] = {}
         link = outlook.transfer
         self._token_s = 0.0 if link is None else outlook.block_bytes / outlook.block_size / link.bytes_per_s
+        self._begun = 0.0
+        self._pace_s = 0.0  # a token, of outputs that have ended of late
         self._delay_s = 0.0  # until the first token, of late
         self._last: tuple[float, int] | None = None
 
@@ -111,13 +113,16 @@ class Adaptive:
     def finished(self, prompt_tokens: int, output_tokens: int, censored: bool, now: float) -> None:
         """See `Policy`."""
         if came := self._under_way.get(prompt_tokens):
-            came.popleft()  # perhaps another one's, of the same length: what is left is as many
+            begun = came.popleft()  # perhaps another one's, of the same length: what is left is as many
             if not came:
                 del self._under_way[prompt_tokens]
+            if output_tokens > 1 and now > begun:
+                pace_s = (now - begun) / output_tokens
+                self._pace_s += (pace_s - self._pace_s) / 20 if self._pace_s else pace_s
         if output_tokens:
             self.predictor.observe(prompt_tokens, output_tokens, censored)
             self._means.clear()
-            self.plan.has_ended()
+            self.plan.has_ended(output_tokens)
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
         views = list(workers)
@@ -168,13 +173,12 @@ class Adaptive:
 
     def _begin_plan(self, views: Sequence[WorkerView], now: float) -> None:
         terms = [self._of(view) for view in views]
-        self._survey(terms, now)
+        self._look_at_lengths(terms, now)
         prefills = sum(view.role is Role.PREFILL for view in views)
         leftovers = [0]
         for active in sorted(each.active for each in terms if each.view.role is not Role.PREFILL):
             leftovers.append(leftovers[-1] + active)
         decoding = sum(each.active for each in terms)
-        self._mean_output = self.plan.mean_output
         context = sum(
             each.view.decode_tokens - each.view.arriving_tokens + each.active * self._mean_output / 2
             for each in terms
@@ -184,23 +188,16 @@ class Adaptive:
         room = Room(view.max_num_seqs or 1 << 30, view.num_blocks * view.block_size or math.inf)
         self.plan.begin(len(views), prefills, leftovers, Load(decoding, context, backlog, room))
 
-    def _survey(self, terms: Sequence[Terms], now: float) -> None:
-        """Tell the predictor of outputs under way, some of them: those that end first are the short ones."""
-        survey = getattr(self.predictor, "survey", None)
+    def _look_at_lengths(self, terms: Sequence[Terms], now: float) -> None:
+        """Have the mean length worked out, with some of the outputs under way."""
         active = sum(each.active for each in terms)
-        if survey is None or not active:
-            return
-        pace_s = (
-            sum(each.active * each.pace_s / (1 - self._share(each.view.name, now)) for each in terms) / active
-        )
-        running = sorted(
-            (begun, prompt) for prompt, times in self._under_way.items() for begun in times if begun < now
-        )
-        step = max(1, len(running) // SURVEYED)
-        told = [(prompt, int((now - begun) / pace_s)) for begun, prompt in running[step // 2 :: step]]
-        # That outputs have not ended long before anybody expects it says little, and would count for much.
-        longest = max((produced for _, produced in told), default=0)
-        survey(told if longest > self._mean_output / 2 else [])
+        pace_s = self._pace_s or sum(
+            each.active * each.pace_s / (1 - self._share(each.view.name, now)) for each in terms
+        ) / max(1, active)
+        ages = sorted(now - begun for times in self._under_way.values() for begun in times if begun < now)
+        step = max(1, len(ages) // SAMPLED)
+        self.plan.lengths.look(len(ages), [age / pace_s for age in ages[step // 2 :: step]] if pace_s else [])
+        self._mean_output = self.plan.lengths.mean
 
     # ------------------------------------------------------------------ one decision
 
@@ -238,7 +235,8 @@ class Adaptive:
         for s, source in few_sources:
             for t, target in few_targets:
                 cost = source.cost + target.cost + linked.get(s, 0.0)
-                if s != t and (best is None or cost < best[0]):
+                both = terms[s].view.role is Role.MIXED and terms[t].view.role is Role.MIXED
+                if s != t and not both and (best is None or cost < best[0]):
                     best = cost, s, t
         if len(sources) + len(targets) > len(terms):
             own = dict(sources)
@@ -262,6 +260,8 @@ class Adaptive:
                 return Postponed(f"first token in {1e3 * first.value_s:.0f} ms where it does least harm")
         source_name, target_name = terms[s].view.name, terms[t].view.name
         if terms[s].view.role is Role.MIXED:
+            if not self._busy:
+                self._begun = now
             self._charge(source_name, self.costs.beside(tokens, terms[s].active), now)
         self._under_way.setdefault(job.prompt_tokens, deque()).append(now + first.value_s)
         self._delay_s += (first.value_s - self._delay_s) / 20
@@ -401,7 +401,8 @@ class Adaptive:
         if found is None:
             return 0.0
         total, since = found
-        return min(0.8, total * 0.5 ** ((now - since) / MEMORY_S) * math.log(2) / MEMORY_S)
+        seen_s = MEMORY_S / math.log(2) * (1 - 0.5 ** ((now - self._begun) / MEMORY_S))
+        return min(0.9, total * 0.5 ** ((now - since) / MEMORY_S) / max(seen_s, total))
 
 
 def miss(value: float, objective: float, doubt: float) -> float:

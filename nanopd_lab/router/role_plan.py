@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from nanopd_lab.router.mean_length import MeanLength
 from nanopd_lab.router.replay import (
     ReplayJob,
     Room,
@@ -43,6 +44,7 @@ class PlanSettings(NamedTuple):
     replayed: requests of a replay, over all workers; the first `warm` of them are not looked at
     margin: of goodput, as a share of all requests, that a change has to gain
     horizon: arrivals for which a change is to pay
+    stress: the replay's arrivals come so much faster, so that layouts that all do well differ by what they could do
     haste, pace: parts of a plan that each decision works on, before the first plan and later
     """
 
@@ -55,6 +57,7 @@ class PlanSettings(NamedTuple):
     horizon: int = 200
     haste: int = 12
     pace: int = 3
+    stress: float = 1.1
 
 
 class Load(NamedTuple):
@@ -87,7 +90,7 @@ class RolePlan:
         self.settings = settings or PlanSettings()
         self.latest_s = HOPELESS * slo.ttft_s
         self.plans = self.ended = 0
-        self.mean_output = 200.0  # tokens, as they were forecast for the last plan
+        self.lengths = MeanLength()
         self.worth: dict[int, float] = {}  # of the last plan: by number of prefill workers, 0 for mixed
         self._arrivals: deque[tuple[float, int, int]] = deque(maxlen=self.settings.window)
         self._count = 0
@@ -99,9 +102,10 @@ class RolePlan:
         self._arrivals.append((now, prompt_tokens, max_tokens))
         self._count += 1
 
-    def has_ended(self) -> None:
+    def has_ended(self, output_tokens: int) -> None:
         """A request has ended."""
         self.ended += 1
+        self.lengths.ended(output_tokens)
         if self.ended in (8, 24, 72):  # lengths are known a good deal better than before
             self._next = min(self._next, self._count)
 
@@ -139,8 +143,9 @@ class RolePlan:
     def _plan(
         self, workers: int, prefills: int, leftovers: Sequence[int], load: Load
     ) -> Generator[None, None, int]:
-        replay = _Replay(list(self._arrivals), self.predictor, self.ended)
-        self.mean_output = replay.mean_output
+        replay = _Replay(
+            list(self._arrivals), self.predictor, self.ended, self.lengths.mean, self.settings.stress
+        )
         worth: dict[int, float] = {}
 
         def look(layout: int) -> Generator[None, None, float]:
@@ -223,37 +228,47 @@ class _Replay:
     """The arrivals of a window, again and again, with output lengths as they are forecast."""
 
     def __init__(
-        self, arrivals: list[tuple[float, int, int]], predictor: LengthPredictor, ended: int
+        self,
+        arrivals: list[tuple[float, int, int]],
+        predictor: LengthPredictor,
+        ended: int,
+        mean: float,
+        stress: float,
     ) -> None:
-        self.arrivals = arrivals
-        begun, ended = arrivals[0][0], arrivals[-1][0]
-        self.span = max((ended - begun) * len(arrivals) / (len(arrivals) - 1), 1e-6)
-        self.begun = begun
+        begun = arrivals[0][0]
+        self.span = max((arrivals[-1][0] - begun) * len(arrivals) / (len(arrivals) - 1), 1e-6)
+        self.span /= stress
+        self.arrivals = [((time - begun) / stress, prompt, most) for time, prompt, most in arrivals]
         # As long as little is known, the tail of a forecast is that of doubt, not of lengths.
         surely = (2 + ended) / (20 + ended)
-        self._lengths: dict[int, list[int]] = {}
+        self._lengths: dict[int, list[float]] = {}
         self._jobs: list[ReplayJob] = []
         for _, prompt, most in arrivals:
             if (kind := prompt.bit_length()) not in self._lengths:
                 forecast = predictor.predict(prompt, most)
                 self._lengths[kind] = [
-                    int(forecast.quantile(0.5 + surely * ((number + 0.5) / STRATA - 0.5)))
+                    forecast.quantile(0.5 + surely * ((number + 0.5) / STRATA - 0.5))
                     for number in range(STRATA)
                 ]
         common = max(self._lengths, key=lambda kind: sum(p.bit_length() == kind for _, p, _ in arrivals))
         self._common = self._lengths[common]
-        self.mean_output = sum(self._common) / STRATA
+        # The shape is the predictor's, and the mean is that of what has been produced.
+        total = sum(sum(self._lengths[prompt.bit_length()]) for _, prompt, _ in arrivals)
+        scale = mean * STRATA * len(arrivals) / total
+        for kind, lengths in self._lengths.items():
+            self._lengths[kind] = [max(1.0, round(length * scale)) for length in lengths]
+        self._common = self._lengths[common]
 
     def jobs(self, total: int, sharers: float) -> list[ReplayJob]:
         """What of the first `total` requests comes to one of so many that share them."""
         base = self._jobs
         if len(base) < total:
-            size, known, begun = len(self.arrivals), self._lengths, self.begun
+            size, known = len(self.arrivals), self._lengths
             for index in range(len(base), total):
                 turn, place = divmod(index, size)
-                time, prompt, _ = self.arrivals[place]
-                output = known[prompt.bit_length()][int((index + 1) * GOLDEN % 1.0 * STRATA)]
-                base.append(ReplayJob(turn * self.span + time - begun, prompt, output))
+                since, prompt, _ = self.arrivals[place]
+                output = int(known[prompt.bit_length()][int((index + 1) * GOLDEN % 1.0 * STRATA)])
+                base.append(ReplayJob(turn * self.span + since, prompt, output))
         if sharers == int(sharers):
             return base[: total : int(sharers)]
         return [base[int(number * sharers)] for number in range(int(total / sharers))]
