@@ -35,6 +35,7 @@ PATIENCE, LONGEST_S = (
     20,
     10.0,
 )  # how long one that is late lets others pass: so many times its objective, at least so long
+CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
 SAMPLED = 16  # outputs under way that are looked at
 MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
 
@@ -231,12 +232,16 @@ class Adaptive:
         best: tuple[float, int, int] | None = None
         # The best pair of two takes the best of each side, or the second best of one where they are the same worker.
         few_sources = sorted(sources, key=lambda side: side[1].cost + linked.get(side[0], 0.0))[:2]
+        # Where KV takes long to move, the links fill before anybody sees it in a queue.
+        far = self.costs.pull(tokens) / max(1.0, output - 1) > CLOSE * min(
+            self.slo.tpot_s, min(side.value_s for _, side in targets)
+        )
         few_targets = sorted(targets, key=lambda side: side[1].cost)[:2]
         for s, source in few_sources:
             for t, target in few_targets:
                 cost = source.cost + target.cost + linked.get(s, 0.0)
-                both = terms[s].view.role is Role.MIXED and terms[t].view.role is Role.MIXED
-                if s != t and not both and (best is None or cost < best[0]):
+                mixed = terms[s].view.role is Role.MIXED and terms[t].view.role is Role.MIXED
+                if s != t and not (mixed and far) and (best is None or cost < best[0]):
                     best = cost, s, t
         if len(sources) + len(targets) > len(terms):
             own = dict(sources)

@@ -43,9 +43,10 @@ class PlanSettings(NamedTuple):
     first, every: arrivals before the first plan, and between two later ones at most (it doubles in between)
     replayed: requests of a replay, over all workers; the first `warm` of them are not looked at
     margin: of goodput, as a share of all requests, that a change has to gain
+    least: that a layout must be worth to be changed to
     horizon: arrivals for which a change is to pay
     stress: the replay's arrivals come so much faster, so that layouts that all do well differ by what they could do
-    haste, pace: parts of a plan that each decision works on, before the first plan and later
+    haste, pace: parts of a plan that each decision works on, before as many outputs have ended as a window has, and later
     """
 
     window: int = 128
@@ -54,6 +55,7 @@ class PlanSettings(NamedTuple):
     replayed: int = 256
     warm: int = 64
     margin: float = 0.03
+    least: float = 0.3
     horizon: int = 200
     haste: int = 12
     pace: int = 3
@@ -106,8 +108,8 @@ class RolePlan:
         """A request has ended."""
         self.ended += 1
         self.lengths.ended(output_tokens)
-        if self.ended in (8, 24, 72):  # lengths are known a good deal better than before
-            self._next = min(self._next, self._count)
+        if self.ended in (4, 12, 24, 72):  # lengths are known a good deal better than before
+            self._next, self._thinking = min(self._next, self._count), None
 
     @property
     def due(self) -> bool:
@@ -129,7 +131,8 @@ class RolePlan:
         if self._thinking is None:
             return None
         try:
-            for _ in range(self.settings.pace if self.plans else self.settings.haste):
+            early = self.ended < self.settings.window
+            for _ in range(self.settings.haste if early else self.settings.pace):
                 next(self._thinking)
         except StopIteration as stop:
             self._thinking = None
@@ -175,7 +178,8 @@ class RolePlan:
         best = max(worth, key=lambda each: (worth[each], -each))
         added = max(0, best - prefills)
         lost = leftovers[min(added, len(leftovers) - 1)] * worth[prefills] / settings.horizon
-        return best if worth[best] - worth[prefills] > settings.margin + lost else prefills
+        gains = worth[best] >= settings.least and worth[best] - worth[prefills] > settings.margin + lost
+        return best if gains else prefills
 
     def _worth(
         self, replay: _Replay, workers: int, now_prefill: int, prefills: int, load: Load
@@ -269,9 +273,10 @@ class _Replay:
                 since, prompt, _ = self.arrivals[place]
                 output = int(known[prompt.bit_length()][int((index + 1) * GOLDEN % 1.0 * STRATA)])
                 base.append(ReplayJob(turn * self.span + since, prompt, output))
-        if sharers == int(sharers):
-            return base[: total : int(sharers)]
-        return [base[int(number * sharers)] for number in range(int(total / sharers))]
+        # Of those that share, each gets one in turn, but not the same place of every turn.
+        return [
+            base[int((number + number * GOLDEN % 1.0) * sharers)] for number in range(int(total / sharers))
+        ]
 
     def running(self, load: Load, sharers: int) -> list[Running]:
         """Outputs under way at one of so many workers; long ones are met more often."""
