@@ -36,6 +36,7 @@ PATIENCE, LONGEST_S = (
     10.0,
 )  # how long one that is late lets others pass: so many times its objective, at least so long
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
+CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 SAMPLED = 16  # outputs under way that are looked at
 MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
 
@@ -107,7 +108,8 @@ class Adaptive:
         self._begun = 0.0
         self._pace_s = 0.0  # a token, of outputs that have ended of late
         self._delay_s = 0.0  # until the first token, of late
-        self._last: tuple[float, int] | None = None
+        self._last = (0.0, 0)  # who came last: when, and its tokens
+        self._gap_s = 0.0  # between arrivals
 
     # ------------------------------------------------------------------ events
 
@@ -132,6 +134,7 @@ class Adaptive:
         if (
             not job.postponed and (job.arrival, job.known_tokens) != self._last
         ):  # it may be asked again, where none was found
+            self._gap_s += (job.arrival - self._last[0] - self._gap_s) / 20 if self._last[0] else 0.0
             self._last = job.arrival, job.known_tokens
             self._mean_prompt += (job.known_tokens - self._mean_prompt) / 50
             self.plan.arrived(now, job.known_tokens, job.params.max_tokens)
@@ -261,7 +264,8 @@ class Adaptive:
         late = waited + first.value_s > HOPELESS * self.slo.ttft_s
         if late and waited < max(LONGEST_S, PATIENCE * self.slo.ttft_s):
             idle = sum(not terms[number].view.prefilling for number, _ in sources)
-            if idle < min(2, len(sources)):
+            calm = now - self._last[0] > CALM_GAPS * self._gap_s
+            if idle < (1 if calm else min(2, len(sources))):
                 return Postponed(f"first token in {1e3 * first.value_s:.0f} ms where it does least harm")
         source_name, target_name = terms[s].view.name, terms[t].view.name
         if terms[s].view.role is Role.MIXED:

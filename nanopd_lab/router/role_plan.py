@@ -59,7 +59,7 @@ class PlanSettings(NamedTuple):
     horizon: int = 200
     haste: int = 12
     pace: int = 3
-    stress: float = 1.1
+    stress: float = 1.05
 
 
 class Load(NamedTuple):
