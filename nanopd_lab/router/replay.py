@@ -24,7 +24,7 @@ from nanopd_lab.cost.iteration import SHORT_CHUNK, StepFeatures
 if TYPE_CHECKING:
     from nanopd_lab.router.outlook import Outlook
 
-SLICE = 8  # requests between two pauses
+SLICE = 4  # requests between two pauses
 
 
 class ReplayJob(NamedTuple):
