@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from math import exp
 from typing import TYPE_CHECKING
 
 from nanopd_lab.core import Route
@@ -25,7 +26,6 @@ from nanopd_lab.router.estimates import (
     as_target,
     first_token_s,
     link_cost,
-    miss,
     terms_of,
 )
 from nanopd_lab.router.explanation import Candidate, Explanation
@@ -45,6 +45,7 @@ CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
 SAMPLED = 16  # outputs under way that are looked at
 REFRESH = 16  # ends after which forecasts are asked for anew
+PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 USUAL = 50  # requests over which means are taken
 
 
@@ -189,39 +190,69 @@ class Adaptive:
     def _best(self, job: JobView, views: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
         ask = self._ask(job, now)
         costs, slo, known = self.costs, self.slo, self._terms
-        ttft_s, weight, waited_s = slo.ttft_s, ask.weight, ask.waited_s
-        by_token = weight * ask.output
-        infinite = (math.inf, None)
-        source: tuple[float, Terms | None] = infinite
-        second_source, target, second_target, stays = source, source, source, source
-        slope = self._slope
+        tokens, alone_s, weight, waited_s = ask.tokens, ask.alone_s, ask.weight, ask.waited_s
+        by_token, slope = weight * ask.output, self._slope
+        by_link = slope / max(1.0, ask.output - 1) + weight
+        latest_s, scale = slo.ttft_s - waited_s, TTFT_DOUBT * slo.ttft_s
+        extras: dict[int, float] = {}
+        source: tuple[float, Terms | None] = (math.inf, None)
+        second_source = target = second_target = stays = source
         least_tpot_s, idle, sources, mixed = math.inf, 0, 0, False
+        decodes = 0.0
+        # As `as_source` and `as_target` say it, without a call for each worker.
         for view in views:
             each = known.get(view.name)
-            if each is None or each.view is not view or now >= each.until:
+            if each is None or each[0] is not view or now >= each[1]:
                 each = self._of(view, now)
-            role = view.role
-            if role is not Role.PREFILL:
-                decodes = each.tpot_misses + each.output_harm + by_token * each.spread_s
+            (
+                _,
+                _,
+                role,
+                queued,
+                active,
+                room,
+                free_at,
+                wait_s,
+                pace_s,
+                harm,
+                tpot_s,
+                own,
+                _,
+                more,
+                spread,
+                link,
+            ) = each
+            if role is not PREFILL:
+                decodes = own + more + by_token * spread
                 if decodes < target[0]:
                     target, second_target = (decodes, each), target
                 elif decodes < second_target[0]:
                     second_target = decodes, each
-                if each.tpot_s < least_tpot_s:
-                    least_tpot_s = each.tpot_s
-                if role is Role.DECODE:
+                if tpot_s < least_tpot_s:
+                    least_tpot_s = tpot_s
+                if role is DECODE:
                     continue
-            first_s, extra = first_token_s(each, ask, costs, now)
-            prefills = each.prompt_harm * extra + weight * (first_s + each.active * extra)
-            prefills += miss(waited_s + first_s, ttft_s, TTFT_DOUBT)
+            first_s = wait_s + free_at - now if free_at > now else wait_s
+            if active:
+                extra = extras.get(active)
+                if extra is None:
+                    extra = extras[active] = costs.beside(tokens, active)
+                first_s += extra + pace_s * -(-tokens // room)
+                prefills = harm * extra + weight * (first_s + active * extra)
+            else:
+                first_s += alone_s
+                prefills = weight * first_s
+            if scale < math.inf:
+                z = (first_s - latest_s) / scale
+                prefills += 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + exp(-z))
             sources += 1
-            idle += not view.prefilling
-            if role is Role.MIXED:
+            idle += not queued
+            if role is MIXED:
                 mixed = True
                 if prefills + decodes < stays[0]:
                     stays = prefills + decodes, each
-            if each.link_s:
-                prefills += link_cost(each, ask, slope)
+            if link:
+                prefills += link * by_link
             if prefills < source[0]:
                 source, second_source = (prefills, each), source
             elif prefills < second_source[0]:
@@ -245,8 +276,8 @@ class Adaptive:
         if s is None or t is None:
             return None
         first_s, extra = first_token_s(s, ask, costs, now)
-        late = waited_s + first_s > HOPELESS * ttft_s
-        if late and waited_s < max(LONGEST_S, PATIENCE * ttft_s):
+        late = waited_s + first_s > HOPELESS * slo.ttft_s
+        if late and waited_s < max(LONGEST_S, PATIENCE * slo.ttft_s):
             calm = now - self._last[0] > CALM_GAPS * self._gap_s
             if idle < (1 if calm else min(2, sources)):
                 return Postponed(f"first token in {1e3 * first_s:.0f} ms where it does least harm")

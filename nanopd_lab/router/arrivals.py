@@ -1,7 +1,7 @@
-"""The arrivals of the last while as those that are to come: again and again, with output lengths as they are forecast.
+"""The arrivals of the last while as what is to come: again and again, with output lengths as they are forecast.
 
-A pure function of the window, the predictor and the mean length: random numbers are multiples of the golden ratio, which
-fill an interval evenly.
+A pure function of the window, the predictor and the mean length: instead of random numbers there are multiples of the
+golden ratio, which fill an interval evenly.
 """
 
 from __future__ import annotations

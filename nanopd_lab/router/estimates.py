@@ -33,7 +33,7 @@ class Terms(NamedTuple):
     """What a view says of one more request.
 
     until: when it is to be looked at again (s)
-    active: outputs that it decodes now
+    active: outputs that it decodes now; room: tokens of a prompt that a step takes beside them
     free_at: when it will have computed the prompts that it has (s)
     wait_s: from then on until a step takes in who comes, and what others bring into the prompt's last step
     pace_s: a decode step now
@@ -47,7 +47,10 @@ class Terms(NamedTuple):
 
     view: WorkerView
     until: float
+    role: Role
+    prefilling: int
     active: int
+    room: int
     free_at: float
     wait_s: float
     pace_s: float
@@ -136,7 +139,10 @@ def terms_of(
     return Terms(
         view,
         now + FRESH_S,
+        view.role,
+        view.prefilling,
         active,
+        max(1, costs.budget - active),
         free_at,
         wait_s,
         pace_s,
@@ -157,7 +163,7 @@ def first_token_s(terms: Terms, ask: Ask, costs: StepCosts, now: float) -> tuple
     if not terms.active:
         return ttft_s + ask.alone_s, 0.0
     extra = costs.beside(ask.tokens, terms.active)
-    return ttft_s + extra + terms.pace_s * -(-ask.tokens // max(1, costs.budget - terms.active)), extra
+    return ttft_s + extra + terms.pace_s * -(-ask.tokens // terms.room), extra
 
 
 def as_source(terms: Terms, ask: Ask, costs: StepCosts, slo: Slo, now: float) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """How many workers should prefill: the arrivals of the last while are served again under other roles, and compared.
 
-A plan is made after the first arrivals, whenever lengths are known a good deal better, and then after so many arrivals;
-each decision thinks a little. What a layout is worth is the share of requests that keep their objectives (`replay`), with
-short times to break ties. Roles change if that gains more than a margin, and more than the outputs that run on a worker
-that is to prefill would lose: hysteresis, so that a fleet on the edge between two layouts stays as it is.
+A plan is made after the first arrivals, whenever lengths are known a good deal better, and then after so many
+arrivals; each decision thinks a little. What a layout is worth is the share of requests that keep their objectives
+(`replay`), with short times to break ties. Roles change if that gains more than a margin, and more than the outputs
+that run on a worker that is to prefill would lose: hysteresis, so that a fleet on the edge between two layouts stays
+as it is.
 """
 
 from __future__ import annotations
