@@ -501,6 +501,8 @@ class Controller:
             self._prefilled(attempt)
             if attempt.report.route.collocated:
                 self._arrived(attempt)
+            if self._postponed:
+                self._dispatch()  # the source has less to do
         attempt.report.new_tokens += len(message.tokens)
         job.path.output_tokens += len(message.tokens)
         if message.finish_reason is None:
