@@ -47,7 +47,7 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--policy",
         default="least-loaded",
-        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd",
+        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd, adaptive",
     )
     parser.add_argument(
         "--goodput", nargs="+", default=[], metavar="NAME:MS", help="what is promised, as ttft:500 tpot:100"
