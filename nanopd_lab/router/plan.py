@@ -1,154 +1,41 @@
 """How many workers should prefill and how many decode: what each layout can be expected to serve, by formula.
 
-    Workload: requests a second, how long prompts and outputs are
-    Planner(outlook, workload).forecast(Layout(5, 3), rate) -> share of requests that get what they were promised
-    Planner(outlook, workload).capacity(Layout(5, 3))       -> the rate at which that share is just reached
+    planner = Planner(outlook, Workload.of(prompt_lengths, output_lengths))
+    planner.forecast(Layout(5, 3), rate)     # share of requests that get what they were promised
+    planner.capacity(Layout(5, 3))           # at the highest rate at which 90 % still do
+    planner.rank(layouts(8), rate)           # best first
 
-First order (notebook 08): n_P/n_D = λE[T_prefill]/ρ_P : λE[out]·t(B*)/(B*·ρ_D), with B* the largest batch whose steps
-meet TPOT. This goes one order further, as objectives are about each request and not about means:
+To first order n_P/n_D = λE[T_prefill]/ρ_P : λE[out]·t(B*)/(B*·ρ_D), with B* the largest batch whose steps meet TPOT. As
+objectives are about each request and not about means, this goes one order further:
 
-prefill  M/G/c: c workers, the one with the least work left is chosen; a service is the sum of the prompt's chunks. Under
-         load prompts share steps, which saves some reading of weights and costs the first of them some waiting.
-decode   the batch B settles where the tokens asked for are the tokens made, λE[out] = B/t(B) (Little's law); it swings as
-         that of a processor that is shared, Var B = B/(1 − g) with g the share of a step that grows with B.
-mixed    every step carries the decodes. A prompt takes steps of t(B, chunk), and stretches those of others: with a share
-         u of time that is prefill's alone, a token takes t(B)/(1 − u), and spreads as a delayed busy period does.
-link     the last chunk's blocks are waited for, and what of the others a slow link has left; cards are shared.
+prefill  M/G/c (`queueing`): requests go to the worker with the least to do; a service is the sum of a prompt's chunks.
+         Under load prompts share steps, which saves reading weights and costs the first of them some waiting.
+decode   The batch B settles where the tokens asked for are the tokens made: λE[out] = B/t(B) (Little's law). It swings
+         as that of a shared processor, Var B = B/(1 − g), with g the share of a step that grows with B.
+mixed    Every step carries the decodes. A prompt takes steps of t(B, chunk), and if prompts take a share u of the time
+         from those that decode, a token takes t(B)/(1 − u) and an output spreads as a delayed busy period does.
+link     The last chunk's blocks are waited for, and what a slow link has left of the others; cards are shared.
 
-Not in it: bursts (arrivals are Poisson), correlation of prompt and output lengths, preemption, prefix caches, requests
-of unequal promises. `sim` has them all; this answers in under a millisecond.
+Not in it: bursts (arrivals are Poisson), lengths that go together, preemption, prefix caches, the minutes in which a
+system fills or drains. The simulator has all of these; this takes a millisecond.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import numpy as np
 
-from nanopd_lab.cost.iteration import SHORT_CHUNK, IterationModel, StepFeatures
+from nanopd_lab.router.layouts import Forecast, Layout, Workload
 from nanopd_lab.router.outlook import Outlook
 from nanopd_lab.router.queueing import Array, Waiting, normal_below, sum_below, waiting
+from nanopd_lab.router.worker_times import WorkerTimes
 
-STRATA = 32
 SHARE = 0.9
-
-
-class Layout(NamedTuple):
-    """So many workers that prefill, that decode, and that do both."""
-
-    prefills: int = 0
-    decodes: int = 0
-    mixed: int = 0
-
-    @property
-    def workers(self) -> int:
-        return sum(self)
-
-    @property
-    def policy(self) -> str:
-        """The name by which `create_policy` knows it."""
-        return "collocated" if self.mixed else f"{self.prefills}p{self.decodes}d"
-
-    def __str__(self) -> str:
-        return f"{self.mixed} mixed" if self.mixed else self.policy
-
-
-def layouts(workers: int) -> Iterator[Layout]:
-    """All of them: mixed, then every xPyD."""
-    yield Layout(mixed=workers)
-    for prefills in range(1, workers):
-        yield Layout(prefills, workers - prefills)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is asked for. `prompts` and `outputs` are tokens, a sample in which each stands for as many requests.
-
-    Raises:
-        ValueError: no lengths, or one below 1.
-    """
-
-    prompts: tuple[float, ...]
-    outputs: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        for name, values in vars(self).items():
-            if not values or not min(values) >= 1:
-                raise ValueError(f"{name} are {values[:3]}; give one length or more, each at least 1 token")
-
-    @classmethod
-    def of(cls, prompts: Iterable[float], outputs: Iterable[float], strata: int = STRATA) -> Workload:
-        """Of any number of lengths: each sample is sorted and cut into `strata` equal parts, whose means it keeps."""
-        return cls(_strata(sorted(prompts), strata), _strata(sorted(outputs), strata))
-
-
-def _strata(lengths: Sequence[float], strata: int) -> tuple[float, ...]:
-    if len(lengths) <= strata:
-        return tuple(lengths)
-    if lengths[0] == lengths[-1]:
-        return (lengths[0],)
-    return tuple(float(part.mean()) for part in np.array_split(np.asarray(lengths, float), strata))
-
-
-class Forecast(NamedTuple):
-    """What is expected of a layout at a rate, where it does not change any more.
-
-    rate:       requests a second
-    attainment: share of requests that get all they were promised: the product of the four below
-    ttft_met, tpot_met, e2e_met: share that meets this objective (1 if there is none)
-    room_met:   share of time in which everybody finds a place and blocks
-    ttft_s, tpot_s: means
-    prefill_load: share of time that prefill takes, where it runs; batch: sequences that a worker decodes
-    link_load:  of the busiest network cards
-    """
-
-    layout: Layout
-    rate: float
-    attainment: float = 0.0
-    ttft_met: float = 0.0
-    tpot_met: float = 0.0
-    e2e_met: float = 0.0
-    room_met: float = 0.0
-    ttft_s: float = math.inf
-    tpot_s: float = math.inf
-    prefill_load: float = 0.0
-    batch: float = 0.0
-    link_load: float = 0.0
-
-    @property
-    def goodput(self) -> float:
-        """Requests a second that get what they were promised."""
-        return self.rate * self.attainment
-
-    @property
-    def limit(self) -> str:
-        """What keeps most requests from it: "prefill", "decode", "KV room" or "link"."""
-        if self.link_load >= 1:
-            return "link"
-        parts = {
-            "prefill": self.ttft_met,
-            "decode": min(self.tpot_met, self.e2e_met),
-            "KV room": self.room_met,
-        }
-        return min(parts, key=parts.__getitem__)
-
-
-class _Prefill(NamedTuple):
-    """Prompts beside a decode batch, `[prompts]` each, s.
-
-    alone, full:   steps of a prompt that has them for itself; its part of steps that are full of prompts
-    alone_s, full_s: of both, what the decodes would not have taken without it
-    """
-
-    alone: Array
-    full: Array
-    alone_extra: Array
-    full_extra: Array
+WINDOW = (
+    2 / 3
+)  # of a batch's variance is left in its mean over as long as a request stays, if all stay as long
 
 
 class Planner:
@@ -160,6 +47,9 @@ class Planner:
         max_num_seqs, num_blocks: of each worker; 0 blocks: as many as are asked for
         ahead: workers plan a step while the one before runs, as `SimConfig.ahead`
         share: of the requests that must get what they were promised, for `capacity`
+
+    Raises:
+        ValueError: a share outside (0, 1), or no place for a sequence.
     """
 
     def __init__(
@@ -172,221 +62,112 @@ class Planner:
         ahead: bool = True,
         share: float = SHARE,
     ) -> None:
-        self.outlook, self.workload, self.share = outlook, workload, share
-        self.ahead = ahead
-        self.prompts = np.asarray(workload.prompts, float)
-        self.outputs = np.asarray(workload.outputs, float)
-        self.gaps = np.maximum(self.outputs - 1.0, 0.0)  # tokens behind the first, each a decode step
-        self.mean_prompt, self.mean_gaps = float(self.prompts.mean()), float(self.gaps.mean())
-        steps = self.mean_gaps or 1.0
-        self.context = (
-            self.mean_prompt + 1 + float((self.gaps**2).mean()) / (2 * steps)
-        )  # of a sequence that decodes
-        places = float(max_num_seqs)
-        if num_blocks:
-            places = min(places, num_blocks * outlook.block_size / (self.context + outlook.block_size / 2))
-        self.places = places
-        self._prefills: dict[int, _Prefill] = {}
-
-    # ---- decode steps ----------------------------------------------------------------------------------
-
-    @cached_property
-    def _batches(self) -> list[float]:
-        most = max(2.0, self.places)
-        return [1.0, *(most ** (i / 23) for i in range(1, 24))]
-
-    @cached_property
-    def _step_times(self) -> list[float]:
-        """Of a decode step at each of `_batches`, over the batches around it: captured sizes make stairs."""
-        found = []
-        for batch in self._batches:
-            swing = math.sqrt(batch) / 2
-            near = [max(1.0, batch - swing), batch, batch + swing]
-            found.append(
-                sum(self.decode_step_s(round(each)) for each in near) / 3
-                if swing >= 1
-                else self.decode_step_s(round(batch))
+        if not 0 < share < 1:
+            raise ValueError(f"share is {share}; a share of requests lies between 0 and 1 (0.9, not 90)")
+        if max_num_seqs < 1 or num_blocks < 0:
+            raise ValueError(
+                f"max_num_seqs is {max_num_seqs}, num_blocks {num_blocks}; a worker needs a place and room"
             )
-        return found
+        self.outlook, self.workload, self.ahead, self.share = outlook, workload, ahead, share
+        self.times = WorkerTimes(outlook, workload, max_num_seqs, num_blocks)
 
-    @cached_property
-    def _token_rates(self) -> list[float]:
-        """Tokens a second of each of `_batches`; rising."""
-        rates = [b / t for b, t in zip(self._batches, self._step_times, strict=True)]
-        return [max(rates[: i + 1]) for i in range(len(rates))]
+    def unloaded(self) -> tuple[float, float]:
+        """(TTFT that `share` of the prompts meet, TPOT) of requests that nobody disturbs, s."""
+        alone = np.sort(self.times.beside(0).alone)
+        within = math.ceil(self.share * len(alone) - 1e-9) - 1
+        return float(alone[within]), self.times.decode_step_s(1) if self.times.mean_gaps else 0.0
 
-    def decode_step_s(self, batch: int) -> float:
-        """Of a decode step of so many sequences of mean context."""
-        return self.outlook.iteration.decode_seconds(batch, round(batch * self.context))
-
-    def _step_s(self, batch: float) -> tuple[float, float]:
-        """(a decode step's time at this batch, its growth for one sequence more)."""
-        return _interpolate(self._batches, self._step_times, batch)
-
-    def _batch_of(self, tokens_per_s: float) -> float:
-        """The batch at which a worker makes so many tokens; infinite if it can't."""
-        rates = self._token_rates
-        if tokens_per_s >= rates[-1]:
-            return math.inf
-        if tokens_per_s <= rates[0]:
-            return tokens_per_s / rates[0]
-        return _interpolate(rates, self._batches, tokens_per_s)[0]
-
-    # ---- prefill steps ---------------------------------------------------------------------------------
-
-    def _prefill(self, batch: float) -> _Prefill:
-        """Prompts beside so many decodes, between those of a grid that are worked out."""
-        grid = _GRID
-        place = max(0, bisect_right(grid, batch) - 1)
-        if place + 1 >= len(grid):
-            return self._prefill_at(grid[-1])
-        low, high = grid[place], grid[place + 1]
-        if batch == low:
-            return self._prefill_at(low)
-        part = (batch - low) / (high - low)
-        one, two = self._prefill_at(low), self._prefill_at(high)
-        return _Prefill(*(a + part * (b - a) for a, b in zip(one, two, strict=True)))
-
-    def _prefill_at(self, batch: int) -> _Prefill:
-        if (found := self._prefills.get(batch)) is None:
-            found = self._prefills[batch] = self._work_out(batch)
-        return found
-
-    def _work_out(self, batch: int) -> _Prefill:
-        iteration = self.outlook.iteration
-        budget = max(1, self.outlook.max_num_batched_tokens - batch)
-        context = batch * self.context
-        decode = self.decode_step_s(batch) if batch else 0.0
-
-        def step(tokens: float, prompts: float, pairs: float, past: float, short: float) -> float:
-            return iteration.of_features(
-                StepFeatures(
-                    round(tokens + batch), max(1, round(prompts + batch)), pairs + context + batch / 2,
-                    round(past + tokens + context + batch), max(1, round(prompts + batch)), short,
-                )
-            )  # fmt: skip
-
-        alone, steps = [], []
-        for prompt in self.workload.prompts:
-            left, past, seconds, count = prompt, 0.0, 0.0, 0
-            while left > 0:
-                now = min(left, budget)
-                pairs = now * (past + now / 2)
-                seconds += step(now, 1, pairs, past, pairs if 1 < now < SHORT_CHUNK else 0.0)
-                left, past, count = left - now, past + now, count + 1
-            alone.append(seconds)
-            steps.append(count)
-        together = max(1.0, budget / self.mean_prompt)
-        full_step = step(budget, together, 0.0, 0.0, 0.0)
-        short = np.where(self.prompts < SHORT_CHUNK, iteration.short_pair_s, 0.0)
-        full = self.prompts / budget * full_step + (iteration.pair_s + short) * self.prompts**2 / 2
-        alone_s, count_s = np.asarray(alone), np.asarray(steps, float)
-        full = np.minimum(full, alone_s)
-        return _Prefill(
-            alone_s,
-            full,
-            np.maximum(alone_s - count_s * decode, 0.0),
-            np.maximum(full - self.prompts / budget * decode, 0.0),
-        )
-
-    # ---- layouts ---------------------------------------------------------------------------------------
+    # ---- one layout at one rate ------------------------------------------------------------------------
 
     def forecast(self, layout: Layout, rate: float) -> Forecast:
-        """What to expect of `layout` at `rate` requests a second.
+        """What to expect of `layout` at `rate` requests a second; an attainment of 0 where the queues grow for ever.
 
         Raises:
             ValueError: a layout with no worker for some of the work, or a rate that is not positive.
         """
-        if not rate > 0:
-            raise ValueError(f"rate is {rate} requests/s; it must be positive")
-        if layout.mixed:
-            if layout.prefills or layout.decodes or layout.mixed < 1:
-                raise ValueError(
-                    f"{layout!r} has both kinds of workers; give mixed ones, or prefills and decodes"
-                )
-            return self._mixed(layout, rate)
-        if min(layout.prefills, layout.decodes) < 1:
-            raise ValueError(
-                f"{layout!r}: at least one worker that prefills and one that decodes, or mixed ones"
-            )
-        return self._split(layout, rate)
+        if not 0 < rate < math.inf:
+            raise ValueError(f"rate is {rate} requests/s; it must be positive and finite")
+        layout.check()
+        return self._mixed(layout, rate) if layout.mixed else self._split(layout, rate)
 
     def _split(self, layout: Layout, rate: float) -> Forecast:
-        slo = self.outlook.slo
-        prefill = self._prefill_at(0)
-        per_worker = rate / layout.prefills
-        load, services = _shared(per_worker, prefill.alone, prefill.full)
-        wait = waiting(layout.prefills, load, float(services.mean()), float((services**2).mean()))
-        batch = self._batch_of(rate / layout.decodes * self.mean_gaps)
-        link_load, handover = self._handover(layout, rate, services)
-        if load >= 1 or batch >= self.places or link_load >= 1:
-            return Forecast(
-                layout,
-                rate,
-                0.0,
-                float(load < 1),
-                float(batch < self.places),
-                1.0,
-                float(batch < self.places),
-                prefill_load=load,
-                batch=batch,
-                link_load=link_load,
-            )
-        step_s, growth = self._step_s(max(1.0, batch + 1 / layout.decodes))
+        times = self.times
+        prompts = times.beside(0)
+        load, services = _shared(rate / layout.prefills, prompts.alone, prompts.full)
+        batch = times.batch_of(rate / layout.decodes * times.mean_gaps)
+        link_load, handover = self._handover(layout, rate, _mean(services))
+        if load >= 1 or batch >= times.places or link_load >= 1:
+            return _overloaded(layout, rate, load, batch < times.places, batch, link_load)
+        wait = waiting(layout.prefills, load, *_moments(services))
+        step_s, growth = times.step_s(batch + 1 / layout.decodes)
         variance = _swing(batch, growth / step_s * batch, layout.decodes)
-        # Blocks arrive during a step, and a worker that plans ahead has planned one more.
-        handover += step_s * (0.5 + self.ahead) * min(1.0, batch)
-        ttft_met = self._ttft_met(wait, services, prefill.full, load, 0.0)
-        tpot_met, e2e_met, tpot = self._outputs_met(
-            step_s, growth, variance, 0.0, 0.0, handover, wait.overall_s + float(services.mean())
-        )
-        room = self._room(batch, variance)
-        return Forecast(
-            layout, rate, ttft_met * tpot_met * e2e_met * room, ttft_met, tpot_met, e2e_met, room,
-            wait.overall_s + float(services.mean()), tpot, load, batch, link_load,
-        )  # fmt: skip
+        handover += self._until_planned(step_s, batch)
+        ttft = wait.overall_s + _mean(services)
+        ttft_met = self._ttft_met(wait, services, prompts.full, load, 0.0)
+        outputs = self._outputs_met(step_s, growth, variance, 0.0, 0.0, handover, ttft)
+        return self._found(layout, rate, ttft_met, outputs, variance, ttft, load, batch, link_load)
 
     def _mixed(self, layout: Layout, rate: float) -> Forecast:
-        per_worker = rate / layout.mixed
+        times, per_worker = self.times, rate / layout.mixed
         batch = 0.0
-        for _ in range(6):
-            prefill = self._prefill(min(batch, self.places))
-            load, services = _shared(per_worker, prefill.alone, prefill.full)
+        for _ in range(8):
+            prompts = times.beside(min(batch, times.places))
+            load, services = _shared(per_worker, prompts.alone, prompts.full)
             part = min(load, 1.0)
-            extra = part * prefill.full_extra + (1 - part) * prefill.alone_extra
-            taken = per_worker * float(extra.mean())
-            if taken >= 1:
-                batch = math.inf
+            extra = part * prompts.full_extra + (1 - part) * prompts.alone_extra
+            taken = per_worker * _mean(extra)
+            before = batch
+            batch = times.batch_of(per_worker * times.mean_gaps / (1 - taken)) if taken < 1 else math.inf
+            if batch == math.inf or abs(batch - before) <= 1e-3 * batch:
                 break
-            batch, before = self._batch_of(per_worker * self.mean_gaps / (1 - taken)), batch
-            if abs(batch - before) < 1e-3 * batch or batch == math.inf:
-                break
-        if batch >= self.places or load >= 1 or taken >= 1:
-            return Forecast(
-                layout,
-                rate,
-                0.0,
-                float(load < 1),
-                float(batch < self.places),
-                1.0,
-                float(batch < self.places),
-                prefill_load=load,
-                batch=batch,
-            )
-        step_s, growth = self._step_s(max(1.0, batch + 1 / layout.mixed))
-        wait = waiting(layout.mixed, load, float(services.mean()), float((services**2).mean()))
+        if load >= 1 or batch >= times.places:
+            return _overloaded(layout, rate, load, batch < times.places, batch, 0.0)
+        wait = waiting(layout.mixed, load, *_moments(services))
+        step_s, growth = times.step_s(batch + 1 / layout.mixed)
         variance = _swing(batch, growth / step_s * batch, layout.mixed)
-        sync = step_s * (0.5 + self.ahead) * min(1.0, batch)
-        ttft = wait.overall_s + float(services.mean()) + sync
-        ttft_met = self._ttft_met(wait, services, prefill.full, load, sync)
-        tpot_met, e2e_met, tpot = self._outputs_met(
-            step_s, growth, variance, taken, per_worker * float((extra**2).mean()), 0.0, ttft
-        )
-        room = self._room(batch, variance)
+        sync = self._until_planned(step_s, batch)
+        ttft = wait.overall_s + _mean(services) + sync
+        ttft_met = self._ttft_met(wait, services, prompts.full, load, sync)
+        squares = per_worker * _mean(extra * extra)
+        outputs = self._outputs_met(step_s, growth, variance, taken, squares, 0.0, ttft)
+        return self._found(layout, rate, ttft_met, outputs, variance, ttft, load, batch, 0.0)
+
+    def _found(
+        self,
+        layout: Layout,
+        rate: float,
+        ttft_met: float,
+        outputs: tuple[float, float, float],
+        variance: float,
+        ttft_s: float,
+        load: float,
+        batch: float,
+        link_load: float,
+    ) -> Forecast:
+        tpot_met, e2e_met, tpot_s = outputs
+        room = (self.times.places - batch) / math.sqrt(max(variance, 1e-9))
+        room_met = float(normal_below(np.asarray(room)))
+        all_met = ttft_met * tpot_met * e2e_met * room_met
         return Forecast(
-            layout, rate, ttft_met * tpot_met * e2e_met * room, ttft_met, tpot_met, e2e_met, room,
-            ttft, tpot, load, batch,
-        )  # fmt: skip
+            layout,
+            rate,
+            all_met,
+            ttft_met,
+            tpot_met,
+            e2e_met,
+            room_met,
+            ttft_s,
+            tpot_s,
+            load,
+            batch,
+            link_load,
+        )
+
+    # ---- parts -----------------------------------------------------------------------------------------
+
+    def _until_planned(self, step_s: float, batch: float) -> float:
+        """Mean time until what has come during a decode step is in one: the rest of it, and of one planned already."""
+        return step_s * (0.5 + self.ahead) * min(1.0, batch)
 
     def _ttft_met(self, wait: Waiting, services: Array, full: Array, load: float, sync: float) -> float:
         """Share of prompts whose first token comes in time.
@@ -396,12 +177,11 @@ class Planner:
         limit = self.outlook.slo.ttft_s
         if limit == math.inf:
             return 1.0
-        budget = self.outlook.max_num_batched_tokens
+        prompts, budget = self.times.prompts, self.outlook.max_num_batched_tokens
         slack = limit - services - sync
-        others = np.maximum(0.0, (-self.prompts) % budget) * float(full.sum() / self.prompts.sum())
-        return float(
-            wait.within(np.where(slack > 0, np.maximum(slack / (1 + load), slack - others), slack)).mean()
-        )
+        others = (-prompts % budget) * float(full.sum() / prompts.sum())
+        left = np.where(slack > 0, np.maximum(slack / (1 + load), slack - others), slack)
+        return _mean(wait.within(left))
 
     def _outputs_met(
         self,
@@ -411,61 +191,58 @@ class Planner:
         taken: float,
         squares: float,
         handover: float,
-        ttft: float,
+        ttft_s: float,
     ) -> tuple[float, float, float]:
         """(share that meets TPOT, share that meets E2E, mean TPOT).
 
         Args:
+            step_s, growth, variance: of a decode step; of a step for one sequence more; of the batch
             taken, squares: λE[X] and λE[X²] of the time X that a prompt takes from those that decode
-            handover: from the first token on until the second can be computed
+            handover: from the first token on until the second is begun
         """
-        slo, gaps = self.outlook.slo, self.gaps
+        slo, gaps = self.outlook.slo, self.times.gaps
         some = gaps > 0
         work = gaps * step_s
-        mean = work / (1 - taken) + handover
-        # A window as long as a request sees two thirds of the batch's variance (all requests alike).
-        spread = 2 / 3 * variance * (gaps * growth / (1 - taken)) ** 2 + work * squares / (1 - taken) ** 3
-        tpot = float((mean[some] / gaps[some]).mean()) if some.any() else 0.0
-        mean = np.where(some, mean, 1e-9)
+        # The time of work D that is interrupted at rate λ for X: mean D/(1 - u), variance D·λE[X²]/(1 - u)³.
+        mean = np.where(some, work / (1 - taken) + handover, 1e-9)
+        spread = WINDOW * variance * (gaps * growth / (1 - taken)) ** 2 + work * squares / (1 - taken) ** 3
+        tpot_s = _mean(mean[some] / gaps[some]) if some.any() else 0.0
         tpot_met = e2e_met = 1.0
         if slo.tpot_s < math.inf:
-            tpot_met = float(np.where(some, sum_below(slo.tpot_s * gaps, mean, spread), 1.0).mean())
+            tpot_met = _mean(np.where(some, sum_below(slo.tpot_s * gaps, mean, spread), 1.0))
         if slo.e2e_s < math.inf:
-            left = np.full_like(gaps, slo.e2e_s - ttft)
-            e2e_met = float(np.where(some, sum_below(left, mean, spread), left > 0).mean())
-        return tpot_met, e2e_met, tpot
+            left = np.full_like(gaps, slo.e2e_s - ttft_s)
+            e2e_met = _mean(np.where(some, sum_below(left, mean, spread), left > 0))
+        return tpot_met, e2e_met, tpot_s
 
-    def _handover(self, layout: Layout, rate: float, services: Array) -> tuple[float, float]:
+    def _handover(self, layout: Layout, rate: float, prefill_s: float) -> tuple[float, float]:
         """(load of the busiest cards, mean seconds from the first token on until all blocks are there)."""
-        transfer, outlook = self.outlook.transfer, self.outlook
+        transfer, outlook, prompt = self.outlook.transfer, self.outlook, self.times.mean_prompt
         if transfer is None:
             return 0.0, 0.0
-        blocks = self.mean_prompt / outlook.block_size + 0.5
-        nbytes = blocks * outlook.block_bytes
-        sending = nbytes / transfer.bytes_per_s
+        blocks = prompt / outlook.block_size + 0.5
+        sending = blocks * outlook.block_bytes / transfer.bytes_per_s
         load = rate / min(layout.prefills, layout.decodes) * sending
         if load >= 1:
             return load, math.inf
-        chunks = max(1.0, math.ceil(self.mean_prompt / outlook.max_num_batched_tokens))
-        last = sending / chunks
-        behind = max(0.0, (chunks - 1) * (last - float(services.mean()) / chunks))
-        return load, transfer.setup_s + blocks / chunks * transfer.block_s + (last + behind) / (1 - load)
+        chunks = max(1.0, math.ceil(prompt / outlook.max_num_batched_tokens))
+        left = max(sending / chunks, sending - prefill_s * (chunks - 1) / chunks)
+        return load, transfer.setup_s + blocks / chunks * transfer.block_s + left / (1 - load)
 
-    def _room(self, batch: float, variance: float) -> float:
-        z = np.asarray([(self.places - batch) / math.sqrt(max(variance, 1e-9))])
-        return float(normal_below(z)[0])
+    # ---- over rates and layouts ------------------------------------------------------------------------
 
     def capacity(self, layout: Layout) -> Forecast:
         """At the highest rate at which `share` of the requests still get what they were promised.
 
-        A rate of (almost) 0 with an attainment below `share` means that it can't be had at any rate.
+        A rate of 0 means that they don't at any rate; the rest then says what is missed by requests on their own.
         """
-        low, high = 0.0, self._ceiling(layout)
-        least = self.forecast(layout, 1e-3 * high)
-        if least.attainment < self.share:
-            return least._replace(rate=0.0)
-        best = least
-        low, low_met, high_met = 1e-3 * high, least.attainment, 0.0
+        layout.check()
+        high = self.ceiling(layout)
+        low = 1e-4 * high
+        best = self.forecast(layout, low)
+        if best.attainment < self.share:
+            return best._replace(rate=0.0)
+        low_met, high_met = best.attainment, 0.0
         for turn in range(24):
             if high - low < 2e-3 * high:
                 break
@@ -479,48 +256,60 @@ class Planner:
                 high, high_met = rate, found.attainment
         return best
 
-    def _ceiling(self, layout: Layout) -> float:
-        """A rate that cannot be served: prefill, decode or the links are full."""
-        tokens_per_s = self._token_rates[-1]
-        of_decode = tokens_per_s / self.mean_gaps if self.mean_gaps else math.inf
-        of_prefill = 1 / float(self._prefill_at(0).full.mean())
+    def ceiling(self, layout: Layout) -> float:
+        """Requests a second at which prefill, decode or the links are full, whatever is promised."""
+        times = self.times
+        decode = times.most_tokens_per_s / times.mean_gaps if times.mean_gaps else math.inf
+        prefill = 1 / float(times.beside(0).full.mean())
         if layout.mixed:
-            return layout.mixed * min(of_decode, of_prefill)
-        found = min(layout.decodes * of_decode, layout.prefills * of_prefill)
-        if self.outlook.transfer is not None:
-            load, _ = self._handover(layout, 1.0, self._prefill_at(0).full)
-            found = min(found, 1 / load if load else math.inf)
-        return found
+            return layout.mixed * min(decode, prefill)
+        link, _ = self._handover(layout, 1e-9, 0.0)
+        return min(layout.decodes * decode, layout.prefills * prefill, 1e-9 / link if link else math.inf)
 
     def rank(self, candidates: Iterable[Layout], rate: float | None = None) -> list[Forecast]:
         """Best first: by the share that gets what it was promised at `rate`, or by capacity."""
         if rate is None:
             return sorted(map(self.capacity, candidates), key=lambda each: -each.rate)
-        return sorted((self.forecast(each, rate) for each in candidates), key=lambda each: -each.attainment)
+        found = [self.forecast(each, rate) for each in candidates]
+        return sorted(found, key=lambda each: (-each.attainment, -self.ceiling(each.layout)))
 
 
-_GRID = (0, 1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-
-
-def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> tuple[float, float]:
-    """(y, its slope) at x between points of rising x; straight on behind the ends."""
-    place = min(max(bisect_right(xs, x) - 1, 0), len(xs) - 2)
-    while place and xs[place + 1] == xs[place]:
-        place -= 1
-    width = xs[place + 1] - xs[place]
-    slope = (ys[place + 1] - ys[place]) / width if width else 0.0
-    return ys[place] + slope * (x - xs[place]), slope
+def _overloaded(
+    layout: Layout, rate: float, load: float, decodes: bool, batch: float, link_load: float
+) -> Forecast:
+    """Queues grow for ever; which of them is told by the shares that are 0."""
+    return Forecast(
+        layout,
+        rate,
+        ttft_met=float(load < 1),
+        tpot_met=float(decodes),
+        e2e_met=0.0,
+        room_met=float(decodes),
+        prefill_load=load,
+        batch=batch,
+        link_load=link_load,
+    )
 
 
 def _shared(rate: float, alone: Array, full: Array) -> tuple[float, Array]:
-    """(load, services) of a worker whose prompts are alone in their steps while it is idle, and share them when it is
-    busy: S = ρ·full + (1 − ρ)·alone, and ρ = λE[S]."""
-    a, f = rate * float(alone.mean()), rate * float(full.mean())
-    load = a / (1 + a - f) if f < 1 else f
+    """(load, service times) of a worker whose prompts are alone in their steps while it is idle and share them when it
+    is busy: S = ρ·full + (1 − ρ)·alone, and ρ = λE[S]."""
+    of_alone, of_full = rate * _mean(alone), rate * _mean(full)
+    load = of_alone / (1 + of_alone - of_full) if of_full < 1 else of_full
     part = min(load, 1.0)
     return load, part * full + (1 - part) * alone
 
 
+def _mean(values: Array) -> float:
+    return float(np.add.reduce(values)) / len(values)  # a third of the time of `values.mean()`
+
+
+def _moments(values: Array) -> tuple[float, float, float]:
+    squares = values * values
+    return _mean(values), _mean(squares), _mean(squares * values)
+
+
 def _swing(batch: float, share: float, workers: int) -> float:
-    """Variance of a worker's batch: that of a shared processor, evened out over workers by routing to the emptiest."""
-    return batch / max(1 - share, 0.05) / workers + (0.5 if workers > 1 else 0.0)
+    """Variance of a worker's batch: a shared processor's, B/(1 − share), evened out by routing to the emptiest."""
+    whole = batch / max(1 - share, 0.05)
+    return whole / workers + 0.5 * min(1.0, batch) * (1 - 1 / workers)

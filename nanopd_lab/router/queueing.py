@@ -15,10 +15,11 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Waiting(NamedTuple):
-    """How long an arrival waits: not at all, or with `probability` for an exponential time of `mean_s`."""
+    """How long an arrival waits: not at all, or with `probability` for a time of this mean and variance."""
 
     probability: float
     mean_s: float
+    variance_s2: float
 
     @property
     def overall_s(self) -> float:
@@ -31,29 +32,31 @@ class Waiting(NamedTuple):
             return np.where(seconds >= 0, 1.0, 0.0)
         if self.mean_s == math.inf:
             return np.zeros_like(seconds)
-        late = self.probability * np.exp(-np.maximum(seconds, 0.0) / self.mean_s)
+        late = self.probability * (1.0 - sum_below(seconds, self.mean_s, self.variance_s2))
         return np.where(seconds >= 0, 1.0 - late, 0.0)
 
 
-def waiting(servers: int, load: float, mean_s: float, square_s2: float) -> Waiting:
+def waiting(servers: int, load: float, mean_s: float, square_s2: float, cube_s3: float) -> Waiting:
     """Of Poisson arrivals at `servers` of which each takes what comes first (M/G/c).
 
-    The probability to wait is ρ^(√(2(c+1)) − 1) (Sakasegawa, 1977; for one server ρ, exactly), and the mean of those
-    that wait is that of M/M/c times half of E[S²]/E[S]² (Lee and Longton, 1959), which for one server gives Pollaczek
-    and Khinchine's λE[S²]/(2(1 − ρ)). That their times are exponential is Kingman's limit of heavy traffic (1962); at
-    small loads the far tail comes out too long. Sending each arrival to the server with the least work left is the
-    same as one queue for all.
+    For one server the first two moments are exact (Pollaczek and Khinchine; Takács): with ρ the load, a share of ρ
+    waits, E[W] = λE[S²]/(2(1 − ρ)) and E[W²] = 2E[W]² + λE[S³]/(3(1 − ρ)). For c servers the probability is
+    ρ^(√(2(c+1)) − 1) (Sakasegawa, 1977), and who waits does so as at one server that is c times as fast (Lee and
+    Longton, 1959). Between the moments a gamma distribution stands in. Sending each arrival to the server with the
+    least work left is the same as one queue for all.
 
     Args:
         load: ρ, the share of time a server is busy; 1 or more: all wait, for ever
-        mean_s, square_s2: E[S] and E[S²] of a service
+        mean_s, square_s2, cube_s3: E[S], E[S²] and E[S³] of a service
     """
     if load >= 1:
-        return Waiting(1.0, math.inf)
+        return Waiting(1.0, math.inf, math.inf)
     if load <= 0 or mean_s <= 0:
-        return Waiting(0.0, 0.0)
+        return Waiting(0.0, 0.0, 0.0)
     probability = load ** (math.sqrt(2 * (servers + 1)) - 1)
-    return Waiting(probability, square_s2 / mean_s / (2 * servers * (1 - load)))
+    mean = square_s2 / mean_s / (2 * servers * (1 - load))
+    square = 2 * load * mean * mean + cube_s3 / mean_s / (3 * servers * servers * (1 - load))
+    return Waiting(probability, mean, square - mean * mean)
 
 
 def normal_below(z: Array) -> Array:
@@ -62,9 +65,9 @@ def normal_below(z: Array) -> Array:
     return found
 
 
-def sum_below(limit: Array, mean: Array, variance: Array) -> Array:
-    """Share of a sum of positive parts that stays below `limit`, `[n]` each: a gamma distribution of the same mean and
-    variance, whose cube root is nearly normal (Wilson and Hilferty, 1931)."""
+def sum_below(limit: Array, mean: Array | float, variance: Array | float) -> Array:
+    """Share of a sum of positive parts that stays below `limit`, `[n]` or one for all: a gamma distribution of the same
+    mean and variance, whose cube root is nearly normal (Wilson and Hilferty, 1931)."""
     spread = np.maximum(variance, 1e-12 * mean * mean) / (9.0 * mean * mean)
     root = np.cbrt(np.maximum(limit, 0.0) / mean)
     return normal_below((root - 1.0 + spread) / np.sqrt(spread))
