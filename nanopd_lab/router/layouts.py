@@ -77,7 +77,12 @@ def _strata(lengths: Sequence[float], strata: int) -> tuple[float, ...]:
         return (lengths[0],)
     if len(lengths) <= strata:
         return tuple(lengths)
-    return tuple(float(part.mean()) for part in np.array_split(np.asarray(lengths, float), strata))
+    # A length may lie in two parts: the sum up to each cut, also between lengths.
+    count = len(lengths)
+    sums = np.interp(
+        np.linspace(0, count, strata + 1), np.arange(count + 1), np.concatenate(([0.0], np.cumsum(lengths)))
+    )
+    return tuple((np.diff(sums) * strata / count).tolist())
 
 
 class Forecast(NamedTuple):
