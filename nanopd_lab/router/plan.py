@@ -29,7 +29,16 @@ import numpy as np
 
 from nanopd_lab.router.layouts import Forecast, Layout, Workload
 from nanopd_lab.router.outlook import Outlook
-from nanopd_lab.router.queueing import Array, Waiting, normal_below, sum_below, waiting
+from nanopd_lab.router.queueing import (
+    Array,
+    Service,
+    Waiting,
+    mean,
+    normal_below,
+    sum_below,
+    wait_power,
+    waiting,
+)
 from nanopd_lab.router.worker_times import WorkerTimes
 
 SHARE = 0.9
@@ -93,42 +102,56 @@ class Planner:
     def _split(self, layout: Layout, rate: float) -> Forecast:
         times = self.times
         prompts = times.beside(0)
-        load, services = _shared(rate / layout.prefills, prompts.alone, prompts.full)
+        load, services = _shared(rate / layout.prefills, prompts.alone, prompts.full, layout.prefills)
         batch = times.batch_of(rate / layout.decodes * times.mean_gaps)
-        link_load, handover = self._handover(layout, rate, _mean(services))
+        link_load, handover = self._handover(layout, rate, mean(services))
         if load >= 1 or batch >= times.places or link_load >= 1:
             return _overloaded(layout, rate, load, batch < times.places, batch, link_load)
-        wait = waiting(layout.prefills, load, *_moments(services))
+        queued = _queued(rate / layout.prefills, services, prompts.full)
+        wait = waiting(layout.prefills, load, Service.of(services), queued=queued)
         step_s, growth = times.step_s(batch + 1 / layout.decodes)
         variance = _swing(batch, growth / step_s * batch, layout.decodes)
-        handover += self._until_planned(step_s, batch)
-        ttft = wait.overall_s + _mean(services)
-        ttft_met = self._ttft_met(wait, services, prompts.full, load, 0.0)
+        # A decode worker hears of the blocks, and then that they have arrived.
+        handover += 2 * self._until_planned(step_s, batch)
+        ttft, ttft_met = self._ttft(wait, services, prompts.full, queued[0], 0.0)
         outputs = self._outputs_met(step_s, growth, variance, 0.0, 0.0, handover, ttft)
         return self._found(layout, rate, ttft_met, outputs, variance, ttft, load, batch, link_load)
 
     def _mixed(self, layout: Layout, rate: float) -> Forecast:
-        times, per_worker = self.times, rate / layout.mixed
-        batch = 0.0
-        for _ in range(8):
+        times, workers = self.times, layout.mixed
+        per_worker, batch = rate / workers, 0.0
+        for _ in range(10):
             prompts = times.beside(min(batch, times.places))
-            load, services = _shared(per_worker, prompts.alone, prompts.full)
-            part = min(load, 1.0)
+            load, services = _shared(per_worker, prompts.alone, prompts.full, 1)
+            part = min(load, 1.0) ** 2
             extra = part * prompts.full_extra + (1 - part) * prompts.alone_extra
-            taken = per_worker * _mean(extra)
+            # A prompt goes where nobody is disturbed, as long as there is such a worker.
+            crowded = min(1.0, batch + load) ** wait_power(workers)
+            taken = per_worker * mean(extra) * crowded
             before = batch
             batch = times.batch_of(per_worker * times.mean_gaps / (1 - taken)) if taken < 1 else math.inf
             if batch == math.inf or abs(batch - before) <= 1e-3 * batch:
                 break
         if load >= 1 or batch >= times.places:
             return _overloaded(layout, rate, load, batch < times.places, batch, 0.0)
-        wait = waiting(layout.mixed, load, *_moments(services))
-        step_s, growth = times.step_s(batch + 1 / layout.mixed)
-        variance = _swing(batch, growth / step_s * batch, layout.mixed)
+        blind = _blindness(batch, workers)
+        queued = _queued(per_worker, services, prompts.full)
+        uneven = 1 / workers + (1 - 1 / workers) * blind**2 / 3
+        wait = waiting(
+            1,
+            load,
+            Service.of(services),
+            probability=load * blind,
+            queued=queued,
+            unevenness=uneven,
+        )
+        step_s, growth = times.step_s(batch + 1 / workers)
+        variance = _swing(batch, growth / step_s * batch, workers)
         sync = self._until_planned(step_s, batch)
-        ttft = wait.overall_s + _mean(services) + sync
-        ttft_met = self._ttft_met(wait, services, prompts.full, load, sync)
-        squares = per_worker * _mean(extra * extra)
+        ttft, ttft_met = self._ttft(wait, services, prompts.full, uneven * queued[0], sync)
+        each = Service.of(extra)
+        squares = each.square_s2 - each.mean_s**2 * (1 - 1 / workers - blind**4)
+        squares *= per_worker * crowded
         outputs = self._outputs_met(step_s, growth, variance, taken, squares, 0.0, ttft)
         return self._found(layout, rate, ttft_met, outputs, variance, ttft, load, batch, 0.0)
 
@@ -169,19 +192,23 @@ class Planner:
         """Mean time until what has come during a decode step is in one: the rest of it, and of one planned already."""
         return step_s * (0.5 + self.ahead) * min(1.0, batch)
 
-    def _ttft_met(self, wait: Waiting, services: Array, full: Array, load: float, sync: float) -> float:
-        """Share of prompts whose first token comes in time.
+    def _ttft(
+        self, wait: Waiting, services: Array, full: Array, load: float, sync: float
+    ) -> tuple[float, float]:
+        """(mean TTFT, share of prompts whose first token comes in time).
 
         Who waits shares its step with prompts that come meanwhile, up to a step's budget: waiting grows by as much.
         """
+        prompts = self.times.prompts
+        others = (-prompts % self.outlook.max_num_batched_tokens) * float(full.sum() / prompts.sum())
+        shared = wait.probability * min(load * wait.mean_s, mean(others)) if wait.probability else 0.0
+        ttft_s = wait.overall_s + shared + mean(services) + sync
         limit = self.outlook.slo.ttft_s
         if limit == math.inf:
-            return 1.0
-        prompts, budget = self.times.prompts, self.outlook.max_num_batched_tokens
+            return ttft_s, 1.0
         slack = limit - services - sync
-        others = (-prompts % budget) * float(full.sum() / prompts.sum())
         left = np.where(slack > 0, np.maximum(slack / (1 + load), slack - others), slack)
-        return _mean(wait.within(left))
+        return ttft_s, mean(wait.within(left))
 
     def _outputs_met(
         self,
@@ -204,15 +231,15 @@ class Planner:
         some = gaps > 0
         work = gaps * step_s
         # The time of work D that is interrupted at rate λ for X: mean D/(1 - u), variance D·λE[X²]/(1 - u)³.
-        mean = np.where(some, work / (1 - taken) + handover, 1e-9)
+        expected = np.where(some, work / (1 - taken) + handover, 1e-9)
         spread = WINDOW * variance * (gaps * growth / (1 - taken)) ** 2 + work * squares / (1 - taken) ** 3
-        tpot_s = _mean(mean[some] / gaps[some]) if some.any() else 0.0
+        tpot_s = mean(expected[some] / gaps[some]) if some.any() else 0.0
         tpot_met = e2e_met = 1.0
         if slo.tpot_s < math.inf:
-            tpot_met = _mean(np.where(some, sum_below(slo.tpot_s * gaps, mean, spread), 1.0))
+            tpot_met = mean(np.where(some, sum_below(slo.tpot_s * gaps, expected, spread), 1.0))
         if slo.e2e_s < math.inf:
             left = np.full_like(gaps, slo.e2e_s - ttft_s)
-            e2e_met = _mean(np.where(some, sum_below(left, mean, spread), left > 0))
+            e2e_met = mean(np.where(some, sum_below(left, expected, spread), left > 0))
         return tpot_met, e2e_met, tpot_s
 
     def _handover(self, layout: Layout, rate: float, prefill_s: float) -> tuple[float, float]:
@@ -291,22 +318,33 @@ def _overloaded(
     )
 
 
-def _shared(rate: float, alone: Array, full: Array) -> tuple[float, Array]:
-    """(load, service times) of a worker whose prompts are alone in their steps while it is idle and share them when it
-    is busy: S = ρ·full + (1 − ρ)·alone, and ρ = λE[S]."""
-    of_alone, of_full = rate * _mean(alone), rate * _mean(full)
-    load = of_alone / (1 + of_alone - of_full) if of_full < 1 else of_full
-    part = min(load, 1.0)
+def _shared(rate: float, alone: Array, full: Array, servers: int) -> tuple[float, Array]:
+    """(load, service times) of workers whose prompts share steps when two of them wait: S = p·full + (1 − p)·alone with
+    p the load times the probability to wait, and the load ρ = λE[S]."""
+    of_alone, of_full = rate * mean(alone), rate * mean(full)
+    if of_full >= 1:
+        return of_full, full
+    power, load, gain = 1 + wait_power(servers), min(of_alone, 1.0), of_alone - of_full
+    for _ in range(4):  # Newton's; ρ + (λA - λF)·ρ^k is convex, so that it comes down from above
+        part = load**power
+        load -= (load + gain * part - of_alone) / (1 + gain * power * part / load)
+    part = load**power
     return load, part * full + (1 - part) * alone
 
 
-def _mean(values: Array) -> float:
-    return float(np.add.reduce(values)) / len(values)  # a third of the time of `values.mean()`
+def _queued(rate: float, services: Array, full: Array) -> tuple[float, Service]:
+    """(load, services) of the queue behind a step: steps get fuller with it, half of the way."""
+    between = (services + full) / 2
+    return rate * mean(between), Service.of(between)
 
 
-def _moments(values: Array) -> tuple[float, float, float]:
-    squares = values * values
-    return _mean(values), _mean(squares), _mean(squares * values)
+def _blindness(batch: float, workers: int) -> float:
+    """How far requests come to a mixed worker as if nobody looked where prompts are computed: 0 to 1.
+
+    Routing to the fewest jobs sees a prompt as one job beside the batch's. How fast that gets lost in larger batches,
+    and what follows for waiting, is fitted to simulations and not derived.
+    """
+    return batch / (batch + 1.2 * (workers - 1)) if workers > 1 else 1.0
 
 
 def _swing(batch: float, share: float, workers: int) -> float:

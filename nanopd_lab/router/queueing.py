@@ -36,27 +36,72 @@ class Waiting(NamedTuple):
         return np.where(seconds >= 0, 1.0 - late, 0.0)
 
 
-def waiting(servers: int, load: float, mean_s: float, square_s2: float, cube_s3: float) -> Waiting:
+class Service(NamedTuple):
+    """E[S], E[S²] and E[S³] of service times, in s, s² and s³."""
+
+    mean_s: float
+    square_s2: float
+    cube_s3: float
+
+    @classmethod
+    def of(cls, times: Array) -> Service:
+        """Of a sample, `[n]`."""
+        squares = times * times
+        return cls(mean(times), mean(squares), mean(squares * times))
+
+    @property
+    def residual(self) -> tuple[float, float]:
+        """(mean, variance) of what is left of a service when somebody comes: E[S²]/2E[S], E[S³]/3E[S]."""
+        left = self.square_s2 / (2 * self.mean_s)
+        return left, self.cube_s3 / (3 * self.mean_s) - left * left
+
+
+def waiting(
+    servers: int,
+    load: float,
+    service: Service,
+    *,
+    probability: float | None = None,
+    queued: tuple[float, Service] | None = None,
+    unevenness: float = 1.0,
+) -> Waiting:
     """Of Poisson arrivals at `servers` of which each takes what comes first (M/G/c).
 
-    For one server the first two moments are exact (Pollaczek and Khinchine; Takács): with ρ the load, a share of ρ
-    waits, E[W] = λE[S²]/(2(1 − ρ)) and E[W²] = 2E[W]² + λE[S³]/(3(1 − ρ)). For c servers the probability is
-    ρ^(√(2(c+1)) − 1) (Sakasegawa, 1977), and who waits does so as at one server that is c times as fast (Lee and
-    Longton, 1959). Between the moments a gamma distribution stands in. Sending each arrival to the server with the
-    least work left is the same as one queue for all.
+    Who waits does so for what is left of a service, and then as long as anybody (Pollaczek and Khinchine's formula,
+    taken apart): W|W>0 = R + W, with E[W] = ρE[R]/(1 − ρ) and Var W = E[W]² + ρE[R²]/(1 − ρ). For one server this is
+    exact. For c servers the probability to wait is ρ^(√(2(c+1)) − 1) (Sakasegawa, 1977), and who waits does so as at
+    one server that is c times as fast (Lee and Longton, 1959). Sending each arrival to the server with the least work
+    left is the same as one queue for all.
 
     Args:
         load: ρ, the share of time a server is busy; 1 or more: all wait, for ever
-        mean_s, square_s2, cube_s3: E[S], E[S²] and E[S³] of a service
+        probability: to wait, if known better
+        queued: load and services of the queue behind the service under way, where they are others
+        unevenness: of arrivals, the variance of their number in a long time over that of Poisson arrivals
     """
-    if load >= 1:
+    behind, queue = queued or (load, service)
+    if max(load, behind) >= 1:
         return Waiting(1.0, math.inf, math.inf)
-    if load <= 0 or mean_s <= 0:
+    if load <= 0 or service.mean_s <= 0:
         return Waiting(0.0, 0.0, 0.0)
-    probability = load ** (math.sqrt(2 * (servers + 1)) - 1)
-    mean = square_s2 / mean_s / (2 * servers * (1 - load))
-    square = 2 * load * mean * mean + cube_s3 / mean_s / (3 * servers * servers * (1 - load))
-    return Waiting(probability, mean, square - mean * mean)
+    (left, spread), (left_q, spread_q) = service.residual, queue.residual
+    more = behind * left_q / (1 - behind)
+    variance = more * more + behind * (spread_q + left_q * left_q) / (1 - behind)
+    return Waiting(
+        load ** wait_power(servers) if probability is None else probability,
+        (left + unevenness * more) / servers,
+        (spread + unevenness * variance) / servers**2,
+    )
+
+
+def mean(values: Array) -> float:
+    """Of `[n]`, in a third of the time of `values.mean()`."""
+    return float(np.add.reduce(values)) / len(values)
+
+
+def wait_power(servers: int) -> float:
+    """The probability to wait is the load to this power."""
+    return math.sqrt(2 * (servers + 1)) - 1
 
 
 def normal_below(z: Array) -> Array:

@@ -8,20 +8,20 @@ import math
 import numpy as np
 import pytest
 
-from nanopd_lab.router.queueing import normal_below, sum_below, waiting
+from nanopd_lab.router.queueing import Service, normal_below, sum_below, waiting
 
 
 @pytest.mark.parametrize(("load", "ttft_ms"), [(0.3, 87.6), (0.5, 108.3), (0.7, 156.3), (0.9, 397.0)])
 def test_md1_mean_is_distserves(load: float, ttft_ms: float) -> None:
     """REFERENCES, section 2: DistServe's OPT-13B at 512 tokens takes 72.1 ms; D + ρD/(2(1 - ρ))."""
     step = 72.14e-3
-    found = waiting(1, load, step, step**2, step**3)
+    found = waiting(1, load, Service(step, step**2, step**3))
     assert step + found.overall_s == pytest.approx(ttft_ms / 1e3, rel=2e-3)
 
 
 def test_one_exponential_server_is_exact() -> None:
     """M/M/1: P(W > t) = ρ·exp(-(1 - ρ)t/E[S]); the gamma distribution of its moments is that exponential one."""
-    found = waiting(1, 0.6, 1.0, 2.0, 6.0)
+    found = waiting(1, 0.6, Service(1.0, 2.0, 6.0))
     assert found.probability == pytest.approx(0.6)
     assert (found.mean_s, found.variance_s2) == pytest.approx((2.5, 2.5**2))
     times = np.array([0.0, 1.0, 3.0, 8.0])
@@ -40,7 +40,7 @@ def test_md1_tail_is_erlangs() -> None:
             )
             for t in times
         ]
-        assert waiting(1, load, 1.0, 1.0, 1.0).within(times) == pytest.approx(exact, abs=0.03)
+        assert waiting(1, load, Service(1.0, 1.0, 1.0)).within(times) == pytest.approx(exact, abs=0.03)
 
 
 @pytest.mark.parametrize("servers", [2, 5, 12])
@@ -57,7 +57,7 @@ def test_many_servers_as_a_queue_that_is_played(servers: int, load: float) -> No
         start = max(now, free[0])
         heapq.heapreplace(free, start + service)
         waited[number] = start - now
-    found = waiting(servers, load, 1.0, float((services**2).mean()), float((services**3).mean()))
+    found = waiting(servers, load, Service.of(services))
     assert found.overall_s == pytest.approx(float(waited.mean()), abs=0.1)
     for limit in (0.5, 1.0):
         assert float(found.within(np.array(limit))) == pytest.approx(
@@ -66,14 +66,14 @@ def test_many_servers_as_a_queue_that_is_played(servers: int, load: float) -> No
 
 
 def test_a_full_server_lets_everybody_wait_for_ever() -> None:
-    found = waiting(3, 1.0, 1.0, 1.0, 1.0)
+    found = waiting(3, 1.0, Service(1.0, 1.0, 1.0))
     assert found.overall_s == math.inf
     assert not found.within(np.array([1e9])).any()
 
 
 def test_nobody_waits_without_load_and_nothing_meets_a_negative_limit() -> None:
     for load in (0.0, 0.5):
-        within = waiting(1, load, 1.0, 1.0, 1.0).within(np.array([-1.0, 1e6]))
+        within = waiting(1, load, Service(1.0, 1.0, 1.0)).within(np.array([-1.0, 1e6]))
         assert within == pytest.approx([0.0, 1.0])
 
 
