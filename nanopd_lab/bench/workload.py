@@ -62,10 +62,10 @@ class Uniform:
         Raises:
             ValueError: a ratio outside [0, 1), or less than 1 token.
         """
-        if not 0 <= ratio < 1 or tokens < 1:
-            raise ValueError(
-                f"{tokens} tokens with range ratio {ratio}; give 1 or more, and a ratio in [0, 1)"
-            )
+        if tokens < 1:
+            raise ValueError(f"a length of {tokens} tokens; it must be at least 1")
+        if not 0 <= ratio < 1:
+            raise ValueError(f"range ratio {ratio}; it must lie in [0, 1)")
         return cls(max(1, math.floor(tokens * (1 - ratio))), math.ceil(tokens * (1 + ratio)))
 
 

@@ -19,12 +19,12 @@ TEXTS = ("sharegpt", "prompts")
 
 
 def add_workload_options(
-    parser: argparse.ArgumentParser, num_prompts: int = 1000, rates: bool = True
+    parser: argparse.ArgumentParser, num_prompts: int = 1000, rates: bool = True, rate: float = math.inf
 ) -> None:
     """Add the flags.
 
     Args:
-        num_prompts: the default
+        num_prompts, rate: defaults; a trace's own times go before the rate's
         rates: with those that say when requests come, and the seed
     """
     parser.add_argument(
@@ -40,9 +40,10 @@ def add_workload_options(
         parser.add_argument(
             "--request-rate",
             type=float,
-            help="requests a second; inf: all at once. Default: a trace's own times, else inf",
+            help=f"requests a second; inf: all at once. Default: a trace's own times, else {rate:g}",
         )
         parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(default_rate=rate)
     parser.add_argument(
         "--burstiness",
         type=float,
@@ -165,7 +166,7 @@ def _arrivals(args: argparse.Namespace, rate: float | None) -> Arrivals:
         ramp_up = RampUp(args.ramp_up_strategy, *ends)
     elif ends != (None, None):
         raise ValueError("--ramp-up-start-rps and --ramp-up-end-rps need --ramp-up-strategy")
-    return Arrivals(math.inf if rate is None else rate, args.burstiness, ramp_up)
+    return Arrivals(args.default_rate if rate is None else rate, args.burstiness, ramp_up)
 
 
 def _texts(args: argparse.Namespace, arrivals: Arrivals, seed: int, name: str) -> Workload:

@@ -80,7 +80,7 @@ def test_nanopds_mixture_is_short_or_long_with_nothing_between() -> None:
 def test_lengths_around_a_mean_are_uniform() -> None:
     assert Uniform.around(100, 0.2) == Uniform(80, 120)
     assert Uniform.around(7, 0.0) == Uniform(7, 7)
-    with pytest.raises(ValueError, match=r"ratio in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"it must lie in \[0, 1\)"):
         Uniform.around(100, 1.0)
     assert Mixed((Fixed(3),)).draw(random.Random(0)) == 3
 
