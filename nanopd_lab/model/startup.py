@@ -117,7 +117,7 @@ def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int
 
 
 def _settle(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
-    """Run wide steps that no graph holds: compiling, loading kernels and asking for memory is not for the first request.
+    """Run wide steps that no graph holds: the first request need not wait for compiling or for memory.
 
     One of few long prompts and one of many short ones, as their attention and their sampling differ.
     """
