@@ -74,6 +74,7 @@ def disaggregation(
         "transferred_bytes": sum(path.transferred_bytes for path in paths),
         "cached_tokens": sum(path.cached_tokens for path in paths),
         "computed_tokens": sum(path.computed_tokens for path in paths),
+        "preemptions": sum(path.preemptions for path in paths),
         "retries": sum(max(0, len(record.path.attempts) - 1) for record in records if record.path),
         "mean_concurrency": mean_concurrency(served),
         "per_gpu": {

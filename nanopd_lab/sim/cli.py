@@ -117,7 +117,6 @@ def run(args: argparse.Namespace) -> int:
         raise RuntimeError(f"the simulation lost something: {problems[0]}")
     setting = machine.setting(args.workers, args.policy, args.label)
     record = serving_result(result.records, workload, setting, slo, selection, detailed=args.save_detailed)
-    record["pd"]["preemptions"] = sum(worker.preemptions for worker in result.workers)
     print(summary(record))
     print(
         f"simulated {record['duration']:.1f} s in {seconds:.1f} s: {len(result.records) / seconds:,.0f} requests a "
