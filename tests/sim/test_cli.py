@@ -95,7 +95,7 @@ def test_a_killed_worker_fails_nothing(tmp_path: Path) -> None:
         (["--policy", "9p9d"], "needs 9 + 9 workers"),
         (["--request-rate", "0"], "rate is 0.0"),
         (["--num-prompts", "0"], "must be at least 1"),
-        (["--random-input-len", "0"], "prompts of 0 tokens of their own"),
+        (["--random-input-len", "0"], "a length of 0 tokens"),
         (["--random-prefix-len", "-1"], "prefixes of -1 tokens"),
     ],
 )
