@@ -29,8 +29,8 @@ def forecast_table(plan: Plan) -> str:
             f"{each.layout!s:12}{each.rate:11.2f}{each.attainment:9.1%}{each.goodput:9.2f}{_ms(each.ttft_s)}"
             f"{_ms(each.tpot_s)}{min(each.prefill_load, 9.99):9.0%}{_number(each.batch)}  {each.limit}"
         )
-    if len(plan.forecasts) > SHOWN:
-        lines.append(f"and {len(plan.forecasts) - SHOWN} more layouts")
+    if plan.gpus > SHOWN:
+        lines.append(f"and {plan.gpus - SHOWN} more layouts, none better")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.router import Outlook, Slo, create_policy
-from nanopd_lab.router.layouts import Forecast, layouts
+from nanopd_lab.router.layouts import Forecast
 from nanopd_lab.router.layouts import Workload as Lengths
 from nanopd_lab.router.plan import SHARE, Planner
 from nanopd_lab.sim.arrivals import Arrivals
@@ -29,9 +29,10 @@ from nanopd_lab.sim.workload import SimRequest
 
 FILLING = 0.2  # of the requests come first and do not count
 LIVES = 6  # so many times as many requests as are served at once, for a cluster to forget how it began
+PATIENCE = 30  # and for so many times as long as a first token may take, for a queue to grow as long
 MOST_REQUESTS = 20_000
 STEP = 1.07  # between rates that are tried: formulas are off by about as much
-TOLERANCE = 0.02
+TOLERANCE = 0.03
 
 
 class Simulated(NamedTuple):
@@ -113,7 +114,7 @@ class Plan:
             share=share,
         )
         _check_reachable(planner, machine)
-        return cls(machine, workload, slo, gpus, share, rate, planner, planner.rank(layouts(gpus), rate))
+        return cls(machine, workload, slo, gpus, share, rate, planner, planner.search(gpus, rate))
 
     # ---- simulation ------------------------------------------------------------------------------------
 
@@ -187,9 +188,10 @@ class Plan:
         if arrivals is None:  # a trace keeps its own times, faster or slower
             faster = self.workload.request_rate / rate
             return [replace(each, arrival=each.arrival * faster) for each in known]
-        times_ = self.planner.times
-        at_once = rate * times_.mean_gaps * min(self.slo.tpot_s, times_.step_s(times_.places)[0])
-        count = max(len(known), min(MOST_REQUESTS, round(LIVES * at_once)))
+        times = self.planner.times
+        step_s = min(self.slo.tpot_s, times.step_s(times.places)[0])
+        long_s = max(LIVES * times.mean_gaps * step_s, PATIENCE * min(self.slo.ttft_s, 1.0))
+        count = max(len(known), min(MOST_REQUESTS, round(rate * long_s)))
         again = itertools.islice(itertools.cycle(known), count)
         when = Arrivals(rate, arrivals.burstiness).times(
             count, random.Random(f"{self.workload.seed} arrivals")
@@ -213,7 +215,7 @@ class Plan:
         """The smallest number of GPUs that serves the given rate, by formula; None if eight times as many don't."""
         assert self.rate is not None
         for gpus in range(1, 8 * self.gpus + 1):
-            found = self.planner.rank(layouts(gpus), self.rate)[0]
+            found = self.planner.search(gpus, self.rate)[0]
             if found.attainment >= self.share:
                 return found
         return None

@@ -89,7 +89,6 @@ class Forecast(NamedTuple):
     """What is expected of a layout at a rate, once it does not change any more.
 
     rate:       requests a second
-    attainment: share of requests that get all they were promised: the product of the four below
     ttft_met, tpot_met, e2e_met: share that meets this objective (1 if there is none)
     room_met:   share of time in which everybody finds a place and blocks
     ttft_s, tpot_s: means
@@ -99,7 +98,6 @@ class Forecast(NamedTuple):
 
     layout: Layout
     rate: float
-    attainment: float = 0.0
     ttft_met: float = 0.0
     tpot_met: float = 0.0
     e2e_met: float = 0.0
@@ -109,6 +107,11 @@ class Forecast(NamedTuple):
     prefill_load: float = 0.0
     batch: float = 0.0
     link_load: float = 0.0
+
+    @property
+    def attainment(self) -> float:
+        """Share of requests that get all they were promised, as if the four had nothing to do with each other."""
+        return self.ttft_met * self.tpot_met * self.e2e_met * self.room_met
 
     @property
     def goodput(self) -> float:

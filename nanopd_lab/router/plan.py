@@ -1,262 +1,26 @@
-"""How many workers should prefill and how many decode: what each layout can be expected to serve, by formula.
+"""How many workers should prefill and how many decode.
 
     planner = Planner(outlook, Workload.of(prompt_lengths, output_lengths))
     planner.forecast(Layout(5, 3), rate)     # share of requests that get what they were promised
     planner.capacity(Layout(5, 3))           # at the highest rate at which 90 % still do
-    planner.rank(layouts(8), rate)           # best first
+    planner.rank(layouts(8), rate)           # best first; search(1000) need not look at all of them
 
-To first order n_P/n_D = λE[T_prefill]/ρ_P : λE[out]·t(B*)/(B*·ρ_D), with B* the largest batch whose steps meet TPOT. As
-objectives are about each request and not about means, this goes one order further:
-
-prefill  M/G/c (`queueing`): requests go to the worker with the least to do; a service is the sum of a prompt's chunks.
-         Under load prompts share steps, which saves reading weights and costs the first of them some waiting.
-decode   The batch B settles where the tokens asked for are the tokens made: λE[out] = B/t(B) (Little's law). It swings
-         as that of a shared processor, Var B = B/(1 − g), with g the share of a step that grows with B.
-mixed    Every step carries the decodes. A prompt takes steps of t(B, chunk), and if prompts take a share u of the time
-         from those that decode, a token takes t(B)/(1 − u) and an output spreads as a delayed busy period does.
-link     The last chunk's blocks are waited for, and what a slow link has left of the others; cards are shared.
-
-Not in it: bursts (arrivals are Poisson), lengths that go together, preemption, prefix caches, the minutes in which a
-system fills or drains. The simulator has all of these; this takes a millisecond.
+Formulas and what they leave out are described in `forecaster`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-import numpy as np
+from nanopd_lab.router.forecaster import SHARE, Forecaster
+from nanopd_lab.router.layouts import Forecast, Layout, Workload, layouts
 
-from nanopd_lab.router.layouts import Forecast, Layout, Workload
-from nanopd_lab.router.outlook import Outlook
-from nanopd_lab.router.queueing import (
-    Array,
-    Service,
-    Waiting,
-    mean,
-    normal_below,
-    sum_below,
-    wait_power,
-    waiting,
-)
-from nanopd_lab.router.worker_times import WorkerTimes
-
-SHARE = 0.9
-WINDOW = (
-    2 / 3
-)  # of a batch's variance is left in its mean over as long as a request stays, if all stay as long
+__all__ = ["SHARE", "Forecast", "Layout", "Planner", "Workload", "layouts"]
 
 
-class Planner:
-    """See the module. What depends on neither rate nor layout is worked out once and kept.
-
-    Args:
-        outlook: how long steps and pulls take, and what is promised
-        workload: lengths
-        max_num_seqs, num_blocks: of each worker; 0 blocks: as many as are asked for
-        ahead: workers plan a step while the one before runs, as `SimConfig.ahead`
-        share: of the requests that must get what they were promised, for `capacity`
-
-    Raises:
-        ValueError: a share outside (0, 1), or no place for a sequence.
-    """
-
-    def __init__(
-        self,
-        outlook: Outlook,
-        workload: Workload,
-        *,
-        max_num_seqs: int = 256,
-        num_blocks: int = 0,
-        ahead: bool = True,
-        share: float = SHARE,
-    ) -> None:
-        if not 0 < share < 1:
-            raise ValueError(f"share is {share}; a share of requests lies between 0 and 1 (0.9, not 90)")
-        if max_num_seqs < 1 or num_blocks < 0:
-            raise ValueError(
-                f"max_num_seqs is {max_num_seqs}, num_blocks {num_blocks}; a worker needs a place and room"
-            )
-        self.outlook, self.workload, self.ahead, self.share = outlook, workload, ahead, share
-        self.times = WorkerTimes(outlook, workload, max_num_seqs, num_blocks)
-
-    def unloaded(self) -> tuple[float, float]:
-        """(TTFT that `share` of the prompts meet, TPOT) of requests that nobody disturbs, s."""
-        alone = np.sort(self.times.beside(0).alone)
-        within = math.ceil(self.share * len(alone) - 1e-9) - 1
-        return float(alone[within]), self.times.decode_step_s(1) if self.times.mean_gaps else 0.0
-
-    # ---- one layout at one rate ------------------------------------------------------------------------
-
-    def forecast(self, layout: Layout, rate: float) -> Forecast:
-        """What to expect of `layout` at `rate` requests a second; an attainment of 0 where the queues grow for ever.
-
-        Raises:
-            ValueError: a layout with no worker for some of the work, or a rate that is not positive.
-        """
-        if not 0 < rate < math.inf:
-            raise ValueError(f"rate is {rate} requests/s; it must be positive and finite")
-        layout.check()
-        return self._mixed(layout, rate) if layout.mixed else self._split(layout, rate)
-
-    def _split(self, layout: Layout, rate: float) -> Forecast:
-        times = self.times
-        prompts = times.beside(0)
-        load, services = _shared(rate / layout.prefills, prompts.alone, prompts.full, layout.prefills)
-        batch = times.batch_of(rate / layout.decodes * times.mean_gaps)
-        link_load, handover = self._handover(layout, rate, mean(services))
-        if load >= 1 or batch >= times.places or link_load >= 1:
-            return _overloaded(layout, rate, load, batch < times.places, batch, link_load)
-        queued = _queued(rate / layout.prefills, services, prompts.full)
-        wait = waiting(layout.prefills, load, Service.of(services), queued=queued)
-        step_s, growth = times.step_s(batch + 1 / layout.decodes)
-        variance = _swing(batch, growth / step_s * batch, layout.decodes)
-        # A decode worker hears of the blocks, and then that they have arrived.
-        handover += 2 * self._until_planned(step_s, batch)
-        ttft, ttft_met = self._ttft(wait, services, prompts.full, queued[0], 0.0)
-        outputs = self._outputs_met(step_s, growth, variance, 0.0, 0.0, handover, ttft)
-        return self._found(layout, rate, ttft_met, outputs, variance, ttft, load, batch, link_load)
-
-    def _mixed(self, layout: Layout, rate: float) -> Forecast:
-        times, workers = self.times, layout.mixed
-        per_worker, batch = rate / workers, 0.0
-        for _ in range(10):
-            prompts = times.beside(min(batch, times.places))
-            load, services = _shared(per_worker, prompts.alone, prompts.full, 1)
-            part = min(load, 1.0) ** 2
-            extra = part * prompts.full_extra + (1 - part) * prompts.alone_extra
-            # A prompt goes where nobody is disturbed, as long as there is such a worker.
-            crowded = min(1.0, batch + load) ** wait_power(workers)
-            taken = per_worker * mean(extra) * crowded
-            before = batch
-            batch = times.batch_of(per_worker * times.mean_gaps / (1 - taken)) if taken < 1 else math.inf
-            if batch == math.inf or abs(batch - before) <= 1e-3 * batch:
-                break
-        if load >= 1 or batch >= times.places:
-            return _overloaded(layout, rate, load, batch < times.places, batch, 0.0)
-        blind = _blindness(batch, workers)
-        queued = _queued(per_worker, services, prompts.full)
-        uneven = 1 / workers + (1 - 1 / workers) * blind**2 / 3
-        wait = waiting(
-            1,
-            load,
-            Service.of(services),
-            probability=load * blind,
-            queued=queued,
-            unevenness=uneven,
-        )
-        step_s, growth = times.step_s(batch + 1 / workers)
-        variance = _swing(batch, growth / step_s * batch, workers)
-        sync = self._until_planned(step_s, batch)
-        ttft, ttft_met = self._ttft(wait, services, prompts.full, uneven * queued[0], sync)
-        each = Service.of(extra)
-        squares = each.square_s2 - each.mean_s**2 * (1 - 1 / workers - blind**4)
-        squares *= per_worker * crowded
-        outputs = self._outputs_met(step_s, growth, variance, taken, squares, 0.0, ttft)
-        return self._found(layout, rate, ttft_met, outputs, variance, ttft, load, batch, 0.0)
-
-    def _found(
-        self,
-        layout: Layout,
-        rate: float,
-        ttft_met: float,
-        outputs: tuple[float, float, float],
-        variance: float,
-        ttft_s: float,
-        load: float,
-        batch: float,
-        link_load: float,
-    ) -> Forecast:
-        tpot_met, e2e_met, tpot_s = outputs
-        room = (self.times.places - batch) / math.sqrt(max(variance, 1e-9))
-        room_met = float(normal_below(np.asarray(room)))
-        all_met = ttft_met * tpot_met * e2e_met * room_met
-        return Forecast(
-            layout,
-            rate,
-            all_met,
-            ttft_met,
-            tpot_met,
-            e2e_met,
-            room_met,
-            ttft_s,
-            tpot_s,
-            load,
-            batch,
-            link_load,
-        )
-
-    # ---- parts -----------------------------------------------------------------------------------------
-
-    def _until_planned(self, step_s: float, batch: float) -> float:
-        """Mean time until what has come during a decode step is in one: the rest of it, and of one planned already."""
-        return step_s * (0.5 + self.ahead) * min(1.0, batch)
-
-    def _ttft(
-        self, wait: Waiting, services: Array, full: Array, load: float, sync: float
-    ) -> tuple[float, float]:
-        """(mean TTFT, share of prompts whose first token comes in time).
-
-        Who waits shares its step with prompts that come meanwhile, up to a step's budget: waiting grows by as much.
-        """
-        prompts = self.times.prompts
-        others = (-prompts % self.outlook.max_num_batched_tokens) * float(full.sum() / prompts.sum())
-        shared = wait.probability * min(load * wait.mean_s, mean(others)) if wait.probability else 0.0
-        ttft_s = wait.overall_s + shared + mean(services) + sync
-        limit = self.outlook.slo.ttft_s
-        if limit == math.inf:
-            return ttft_s, 1.0
-        slack = limit - services - sync
-        left = np.where(slack > 0, np.maximum(slack / (1 + load), slack - others), slack)
-        return ttft_s, mean(wait.within(left))
-
-    def _outputs_met(
-        self,
-        step_s: float,
-        growth: float,
-        variance: float,
-        taken: float,
-        squares: float,
-        handover: float,
-        ttft_s: float,
-    ) -> tuple[float, float, float]:
-        """(share that meets TPOT, share that meets E2E, mean TPOT).
-
-        Args:
-            step_s, growth, variance: of a decode step; of a step for one sequence more; of the batch
-            taken, squares: λE[X] and λE[X²] of the time X that a prompt takes from those that decode
-            handover: from the first token on until the second is begun
-        """
-        slo, gaps = self.outlook.slo, self.times.gaps
-        some = gaps > 0
-        work = gaps * step_s
-        # The time of work D that is interrupted at rate λ for X: mean D/(1 - u), variance D·λE[X²]/(1 - u)³.
-        expected = np.where(some, work / (1 - taken) + handover, 1e-9)
-        spread = WINDOW * variance * (gaps * growth / (1 - taken)) ** 2 + work * squares / (1 - taken) ** 3
-        tpot_s = mean(expected[some] / gaps[some]) if some.any() else 0.0
-        tpot_met = e2e_met = 1.0
-        if slo.tpot_s < math.inf:
-            tpot_met = mean(np.where(some, sum_below(slo.tpot_s * gaps, expected, spread), 1.0))
-        if slo.e2e_s < math.inf:
-            left = np.full_like(gaps, slo.e2e_s - ttft_s)
-            e2e_met = mean(np.where(some, sum_below(left, expected, spread), left > 0))
-        return tpot_met, e2e_met, tpot_s
-
-    def _handover(self, layout: Layout, rate: float, prefill_s: float) -> tuple[float, float]:
-        """(load of the busiest cards, mean seconds from the first token on until all blocks are there)."""
-        transfer, outlook, prompt = self.outlook.transfer, self.outlook, self.times.mean_prompt
-        if transfer is None:
-            return 0.0, 0.0
-        blocks = prompt / outlook.block_size + 0.5
-        sending = blocks * outlook.block_bytes / transfer.bytes_per_s
-        load = rate / min(layout.prefills, layout.decodes) * sending
-        if load >= 1:
-            return load, math.inf
-        chunks = max(1.0, math.ceil(prompt / outlook.max_num_batched_tokens))
-        left = max(sending / chunks, sending - prefill_s * (chunks - 1) / chunks)
-        return load, transfer.setup_s + blocks / chunks * transfer.block_s + left / (1 - load)
-
-    # ---- over rates and layouts ------------------------------------------------------------------------
+class Planner(Forecaster):
+    """Searches what a `Forecaster` says of one layout and one rate."""
 
     def capacity(self, layout: Layout) -> Forecast:
         """At the highest rate at which `share` of the requests still get what they were promised.
@@ -283,71 +47,34 @@ class Planner:
                 high, high_met = rate, found.attainment
         return best
 
-    def ceiling(self, layout: Layout) -> float:
-        """Requests a second at which prefill, decode or the links are full, whatever is promised."""
-        times = self.times
-        decode = times.most_tokens_per_s / times.mean_gaps if times.mean_gaps else math.inf
-        prefill = 1 / float(times.beside(0).full.mean())
-        if layout.mixed:
-            return layout.mixed * min(decode, prefill)
-        link, _ = self._handover(layout, 1e-9, 0.0)
-        return min(layout.decodes * decode, layout.prefills * prefill, 1e-9 / link if link else math.inf)
-
     def rank(self, candidates: Iterable[Layout], rate: float | None = None) -> list[Forecast]:
         """Best first: by the share that gets what it was promised at `rate`, or by capacity."""
+        found = [self.capacity(each) if rate is None else self.forecast(each, rate) for each in candidates]
+        return sorted(found, key=self._order(rate))
+
+    def _order(self, rate: float | None) -> Callable[[Forecast], tuple[float, float]]:
         if rate is None:
-            return sorted(map(self.capacity, candidates), key=lambda each: -each.rate)
-        found = [self.forecast(each, rate) for each in candidates]
-        return sorted(found, key=lambda each: (-each.attainment, -self.ceiling(each.layout)))
+            return lambda each: (-each.rate, -each.attainment)
+        return lambda each: (-each.attainment, -self.ceiling(each.layout))
+
+    def search(self, workers: int, rate: float | None = None, most: int = 64) -> list[Forecast]:
+        """As `rank` over all layouts of so many workers; of more than `most`, only some, among them the best.
+
+        Capacity rises with the prefill workers to one peak and then falls, so that it is enough to look closely between
+        the neighbours of the best of a grid.
+        """
+        if workers <= most:
+            return self.rank(layouts(workers), rate)
+        step = math.ceil(math.sqrt(workers))
+        grid = [*range(1, workers, step), workers - 1]
+        found = {
+            each.layout: each for each in self.rank([Layout(mixed=workers), *_splits(workers, grid)], rate)
+        }
+        peak = next(each.prefills for each in found if not each.mixed)
+        near = range(max(1, peak - step), min(workers - 1, peak + step) + 1)
+        found |= {each.layout: each for each in self.rank(_splits(workers, near), rate)}
+        return sorted(found.values(), key=self._order(rate))
 
 
-def _overloaded(
-    layout: Layout, rate: float, load: float, decodes: bool, batch: float, link_load: float
-) -> Forecast:
-    """Queues grow for ever; which of them is told by the shares that are 0."""
-    return Forecast(
-        layout,
-        rate,
-        ttft_met=float(load < 1),
-        tpot_met=float(decodes),
-        e2e_met=0.0,
-        room_met=float(decodes),
-        prefill_load=load,
-        batch=batch,
-        link_load=link_load,
-    )
-
-
-def _shared(rate: float, alone: Array, full: Array, servers: int) -> tuple[float, Array]:
-    """(load, service times) of workers whose prompts share steps when two of them wait: S = p·full + (1 − p)·alone with
-    p the load times the probability to wait, and the load ρ = λE[S]."""
-    of_alone, of_full = rate * mean(alone), rate * mean(full)
-    if of_full >= 1:
-        return of_full, full
-    power, load, gain = 1 + wait_power(servers), min(of_alone, 1.0), of_alone - of_full
-    for _ in range(4):  # Newton's; ρ + (λA - λF)·ρ^k is convex, so that it comes down from above
-        part = load**power
-        load -= (load + gain * part - of_alone) / (1 + gain * power * part / load)
-    part = load**power
-    return load, part * full + (1 - part) * alone
-
-
-def _queued(rate: float, services: Array, full: Array) -> tuple[float, Service]:
-    """(load, services) of the queue behind a step: steps get fuller with it, half of the way."""
-    between = (services + full) / 2
-    return rate * mean(between), Service.of(between)
-
-
-def _blindness(batch: float, workers: int) -> float:
-    """How far requests come to a mixed worker as if nobody looked where prompts are computed: 0 to 1.
-
-    Routing to the fewest jobs sees a prompt as one job beside the batch's. How fast that gets lost in larger batches,
-    and what follows for waiting, is fitted to simulations and not derived.
-    """
-    return batch / (batch + 1.2 * (workers - 1)) if workers > 1 else 1.0
-
-
-def _swing(batch: float, share: float, workers: int) -> float:
-    """Variance of a worker's batch: a shared processor's, B/(1 − share), evened out by routing to the emptiest."""
-    whole = batch / max(1 - share, 0.05)
-    return whole / workers + 0.5 * min(1.0, batch) * (1 - 1 / workers)
+def _splits(workers: int, prefills: Iterable[int]) -> list[Layout]:
+    return [Layout(each, workers - each) for each in dict.fromkeys(prefills)]

@@ -161,6 +161,15 @@ def test_more_requests_never_get_more_of_what_they_were_promised(
         assert few <= 1
 
 
+@settings(max_examples=10, deadline=None)
+@given(cases(), st.integers(20, 40))
+def test_a_search_finds_what_looking_at_all_finds(case: tuple[Outlook, Workload], workers: int) -> None:
+    found = Planner(*case, num_blocks=20_000)
+    best, searched = found.rank(layouts(workers))[0], found.search(workers, most=16)
+    assert len(searched) < workers
+    assert searched[0].rate >= best.rate * (1 - ROUNDING)
+
+
 # ---- small things ----------------------------------------------------------------------------------------
 
 
