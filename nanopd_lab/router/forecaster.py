@@ -23,6 +23,7 @@ import math
 
 import numpy as np
 
+from nanopd_lab.router.crowds import blindness, crowding, queued_services, shared_services, swing_of
 from nanopd_lab.router.layouts import Forecast, Layout, Workload
 from nanopd_lab.router.outlook import Outlook
 from nanopd_lab.router.queueing import (
@@ -32,7 +33,6 @@ from nanopd_lab.router.queueing import (
     mean,
     normal_below,
     sum_below,
-    wait_power,
     waiting,
 )
 from nanopd_lab.router.worker_times import WorkerTimes
@@ -97,22 +97,22 @@ class Forecaster:
     def _split(self, layout: Layout, rate: float) -> Forecast:
         times = self.times
         prompts = times.beside(0)
-        load, services = _shared(rate / layout.prefills, prompts.alone, prompts.full, layout.prefills)
+        load, services = shared_services(rate / layout.prefills, prompts.alone, prompts.full, layout.prefills)
         batch = times.batch_of(rate / layout.decodes * times.mean_gaps)
-        link_load, handover = self._handover(layout, rate, mean(services))
+        link_load, handover, swing = self._handover(layout, rate, mean(services))
         if load >= 1 or batch >= times.places or link_load >= 1:
             fits = float(batch < times.places)
             return Forecast(
                 layout, rate, float(load < 1), fits, 0.0, fits, math.inf, math.inf, load, batch, link_load
             )
-        queued = _queued(rate / layout.prefills, services, prompts.full)
-        wait = waiting(layout.prefills, load, Service.of(services), queued=queued)
+        queue = queued_services(rate / layout.prefills, services, prompts.full)
+        wait = waiting(layout.prefills, load, Service.of(services), queued=queue)
         step_s, growth = times.step_s(batch + 1 / layout.decodes)
-        variance = _swing(batch, growth / step_s * batch, layout.decodes)
+        variance = swing_of(batch, growth / step_s * batch, layout.decodes)
         # A decode worker hears of the blocks, and then that they have arrived.
         handover += 2 * self._until_planned(step_s, batch)
-        ttft, ttft_met = self._ttft(wait, services, prompts.full, queued[0], 0.0)
-        met, tpot = self._outputs(step_s, growth, variance, 0.0, 0.0, handover, ttft)
+        ttft, ttft_met = self._ttft(wait, services, prompts.full, queue[0], 0.0)
+        met, tpot = self._outputs(step_s, growth, variance, 0.0, 0.0, ttft, handover, swing)
         room = self._room(batch, variance)
         return Forecast(layout, rate, ttft_met, *met, room, ttft, tpot, load, batch, link_load)
 
@@ -121,11 +121,10 @@ class Forecaster:
         per_worker, batch = rate / workers, 0.0
         for _ in range(10):
             prompts = times.beside(min(batch, times.places))
-            load, services = _shared(per_worker, prompts.alone, prompts.full, 1)
+            load, services = shared_services(per_worker, prompts.alone, prompts.full, 1)
             part = min(load, 1.0) ** 2
             extra = part * prompts.full_extra + (1 - part) * prompts.alone_extra
-            # A prompt goes where nobody is disturbed, as long as there is such a worker.
-            crowded = min(1.0, batch + load) ** wait_power(workers)
+            crowded = crowding(batch + load, workers)
             taken = per_worker * mean(extra) * crowded
             before = batch
             batch = times.batch_of(per_worker * times.mean_gaps / (1 - taken)) if taken < 1 else math.inf
@@ -134,25 +133,25 @@ class Forecaster:
         if load >= 1 or batch >= times.places:
             fits = float(batch < times.places)
             return Forecast(layout, rate, float(load < 1), fits, 0.0, fits, math.inf, math.inf, load, batch)
-        blind = _blindness(batch, workers)
-        queued = _queued(per_worker, services, prompts.full)
+        blind = blindness(batch, workers)
+        queue = queued_services(per_worker, services, prompts.full)
         uneven = 1 / workers + (1 - 1 / workers) * blind**2 / 3
         wait = waiting(
             1,
             load,
             Service.of(services),
             probability=load * blind,
-            queued=queued,
+            queued=queue,
             unevenness=uneven,
         )
         step_s, growth = times.step_s(batch + 1 / workers)
-        variance = _swing(batch, growth / step_s * batch, workers)
+        variance = swing_of(batch, growth / step_s * batch, workers)
         sync = self._until_planned(step_s, batch)
-        ttft, ttft_met = self._ttft(wait, services, prompts.full, uneven * queued[0], sync)
+        ttft, ttft_met = self._ttft(wait, services, prompts.full, uneven * queue[0], sync)
         each = Service.of(extra)
         squares = each.square_s2 - each.mean_s**2 * (1 - 1 / workers - blind**4)
         squares *= per_worker * crowded
-        met, tpot = self._outputs(step_s, growth, variance, taken, squares, 0.0, ttft)
+        met, tpot = self._outputs(step_s, growth, variance, taken, squares, ttft)
         room = self._room(batch, variance)
         return Forecast(layout, rate, ttft_met, *met, room, ttft, tpot, load, batch)
 
@@ -187,15 +186,16 @@ class Forecaster:
         variance: float,
         taken: float,
         squares: float,
-        handover: float,
         ttft_s: float,
+        handover: float = 0.0,
+        swing: float = 0.0,
     ) -> tuple[tuple[float, float], float]:
         """((share that meets TPOT, share that meets E2E), mean TPOT).
 
         Args:
             step_s, growth, variance: of a decode step; of a step for one sequence more; of the batch
             taken, squares: λE[X] and λE[X²] of the time X that a prompt takes from those that decode
-            handover: from the first token on until the second is begun
+            handover, swing: from the first token on until the second is begun, and its variance
         """
         slo, gaps = self.outlook.slo, self.times.gaps
         some = gaps > 0
@@ -203,6 +203,7 @@ class Forecaster:
         # The time of work D that is interrupted at rate λ for X: mean D/(1 - u), variance D·λE[X²]/(1 - u)³.
         expected = np.where(some, work / (1 - taken) + handover, 1e-9)
         spread = WINDOW * variance * (gaps * growth / (1 - taken)) ** 2 + work * squares / (1 - taken) ** 3
+        spread += swing
         tpot_s = mean(expected[some] / gaps[some]) if some.any() else 0.0
         tpot_met = e2e_met = 1.0
         if slo.tpot_s < math.inf:
@@ -216,19 +217,27 @@ class Forecaster:
         """Share of time in which the batch fits the places."""
         return float(normal_below(np.asarray((self.times.places - batch) / math.sqrt(max(variance, 1e-9)))))
 
-    def _handover(self, layout: Layout, rate: float, prefill_s: float) -> tuple[float, float]:
-        """(load of the busiest cards, mean seconds from the first token on until all blocks are there)."""
+    def _handover(self, layout: Layout, rate: float, prefill_s: float) -> tuple[float, float, float]:
+        """(load of the busiest cards, mean seconds from the first token on until all blocks are there, their variance).
+
+        A card that is shared gives a pull 1 − load of itself on average (processor sharing); what that adds swings by
+        about 0.6 of itself (fitted to simulations).
+        """
         transfer, outlook, prompt = self.outlook.transfer, self.outlook, self.times.mean_prompt
         if transfer is None:
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         blocks = prompt / outlook.block_size + 0.5
         sending = blocks * outlook.block_bytes / transfer.bytes_per_s
         load = rate / min(layout.prefills, layout.decodes) * sending
         if load >= 1:
-            return load, math.inf
+            return load, math.inf, math.inf
         chunks = max(1.0, math.ceil(prompt / outlook.max_num_batched_tokens))
-        left = max(sending / chunks, sending - prefill_s * (chunks - 1) / chunks)
-        return load, transfer.setup_s + blocks / chunks * transfer.block_s + left / (1 - load)
+        alone, shared = (
+            max(each / chunks, each - prefill_s * (chunks - 1) / chunks)
+            for each in (sending, sending / (1 - load))
+        )
+        setup = transfer.setup_s + blocks / chunks * transfer.block_s
+        return load, setup + shared, (0.6 * (shared - alone)) ** 2
 
     def ceiling(self, layout: Layout) -> float:
         """Requests a second at which prefill, decode or the links are full, whatever is promised."""
@@ -237,40 +246,5 @@ class Forecaster:
         prefill = 1 / float(times.beside(0).full.mean())
         if layout.mixed:
             return layout.mixed * min(decode, prefill)
-        link, _ = self._handover(layout, 1e-9, 0.0)
+        link, _, _ = self._handover(layout, 1e-9, 0.0)
         return min(layout.decodes * decode, layout.prefills * prefill, 1e-9 / link if link else math.inf)
-
-
-def _shared(rate: float, alone: Array, full: Array, servers: int) -> tuple[float, Array]:
-    """(load, service times) of workers whose prompts share steps when two of them wait: S = p·full + (1 − p)·alone with
-    p the load times the probability to wait, and the load ρ = λE[S]."""
-    of_alone, of_full = rate * mean(alone), rate * mean(full)
-    if of_full >= 1:
-        return of_full, full
-    power, load, gain = 1 + wait_power(servers), min(of_alone, 1.0), of_alone - of_full
-    for _ in range(4):  # Newton's; ρ + (λA - λF)·ρ^k is convex, so that it comes down from above
-        part = load**power
-        load -= (load + gain * part - of_alone) / (1 + gain * power * part / load)
-    part = load**power
-    return load, part * full + (1 - part) * alone
-
-
-def _queued(rate: float, services: Array, full: Array) -> tuple[float, Service]:
-    """(load, services) of the queue behind a step: steps get fuller with it, half of the way."""
-    between = (services + full) / 2
-    return rate * mean(between), Service.of(between)
-
-
-def _blindness(batch: float, workers: int) -> float:
-    """How far requests come to a mixed worker as if nobody looked where prompts are computed: 0 to 1.
-
-    Routing to the fewest jobs sees a prompt as one job beside the batch's. How fast that gets lost in larger batches,
-    and what follows for waiting, is fitted to simulations and not derived.
-    """
-    return batch / (batch + 1.2 * (workers - 1)) if workers > 1 else 1.0
-
-
-def _swing(batch: float, share: float, workers: int) -> float:
-    """Variance of a worker's batch: a shared processor's, B/(1 − share), evened out by routing to the emptiest."""
-    whole = batch / max(1 - share, 0.05)
-    return whole / workers + 0.5 * min(1.0, batch) * (1 - 1 / workers)
