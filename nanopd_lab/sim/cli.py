@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanopd_lab.bench.report import Setting
+    from nanopd_lab.cost.iteration import IterationModel
+    from nanopd_lab.router import Outlook, Slo
     from nanopd_lab.sim.simulator import SimConfig
     from nanopd_lab.sim.timing import StepTime
 
@@ -32,7 +34,9 @@ def register(subparsers: _Subparsers) -> None:
     add_machine_options(parser)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument(
-        "--policy", default="least-loaded", help="collocated, 1p2d (any xPyD), round-robin, ..."
+        "--policy",
+        default="least-loaded",
+        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd",
     )
     add_workload_options(parser, rate=DEFAULT_RATE)
     add_metric_options(parser)
@@ -85,6 +89,22 @@ class Machine:
     model: str
     time: StepTime
     config: SimConfig
+    iteration: IterationModel
+
+    def outlook(self, slo: Slo | None = None) -> Outlook:
+        """What policies that estimate are told of it."""
+        from nanopd_lab.cost.transfer_time import TransferModel
+        from nanopd_lab.router import Outlook, Slo
+
+        link = self.config.link
+        return Outlook(
+            self.iteration,
+            slo or Slo(),
+            TransferModel(link.setup_s, link.block_s, link.bytes_per_s),
+            self.config.block_bytes,
+            self.config.block_size,
+            self.config.max_num_batched_tokens,
+        )
 
     def setting(self, workers: int, policy: str, label: str | None = None) -> Setting:
         """What a result says about it."""
@@ -103,15 +123,16 @@ def run(args: argparse.Namespace) -> int:
     from nanopd_lab.router import create_policy
     from nanopd_lab.sim.simulator import Simulator
     from nanopd_lab.sim.trace import write_trace
+    from nanopd_lab.sim.veil import Veiled
     from nanopd_lab.sim.workload import Kill
 
     slo, selection = slo_of(args), selection_of(args)
     workload = workload_of(args)
     machine = machine_of(args, shared=any(each.shared() for each in workload.requests))
-    policy, roles = create_policy(args.policy, args.workers)
+    policy, roles = create_policy(args.policy, args.workers, machine.outlook(slo))
     kills = [Kill.parse(text) for text in args.kill]
     begun = time.perf_counter()
-    result = Simulator(policy, roles, machine.time, workload.requests, machine.config, kills).run()
+    result = Simulator(Veiled(policy), roles, machine.time, workload.requests, machine.config, kills).run()
     seconds = time.perf_counter() - begun
     if problems := result.problems():
         raise RuntimeError(f"the simulation lost something: {problems[0]}")
@@ -221,4 +242,4 @@ def _machine(
         beat_s=args.beat,
         trace=getattr(args, "trace", None) is not None,
     )
-    return Machine(name, model, CostTime(iteration), config)
+    return Machine(name, model, CostTime(iteration), config, iteration)
