@@ -18,13 +18,14 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from nanopd_lab.bench.workload import Workload
-from nanopd_lab.router import Outlook, Slo, create_policy
+from nanopd_lab.router import Slo, create_policy
 from nanopd_lab.router.layouts import Forecast
 from nanopd_lab.router.layouts import Workload as Lengths
 from nanopd_lab.router.plan import SHARE, Planner
 from nanopd_lab.sim.arrivals import Arrivals
 from nanopd_lab.sim.cli import Machine
 from nanopd_lab.sim.simulator import Simulator
+from nanopd_lab.sim.veil import Veiled
 from nanopd_lab.sim.workload import SimRequest
 
 FILLING = 0.2  # of the requests come first and do not count
@@ -106,7 +107,7 @@ class Plan:
         )
         config = machine.config
         planner = Planner(
-            outlook_of(machine, slo),
+            machine.outlook(slo),
             lengths,
             max_num_seqs=config.max_num_seqs,
             num_blocks=config.num_blocks,
@@ -165,7 +166,7 @@ class Plan:
     def _serve(self, policy: str, rate: float) -> Simulated:
         router, roles = create_policy(policy, self.gpus, self.planner.outlook)
         requests = self._requests(rate)
-        result = Simulator(router, roles, self.machine.time, requests, self.machine.config).run()
+        result = Simulator(Veiled(router), roles, self.machine.time, requests, self.machine.config).run()
         records = result.records[int(FILLING * len(requests)) :]
         attainment = sum(each.meets(self.slo) for each in records) / len(records)
         ttft, tpot = (
@@ -223,21 +224,6 @@ class Plan:
     def forecast_of(self, policy: str) -> Forecast | None:
         """Of the layout that the policy is, if it is one."""
         return next((each for each in self.forecasts if each.layout.policy == policy), None)
-
-
-def outlook_of(machine: Machine, slo: Slo) -> Outlook:
-    """What is known of a machine before anything has run."""
-    from nanopd_lab.cost.transfer_time import TransferModel
-
-    config = machine.config
-    return Outlook(
-        machine.time.model,  # type: ignore[attr-defined]
-        slo,
-        TransferModel(config.link.setup_s, config.link.block_s, config.link.bytes_per_s),
-        config.block_bytes,
-        config.block_size,
-        config.max_num_batched_tokens,
-    )
 
 
 def _check_reachable(planner: Planner, machine: Machine) -> None:
