@@ -163,10 +163,10 @@ def simulated(
     requests: Sequence[SimRequest],
     policy: str,
     workers: int,
-    slo: Slo,
+    slo: Slo | None = None,
     kills: Iterable[Kill] = (),
 ) -> SimResult:
-    """Serve the requests in virtual time; policies don't see how long an output will be.
+    """Serve the requests in virtual time; the policy does not see how long their outputs will be.
 
     Args:
         slo: what policies that estimate try to keep
