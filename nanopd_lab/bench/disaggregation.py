@@ -109,6 +109,19 @@ def outcomes(records: Iterable[RequestRecord]) -> dict[str, int]:
     return found
 
 
+def per_request(records: Sequence[RequestRecord]) -> dict[str, Any]:
+    """What `--save-detailed` adds: lists with an entry a request; stages in s, None: not reached."""
+    return {
+        "scheduled_times": [record.arrival for record in records],
+        "outcomes": ["completed" if record.ok else record.finish_reason for record in records],
+        "routes": [record.route for record in records],
+        "stages": {
+            name: [None if record.path is None else stage(record.path) for record in records]
+            for name, stage in STAGES.items()
+        },
+    }
+
+
 def judged_requests(records: Iterable[RequestRecord]) -> int:
     """Requests that objectives are judged on: all but those that an interrupt kept from ending."""
     return sum(record.finish_reason not in (UNFINISHED, UNSENT) for record in records)
