@@ -124,6 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.bench.serving_cli import register as register_bench
 
     register_bench(commands)
+    from nanopd_lab.bench.sweep_cli import register as register_sweep
+
+    register_sweep(commands)
     return parser
 
 

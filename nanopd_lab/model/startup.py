@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,6 +89,20 @@ def measure_pool(runner: ModelRunner, shape: KVShape, config: EngineConfig) -> i
     return pool
 
 
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Have Python find no garbage meanwhile: to free the graphs and the memory of an engine that is gone would break
+    a capture under way."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
     """Capture the steps that `GraphSet` describes. Decode steps are compiled for their sizes, if so configured."""
     decode = list(config.cuda_graph_sizes or sizes_up_to(DECODE_SIZES, config.max_num_seqs))
@@ -104,12 +120,13 @@ def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int
         max_num_batched_tokens=config.max_num_batched_tokens,
         largest=max([*decode, *whole, *pieces]),
     )
-    graphs.capture_mixed(whole, pieces)
     mode = config.compilation
     most = most_rows(runner.device)
-    for few_rows in (False, True):
-        compile_model(runner.model, mode, few_rows=few_rows)
-        graphs.capture_decode(size for size in decode if (size <= most) == few_rows)
+    with _no_garbage():
+        graphs.capture_mixed(whole, pieces)
+        for few_rows in (False, True):
+            compile_model(runner.model, mode, few_rows=few_rows)
+            graphs.capture_decode(size for size in decode if (size <= most) == few_rows)
     # What is not captured goes on with symbolic sizes.
     compile_model(runner.model, "off" if mode == "off" else "default")
     runner.graphs = graphs
