@@ -203,7 +203,7 @@ def _simulation(args: argparse.Namespace) -> Callable[[Point], Result]:
         workload = _workload(args, point)
         shared = any(each.shared() for each in workload.requests)
         machine = simulate_cli.machine_of(args, shared)
-        found = simulate_cli.simulated(machine, workload.requests, point.policy, args.workers)
+        found = simulate_cli.simulated(machine, workload.requests, point.policy, args.workers, slo)
         setting = machine.setting(args.workers, point.policy, args.label)
         return serving_result(found.records, workload, setting, slo, selection, detailed=args.save_detailed)
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanopd_lab.bench.report import Setting
+    from nanopd_lab.cost.iteration import IterationModel
+    from nanopd_lab.router import Outlook, Slo
     from nanopd_lab.sim.results import SimResult
     from nanopd_lab.sim.simulator import SimConfig
     from nanopd_lab.sim.timing import StepTime
@@ -36,7 +38,9 @@ def register(subparsers: _Subparsers) -> None:
     add_machine_options(parser)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument(
-        "--policy", default="least-loaded", help="collocated, 1p2d (any xPyD), round-robin, ..."
+        "--policy",
+        default="least-loaded",
+        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd",
     )
     add_workload_options(parser, rate=DEFAULT_RATE)
     add_metric_options(parser)
@@ -99,6 +103,22 @@ class Machine:
     model: str
     time: StepTime
     config: SimConfig
+    iteration: IterationModel
+
+    def outlook(self, slo: Slo | None = None) -> Outlook:
+        """What policies that estimate are told of it."""
+        from nanopd_lab.cost.transfer_time import TransferModel
+        from nanopd_lab.router import Outlook, Slo
+
+        link = self.config.link
+        return Outlook(
+            self.iteration,
+            slo or Slo(),
+            TransferModel(link.setup_s, link.block_s, link.bytes_per_s),
+            self.config.block_bytes,
+            self.config.block_size,
+            self.config.max_num_batched_tokens,
+        )
 
     def setting(self, workers: int, policy: str, label: str | None = None) -> Setting:
         """What a result says about it."""
@@ -122,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     machine = machine_of(args, shared=any(each.shared() for each in workload.requests))
     kills = [Kill.parse(text) for text in args.kill]
     begun = time.perf_counter()
-    result = simulated(machine, workload.requests, args.policy, args.workers, kills)
+    result = simulated(machine, workload.requests, args.policy, args.workers, slo, kills)
     seconds = time.perf_counter() - begun
     setting = machine.setting(args.workers, args.policy, args.label)
     record = serving_result(result.records, workload, setting, slo, selection, detailed=args.save_detailed)
@@ -143,9 +163,10 @@ def simulated(
     requests: Sequence[SimRequest],
     policy: str,
     workers: int,
+    slo: Slo | None = None,
     kills: Iterable[Kill] = (),
 ) -> SimResult:
-    """Serve the requests in virtual time.
+    """Serve the requests in virtual time; the policy does not see how long their outputs will be.
 
     Raises:
         ValueError: an unknown policy, or one for another number of workers.
@@ -153,8 +174,10 @@ def simulated(
     """
     from nanopd_lab.router import create_policy
     from nanopd_lab.sim.simulator import Simulator
+    from nanopd_lab.sim.veil import Veiled
 
-    result = Simulator(*create_policy(policy, workers), machine.time, requests, machine.config, kills).run()
+    chosen, roles = create_policy(policy, workers, machine.outlook(slo))
+    result = Simulator(Veiled(chosen), roles, machine.time, requests, machine.config, kills).run()
     if problems := result.problems():
         raise RuntimeError(f"the simulation lost something: {problems[0]}")
     return result
@@ -252,4 +275,4 @@ def _machine(
         beat_s=args.beat,
         trace=getattr(args, "trace", None) is not None,
     )
-    return Machine(name, model, CostTime(iteration), config)
+    return Machine(name, model, CostTime(iteration), config, iteration)

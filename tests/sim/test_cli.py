@@ -43,7 +43,8 @@ def test_a_result_has_the_benchmarks_keys_and_says_it_is_modelled(
 def test_the_same_seed_gives_the_same_result(tmp_path: Path) -> None:
     first, second = (result(tmp_path, "--dataset-name", "azure-like", "--seed", "3") for _ in range(2))
     other = result(tmp_path, "--dataset-name", "azure-like", "--seed", "4")
-    del first["date"], second["date"]
+    for record in (first, second):
+        del record["date"], record["provenance"]
     assert first == second
     assert other["mean_e2el_ms"] != first["mean_e2el_ms"]
 
@@ -151,3 +152,20 @@ def test_repeated_prefixes_are_as_many_as_asked_for(tmp_path: Path) -> None:
     requests = gamma_arrivals(12, 8.0, lengths, 3, prefix_tokens=7, num_prefixes=3)
     assert sorted(each.prefix for each in requests) == [0] * 4 + [1] * 4 + [2] * 4
     assert {(each.prompt_tokens, each.prefix_tokens) for each in requests} == {(17, 7)}
+
+
+def test_goodput_is_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = result(
+        tmp_path, "--goodput", "ttft:26", "tpot:100", "--policy", "nanopd", "--request-rate", "40"
+    )
+    slo = record["pd"]["slo"]
+    assert (slo["ttft_ms"], slo["tpot_ms"]) == (26, 100)
+    assert 0 < slo["attainment"] < 1
+    assert record["request_goodput"] == pytest.approx(
+        slo["attainment"] * record["num_prompts"] / record["duration"]
+    )
+    out = capsys.readouterr().out
+    assert "In time (ttft 26, tpot 100 ms):" in out
+    assert f"{slo['attainment']:.1%}" in out
+    assert result(tmp_path)["request_goodput"] is None
+    assert simulate("--goodput", "ttft:soon") != 0
