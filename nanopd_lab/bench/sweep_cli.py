@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if not args.simulate and args.enable_prefix_caching is None:
+        args.enable_prefix_caching = True
     if args.min_duration is None:
         args.min_duration = 0.0 if args.search is None else SEARCH_S
     slo = slo_of(args)
@@ -92,8 +94,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--search needs objectives: --goodput ttft:500 tpot:100")
     if args.search is None and not args.request_rates:
         raise ValueError("nothing to measure: give --request-rates, or --search")
-    for policy in args.policies:
-        create_policy(policy, args.workers)  # all are checked before the first is measured
+    for policy in args.policies:  # all are checked before the first is measured
+        if args.simulate:
+            create_policy(policy, args.workers, simulate_cli.machine_of(args).outlook(slo))
+        else:
+            serving_cli.cluster_config(args, policy)
     results = Results(args.result_filename, _settings(args))
     searches: dict[str, list[Capacity]] = {}
     interrupted = None
@@ -166,8 +171,6 @@ def _measuring(args: argparse.Namespace) -> Iterator[Measure]:
 
     settings = serving_cli.load_settings(args)
     tokenizer = serving_cli.text_tokenizer(args)
-    if args.enable_prefix_caching is None:
-        args.enable_prefix_caching = True
     with ExitStack() as stack:
         current: tuple[str, Cluster] | None = None
 

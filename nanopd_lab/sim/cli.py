@@ -163,10 +163,13 @@ def simulated(
     requests: Sequence[SimRequest],
     policy: str,
     workers: int,
-    slo: Slo | None = None,
+    slo: Slo,
     kills: Iterable[Kill] = (),
 ) -> SimResult:
-    """Serve the requests in virtual time; the policy does not see how long their outputs will be.
+    """Serve the requests in virtual time; policies don't see how long an output will be.
+
+    Args:
+        slo: what policies that estimate try to keep
 
     Raises:
         ValueError: an unknown policy, or one for another number of workers.
@@ -193,7 +196,7 @@ def machine_of(args: argparse.Namespace, shared: bool = False) -> Machine:
         ValueError: an unknown name, a model that does not fit, or a fitted model without its block's size.
     """
     if args.enable_prefix_caching is None:
-        args.enable_prefix_caching = shared
+        args = argparse.Namespace(**{**vars(args), "enable_prefix_caching": shared})
     return _fitted(args) if args.cost_model else _prior(args)
 
 

@@ -208,6 +208,31 @@ def test_the_command_sweeps_searches_and_goes_on(tmp_path: Path, capsys: pytest.
     assert "random_input_len 100, now 99" in capsys.readouterr().err
 
 
+def test_policies_that_estimate_and_prompts_that_share_are_simulated_as_by_simulate(tmp_path: Path) -> None:
+    flags = [
+        "--simulate", "--workers", "2", "--seeds", "4", "--request-rates", "5", "--policies", "nanopd", "threshold",
+    ]  # fmt: skip
+    same = [
+        "--dataset-name", "prefix_repetition", "--num-prompts", "30", "--prefix-repetition-num-prefixes", "2",
+        "--goodput", "ttft:50",
+    ]  # fmt: skip
+    path, single = tmp_path / "sweep.jsonl", tmp_path / "one.json"
+    assert main(["sweep", *flags, *same, "--result-filename", str(path)]) == 0
+    alone = ["--workers", "2", "--request-rate", "5", "--seed", "4", "--result-filename", str(single)]
+    for line, policy in zip(path.read_text().splitlines(), ("nanopd", "threshold"), strict=True):
+        assert main(["simulate", *alone, *same, "--policy", policy]) == 0
+        swept, one = json.loads(line), json.loads(single.read_text())
+        assert swept["pd"].pop("sweep")["dataset_name"] == "prefix_repetition"
+        for record in (swept, one):
+            del record["date"], record["provenance"]
+        assert swept == one
+        assert (
+            one["pd"]["cached_tokens"] >= (30 - 2 * 2) * 256
+        )  # each worker computes each prefix once, at most
+    # As of one cluster: what cannot be is found before anything is measured.
+    assert main(["sweep", *flags, "--policies", "round-robin", "9p9d"]) == 2
+
+
 def test_the_command_sweeps_real_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "sweep.jsonl"
     arguments = [
