@@ -130,13 +130,15 @@ def outcomes(records: Iterable[RequestRecord]) -> dict[str, int]:
 
 def per_request(records: Sequence[RequestRecord]) -> dict[str, Any]:
     """What `--save-detailed` adds: lists with an entry a request; stages in s, None: not reached."""
+    last = [
+        (each.path, each.path.attempts[-1]) if each.path and each.path.attempts else None for each in records
+    ]
     return {
         "scheduled_times": [record.arrival for record in records],
         "outcomes": ["completed" if record.ok else record.finish_reason for record in records],
         "routes": [record.route for record in records],
         "stages": {
-            name: [None if record.path is None else stage(record.path) for record in records]
-            for name, stage in STAGES.items()
+            name: [None if pair is None else stage(*pair) for pair in last] for name, stage in STAGES.items()
         },
     }
 

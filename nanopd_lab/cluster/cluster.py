@@ -347,7 +347,7 @@ class Cluster:
 
         Args:
             policy: as of `ClusterConfig`
-            settings: others of `ClusterConfig` that only a policy looks at
+            settings: others of `ClusterConfig` that only a policy looks at: `cost_model`, `goodput`
 
         Raises:
             ValueError: requests are under way, a worker is gone for good, or a setting is wrong; nothing has changed.

@@ -107,7 +107,7 @@ def model_figures(outcome: Outcome) -> Iterator[Shown]:
             "pays", "When disaggregation pays", MODELLED,
             "How many points more (purple) or fewer (blue) requests are in time with "
             f"{pays.split} than collocated, on the same workers, for other rates and lengths; promises stay as they "
-            "are. A simulation of 200 requests a cell: differences of a few points are chance.",
+            "are. Each cell is one simulation: differences of a few points are chance.",
             pays_map(
                 pays.rates, pays.variants, pays.gain, f"points of requests within {words(slo)}",
                 ("collocated", pays.split),

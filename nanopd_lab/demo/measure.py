@@ -14,7 +14,7 @@ from nanopd_lab.bench.serving import bench_cluster
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import ClusterConfig
-from nanopd_lab.router import Slo
+from nanopd_lab.router import Policy, Slo
 
 Result = dict[str, Any]
 Progress = Callable[[str], AbstractContextManager[Report]]
@@ -24,29 +24,26 @@ class Workers:
     """A cluster that stays for all strategies, and is started anew only where it has to be.
 
     Args:
-        config: its policy is the first one
-        settings: of policies that need to know more, by name: for `Cluster.use_policy`
+        config: its policy is not looked at
+        policies: what to route with, by name
     """
 
-    def __init__(
-        self, config: ClusterConfig, settings: Callable[[str], Mapping[str, Any]] = lambda name: {}
-    ) -> None:
-        self._config, self._settings = config, settings
+    def __init__(self, config: ClusterConfig, policies: Callable[[str], str | Policy] = str) -> None:
+        self._config, self._policies = config, policies
         self._stack = ExitStack()
         self._cluster: Cluster | None = None
         self.starts = 0
 
     def under(self, policy: str) -> Cluster:
         """The cluster, idle, with this policy. Raises ValueError: as of `ClusterConfig`."""
-        settings = self._settings(policy)
+        chosen = self._policies(policy)
         if self._cluster is not None:
             try:
-                self._cluster.use_policy(policy, **settings)
+                self._cluster.use_policy(chosen)
                 return self._cluster
             except (ValueError, RuntimeError):  # requests that hang, a worker that is gone
                 self.close()
-        config = replace(self._config, policy=policy, **settings)
-        self._cluster = self._stack.enter_context(Cluster(config))
+        self._cluster = self._stack.enter_context(Cluster(replace(self._config, policy=chosen)))
         self.starts += 1
         return self._cluster
 
@@ -83,6 +80,7 @@ def measure(
         cluster = workers.under(policy)
         with report(policy) if report else nullcontext() as told:
             result = bench_cluster(cluster, workload, slo, detailed=True, report=told, drain_s=60.0)
+        result["pd"]["policy"] = policy  # as it was asked for, whatever it calls itself
         write_json(folder / f"measured-{policy}.json", result)
         yield result
         if result["pd"].get("interrupted") == "interrupted":

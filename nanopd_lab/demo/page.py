@@ -18,7 +18,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.35rem; margin: 2.75rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
 p, li { max-width: 48rem; }
@@ -33,10 +33,10 @@ figure h3 { font-size: 1.05rem; margin: 0 0 .5rem; }
 figure svg { width: 100%; height: auto; display: block; fill: var(--ink); }
 figcaption { color: var(--faint); font-size: .93rem; margin-top: .4rem; max-width: 48rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
-th, td { text-align: right; padding: .4rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { text-align: right; padding: .4rem .55rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-th { font-weight: 600; }
+th { font-weight: 600; white-space: normal; vertical-align: bottom; line-height: 1.3; }
 td small { display: block; color: var(--faint); }
 .facts td { white-space: normal; text-align: left; }
 .facts td:first-child { color: var(--faint); padding-right: 1.5rem; white-space: nowrap; vertical-align: top; }

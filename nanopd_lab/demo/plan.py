@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.cost.roofline import ChunkShape
+from nanopd_lab.demo.strategies import routing
 from nanopd_lab.router import Slo
 from nanopd_lab.sim import LinkModel, SimConfig, SimResult, Simulator
 from nanopd_lab.sim.timing import CostTime
@@ -50,9 +51,7 @@ class Machine:
         Raises:
             ValueError: as of `create_policy`.
         """
-        from nanopd_lab.demo.strategies import simulated_policy
-
-        chosen, roles = simulated_policy(policy, self, slo)
+        chosen, roles = routing(policy, self.workers, self.cost, slo, self.config.max_num_batched_tokens)
         return Simulator(chosen, roles, CostTime(self.cost.iteration), requests, self.config).run()
 
     def busy(self, result: SimResult) -> float:

@@ -20,7 +20,7 @@ VARIANTS = {
     "outputs half as long": (1.0, 0.5),
     "outputs twice as long": (1.0, 2.0),
 }
-CURVE_REQUESTS, MAP_REQUESTS = 300, 200
+REQUESTS = 240  # simulated at each rate and for each cell of the map
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,28 @@ def predicted(machine: Machine, policy: str, workload: Workload, slo: Slo) -> di
 
 
 def curve(
-    machine: Machine, policies: Sequence[str], make: MakeWorkload, rate: float, slo: Slo
+    machine: Machine,
+    policies: Sequence[str],
+    make: MakeWorkload,
+    rate: float,
+    slo: Slo,
+    count: int = REQUESTS,
 ) -> list[dict[str, Any]]:
     """Detailed results at rates from well below to above the one served."""
-    loads = [make(share * rate, CURVE_REQUESTS) for share in CURVE]
+    loads = [make(share * rate, count) for share in CURVE]
     return [predicted(machine, policy, load, slo) for policy in policies for load in loads]
 
 
-def pays_map(machine: Machine, split: str, make: MakeWorkload, rate: float, slo: Slo) -> PaysMap:
+def pays_map(
+    machine: Machine, split: str, make: MakeWorkload, rate: float, slo: Slo, count: int = REQUESTS
+) -> PaysMap:
     """Collocated against `split` with other rates and lengths, the same requests for both; promises stay."""
     rates = tuple(share * rate for share in MAP_RATES)
     gain = []
     for prompts, outputs in VARIANTS.values():
         row = []
         for each in rates:
-            load = stretched(make(each, MAP_REQUESTS), prompts, outputs)
+            load = stretched(make(each, count), prompts, outputs)
             first, second = (
                 machine.simulate(policy, load.requests, slo).attainment(slo)
                 for policy in ("collocated", split)

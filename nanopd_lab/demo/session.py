@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from nanopd_lab.demo.plan import (
     best_split,
     busy_rate,
 )
-from nanopd_lab.demo.predict import curve, pays_map, predicted
+from nanopd_lab.demo.predict import REQUESTS, curve, pays_map, predicted
 from nanopd_lab.demo.report import report
-from nanopd_lab.demo.strategies import cluster_settings, default_policies
+from nanopd_lab.demo.strategies import cluster_policy, default_policies
 from nanopd_lab.demo.verdict import headline, sentence
-from nanopd_lab.router import Slo
+from nanopd_lab.router import Policy, Slo
 from nanopd_lab.sim import SimConfig
 from nanopd_lab.viz.serving import words
 from nanopd_lab.viz.strategies import disaggregates, look_of
@@ -49,6 +49,7 @@ class DemoConfig:
     make:        a workload of a rate and a number of requests
     profile:     what to profile; None: take `cost_model`, or the one in `folder` from an earlier run, or a recorded one
     num_prompts: instead of as many as come in `duration_s`
+    simulated:   requests of each simulation of other rates and lengths
 
     Raises:
         ValueError: no workers to split, or a duration or rate that is not positive.
@@ -65,6 +66,7 @@ class DemoConfig:
     policies: Sequence[str] = ()
     slo: Slo = field(default_factory=Slo)
     progress: bool = True
+    simulated: int = REQUESTS
 
     def __post_init__(self) -> None:
         if self.cluster.workers < 2:
@@ -190,11 +192,11 @@ def _cost_model(config: DemoConfig, say: Say) -> CostModel:
         raise ValueError(
             f"the cost model of {cost.model} does not say how large a KV block is; fit one from a profile"
         )
-    held = cost.fit["errors"]["held_out"]
+    model, held = cost.iteration, cost.fit["errors"]["held_out"]
     say(
-        f"  {cost.model} on {cost.device}: a decode step of one {1e3 * cost.iteration.decode_seconds(1, 128):.1f} ms, of "
-        f"eight {1e3 * cost.iteration.decode_seconds(8, 8 * 128):.1f} ms, a prompt of 128 tokens "
-        f"{1e3 * cost.iteration.seconds([ChunkShape(128)]):.0f} ms; {held['mean']:.0%} off on steps it has not seen"
+        f"  {cost.model} on {cost.device}: a decode step of 1 takes {1e3 * model.decode_seconds(1, 128):.1f} ms, of 8 "
+        f"{1e3 * model.decode_seconds(8, 8 * 128):.1f} ms, a prompt of 128 tokens "
+        f"{1e3 * model.seconds([ChunkShape(128)]):.0f} ms; {held['mean']:.0%} off on steps it has not seen"
     )
     return cost
 
@@ -219,15 +221,15 @@ def _serve(
     report_to: Progress | None,
     first_act: Callable[[Any], None] | None,
 ) -> None:
-    def settings(policy: str) -> Mapping[str, Any]:
-        return cluster_settings(policy, config.folder / "cost-model.json", outcome.slo)
+    tokens = config.cluster.engine_config("cpu").max_num_batched_tokens
+
+    def chosen(policy: str) -> str | Policy:
+        return cluster_policy(policy, outcome.workers, outcome.cost, outcome.slo, tokens)
 
     for policy in outcome.policies:
-        replace(
-            config.cluster, policy=policy, **settings(policy)
-        )  # a wrong one is refused before anything starts
+        replace(config.cluster, policy=chosen(policy))  # a wrong one is refused before anything starts
     say(f"Starting {outcome.workers} workers")
-    with Workers(config.cluster, settings) as workers:
+    with Workers(config.cluster, chosen) as workers:
         if first_act is not None:
             first_act(workers.under("collocated"))
         for result in measure(workers, outcome.policies, workload, outcome.slo, config.folder, report_to):
@@ -245,7 +247,9 @@ def _serve(
 def _simulate(config: DemoConfig, machine: Machine, outcome: Outcome, workload: Workload) -> None:
     for policy in outcome.policies:
         outcome.simulated.append(predicted(machine, policy, workload, outcome.slo))
-    outcome.curve += curve(machine, outcome.policies, config.make, outcome.rate, outcome.slo)
+    outcome.curve += curve(
+        machine, outcome.policies, config.make, outcome.rate, outcome.slo, config.simulated
+    )
     split = next((policy for policy in outcome.policies if disaggregates(policy)), None)
     if split is not None:
-        outcome.pays = pays_map(machine, split, config.make, outcome.rate, outcome.slo)
+        outcome.pays = pays_map(machine, split, config.make, outcome.rate, outcome.slo, config.simulated)

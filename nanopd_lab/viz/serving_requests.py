@@ -139,7 +139,13 @@ def winners(tables: Tables, slo: Slo, points: int = 48) -> LabFigure:
     shares = np.array([_shares(group, x, y, slo.e2e_s) for group in groups.values()])
     fig = figure(9.6, 4.4)
     ax = fig.add_subplot()
-    ax.pcolormesh(1e3 * x, 1e3 * y, _colours(shares, [look_of(p).colour for p in groups]), shading="nearest")
+    ax.pcolormesh(
+        1e3 * x,
+        1e3 * y,
+        _colours(shares, [look_of(p).colour for p in groups]),
+        shading="nearest",
+        rasterized=True,
+    )
     for axis, values in (("x", x), ("y", y)):
         logarithmic(ax, axis, (1e3 * values[0], 1e3 * values[-1]))
     ax.plot(1e3 * slo.ttft_s, 1e3 * slo.tpot_s, marker="P", markersize=13, color=INK, markeredgecolor=PAPER)
