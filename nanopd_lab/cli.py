@@ -32,10 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nanopd-lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    demo = commands.add_parser("demo", help="answer several prompts at once and show what the engine did")
-    _engine_options(demo)
-    demo.add_argument("--max-tokens", type=int, default=48, help="longest answer")
-    demo.set_defaults(run=_demo)
+    from nanopd_lab.demo.cli import register as register_demo
+
+    register_demo(commands)
+    chat = commands.add_parser("chat", help="answer ten conversations at once and show what the engine did")
+    _engine_options(chat)
+    chat.add_argument("--max-tokens", type=int, default=48, help="longest answer")
+    chat.set_defaults(run=_chat)
 
     generate = commands.add_parser("generate", help="continue a prompt, or answer it as a chat")
     _engine_options(generate)
@@ -149,10 +152,10 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt anew")
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from nanopd_lab.demo import run_demo
+def _chat(args: argparse.Namespace) -> int:
+    from nanopd_lab.demo.chat import run_chat
 
-    run_demo(_llm(args), max_tokens=args.max_tokens)
+    run_chat(_llm(args), max_tokens=args.max_tokens)
     return 0
 
 

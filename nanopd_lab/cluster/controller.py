@@ -16,6 +16,7 @@ import heapq
 import itertools
 import math
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -338,6 +339,23 @@ class Controller:
         self.now = now
         self._give_role(self._workers[name], role)
         self._dispatch()
+
+    def use_policy(self, policy: Policy, roles: Mapping[str, Role], now: float) -> None:
+        """Route by another policy from now on, with other roles; workers keep what they have loaded and cached.
+
+        Raises:
+            ValueError: jobs are under way, whose routes the old policy chose; or a worker is gone.
+        """
+        if self._jobs:
+            raise ValueError(
+                f"{len(self._jobs)} requests are under way; wait until they have settled, then change the policy"
+            )
+        if gone := [name for name, worker in self._workers.items() if worker.state is State.GONE]:
+            raise ValueError(f"worker {gone[0]} is gone, and the policy is for all; make a new cluster")
+        self.policy = policy
+        self._finished = getattr(policy, "finished", None)
+        for name, role in roles.items():
+            self.set_role(name, role, now)
 
     def explain(self, request_id: str, index: int = 0) -> Explanation:
         """Why a request is, or was, where it is: of its last route.
