@@ -41,7 +41,7 @@ MAX_STRIKES = 2  # steps that may fail under a sequence before it is given up
 
 
 @dataclass(eq=False, slots=True)
-class _Try:
+class Try:
     """One try, seen from one worker."""
 
     key: str
@@ -109,12 +109,12 @@ class WorkerCore:
         self.pulls: list[Pull] = []  # to be started
         self.cancelled_pulls: list[int] = []  # to be cancelled
         self.now = 0.0
-        self._tries: dict[str, _Try] = {}
-        self._timed: dict[str, _Try] = {}  # those for which `tick` may have something to do
+        self._tries: dict[str, Try] = {}
+        self.timed: dict[str, Try] = {}  # those for which `tick` may have something to do
         self._unsampled: set[Sequence] = set()  # have no `usage.sampled` yet
         self._freed_at = float("-inf")  # when somebody last gave blocks and a place back
         self._offered: set[str] = set()  # keys of which the source has published something
-        self._pulling: dict[int, tuple[_Try, Published]] = {}
+        self._pulling: dict[int, tuple[Try, Published]] = {}
         self._next_pull = 0
 
     # ------------------------------------------------------------------ messages
@@ -144,10 +144,10 @@ class WorkerCore:
         try:
             if isinstance(message, Begin):
                 sequence = self.scheduler.begin(request, work.index, work.outputs, message.hand_off)
-                each = _Try(message.key, sequence)
+                each = Try(message.key, sequence)
             else:
                 sequence = self.scheduler.expect(request, work.index, work.outputs)
-                each = _Try(message.key, sequence, message.source, waits_since=self.now)
+                each = Try(message.key, sequence, message.source, waits_since=self.now)
                 each.renew_at = self.now + self.terms.renewal
         except InvalidRequestError as error:
             self.outbox += [Failed(message.key, str(error), retry=False), Ended(message.key)]
@@ -156,7 +156,7 @@ class WorkerCore:
         self._unsampled.add(each.sequence)
         self._tries[message.key] = each
         if each.source is not None:
-            self._timed[message.key] = each
+            self.timed[message.key] = each
 
     # ------------------------------------------------------------------ steps: the planner of a `StepLoop`
 
@@ -238,7 +238,7 @@ class WorkerCore:
         for each in [each for each in self._tries.values() if each.strikes >= MAX_STRIKES]:
             self._fail(each, f"worker {self.name}: {type(error).__name__}: {error}")
 
-    def _report(self, each: _Try) -> None:
+    def _report(self, each: Try) -> None:
         """Send the tokens that the controller doesn't have yet."""
         sequence = each.sequence
         if not self.stream and not sequence.finished and each.usage.sampled is not None:
@@ -263,7 +263,7 @@ class WorkerCore:
         if sequence.finished:
             self._forget(each)
 
-    def _note_sampled(self, each: _Try, now: float) -> None:
+    def _note_sampled(self, each: Try, now: float) -> None:
         self._unsampled.discard(each.sequence)
         each.usage.sampled = now
 
@@ -285,7 +285,7 @@ class WorkerCore:
 
     # ------------------------------------------------------------------ source: publish, hold, release
 
-    def _publish(self, each: _Try, end: int) -> None:
+    def _publish(self, each: Try, end: int) -> None:
         """Tell of the blocks of tokens `[0, end)`, which are computed."""
         sequence = each.sequence
         token, count = None, end // self.scheduler.block_size
@@ -294,7 +294,7 @@ class WorkerCore:
             last = sequence.tokens[-1]
             token, count = SampledToken(last, top[last].logprob if top else 0.0, top), len(sequence.blocks)
             each.lease = self.lease(self.terms, self.now)
-            self._timed[each.key] = each
+            self.timed[each.key] = each
         if token is None and (sequence.preemptions, count) <= each.published:
             return
         each.published = (sequence.preemptions, count)
@@ -307,7 +307,7 @@ class WorkerCore:
 
     # ------------------------------------------------------------------ target: pull, adopt
 
-    def _pull(self, each: _Try) -> None:
+    def _pull(self, each: Try) -> None:
         """Start pulling what the source has and we lack; adopt when nothing is missing."""
         offer, sequence = each.offer, each.sequence
         if offer is None or offer is each.spent or sequence not in self.scheduler.receiving:
@@ -331,14 +331,14 @@ class WorkerCore:
         elif whole and not busy:
             self._adopt(each, offer)
 
-    def _adopt(self, each: _Try, offer: Published) -> None:
+    def _adopt(self, each: Try, offer: Published) -> None:
         assert offer.token is not None
         sequence = each.sequence
         assert offer.num_tokens == len(sequence.tokens), "the source has computed something else"
         each.usage.adopted = self.now
         self.outbox.append(Received(each.key))
         each.source = None
-        del self._timed[each.key]
+        del self.timed[each.key]
         each.sent += 1  # the source has reported this one
         self.scheduler.adopt(sequence, offer.token)
         if sequence.finished:  # the source would have seen it
@@ -372,7 +372,7 @@ class WorkerCore:
     def tick(self, now: float) -> None:
         """Renew leases as target, end those that nobody renews as source, give up what waits too long."""
         self.now = now
-        for each in list(self._timed.values()):
+        for each in list(self.timed.values()):
             if each.dropped:
                 continue
             if each.lease is not None and each.lease.expired(now):
@@ -386,11 +386,11 @@ class WorkerCore:
                 if self._waits_here(each) and now >= self._gives_up_at(each):
                     self._fail(each, f"worker {self.name}: {self._what_it_waits_for(each)}")
 
-    def _waits_here(self, each: _Try) -> bool:
+    def _waits_here(self, each: Try) -> bool:
         """True if the source has done its part, and we don't get on."""
         return each.offer is not None and each.offer.token is not None and not each.under_way
 
-    def _gives_up_at(self, each: _Try) -> float:
+    def _gives_up_at(self, each: Try) -> float:
         """A full worker that gets on will have room in time; one where nothing ends may wait for somebody who waits
         for it. Even so there is an end: others may be luckier each time."""
         patience = self.terms.patience
@@ -398,7 +398,7 @@ class WorkerCore:
             return each.waits_since + patience
         return min(max(each.waits_since, self._freed_at) + patience, each.waits_since + 10 * patience)
 
-    def _what_it_waits_for(self, each: _Try) -> str:
+    def _what_it_waits_for(self, each: Try) -> str:
         scheduler = self.scheduler
         if each.sequence in scheduler.expected:
             needed = blocks_for(len(each.sequence.tokens) + 1, scheduler.block_size)
@@ -409,15 +409,10 @@ class WorkerCore:
             )
         return f"{each.source} re-used blocks and did not publish them again within {self.terms.patience} s"
 
-    @property
-    def timed(self) -> bool:
-        """True if `tick` may have something to do some time."""
-        return bool(self._timed)
-
     def next_wakeup(self) -> float | None:
         """When `tick` has something to do next, if nothing else happens."""
         times: list[float] = []
-        for each in self._timed.values():
+        for each in self.timed.values():
             if each.lease is not None:
                 times.append(each.lease.until)
             if each.source is not None and not each.dropped:
@@ -428,11 +423,11 @@ class WorkerCore:
 
     # ------------------------------------------------------------------ ends
 
-    def _fail(self, each: _Try, error: str) -> None:
+    def _fail(self, each: Try, error: str) -> None:
         self.outbox.append(Failed(each.key, error))
         self._drop(each)
 
-    def _drop(self, each: _Try) -> None:
+    def _drop(self, each: Try) -> None:
         """Give all up, as soon as no pull writes to its blocks."""
         each.dropped = True
         each.lease = None
@@ -440,11 +435,11 @@ class WorkerCore:
         if not each.under_way:
             self._finish(each)
 
-    def _finish(self, each: _Try) -> None:
+    def _finish(self, each: Try) -> None:
         self.scheduler.finish(each.sequence, FinishReason.ABORT)
         self._forget(each)
 
-    def _forget(self, each: _Try) -> None:
+    def _forget(self, each: Try) -> None:
         sequence = each.sequence
         self._freed_at = self.now
         usage = each.usage
@@ -453,7 +448,7 @@ class WorkerCore:
         usage.received = sequence.tokens_received
         usage.preemptions = sequence.preemptions
         del self._tries[each.key]
-        self._timed.pop(each.key, None)
+        self.timed.pop(each.key, None)
         self._unsampled.discard(each.sequence)
         self._offered.discard(each.key)
         self.outbox.append(Ended(each.key, usage))

@@ -132,9 +132,14 @@ class RunClock:
         self._seconds: Callable[[int], float] | None = None
         if (decode_run := getattr(time, "decode_run", None)) is not None:
             self._seconds = decode_run(batch, total_context)
-            return
-        self._time, self._contexts = time, contexts()
-        self._ends = [start]  # as far as somebody has asked
+        else:
+            self._time, self._contexts = time, contexts()
+            self._ends = [start]  # as far as somebody has asked
+
+    @property
+    def first(self) -> float:
+        """When the first step ends."""
+        return self.end(1)
 
     def end(self, steps: int) -> float:
         """When the `steps`-th step ends; `end(0)` is the start."""
@@ -146,18 +151,17 @@ class RunClock:
             ends.append(ends[-1] + self._time.seconds([(context + done, 1) for context in self._contexts]))
         return ends[steps]
 
-    def count(self, most: int, over: Callable[[float], bool], now: float) -> int:
-        """How many steps are over, of `most` of which the last one is not. `over` says whether a time has passed, and
-        `now` is the clock's."""
-        low, high = (
-            0,
-            most - 1,
-        )  # the answer lies in between; steps are nearly alike, so a guess is nearly right
+    def count(self, most: int, now: float, inclusive: bool) -> int:
+        """How many steps are over at `now`, of `most` of which the last one is not. `inclusive`: those too that end
+        just then."""
+        # The answer lies in between; steps are nearly alike, so a guess is nearly right.
+        low, high = 0, most - 1
         guess = int((now - self._start) / (self.end(1) - self._start)) if self._seconds else 0
         reach = 1
         while low < high:
             middle = min(max(guess, low + 1), high)
-            if over(self.end(middle)):
+            end = self.end(middle)
+            if end < now or (inclusive and end == now):
                 low, guess = middle, middle + reach
             else:
                 high, guess = middle - 1, middle - reach
