@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from nanopd_lab.cluster.lease import Lease, LeaseTerms
 from nanopd_lab.cluster.messages import (
@@ -68,12 +69,10 @@ def missing_blocks(offered: int, arrived: Container[int], under_way: Container[i
     return [position for position in range(offered) if position not in arrived and position not in under_way]
 
 
-def _picked(values: Seq[int], positions: list[int]) -> tuple[int, ...]:
-    """The values at these positions, which mostly follow each other: a slice is quicker."""
+def _picker(positions: list[int]) -> Callable[[Seq[int]], Seq[int]]:
+    """Takes the values at these positions, which mostly follow each other: a slice is quicker."""
     first, behind = positions[0], positions[-1] + 1
-    if positions == list(range(first, behind)):
-        return tuple(values[first:behind])
-    return tuple([values[position] for position in positions])
+    return itemgetter(slice(first, behind)) if positions == [*range(first, behind)] else itemgetter(*positions)
 
 
 class WorkerCore:
@@ -162,10 +161,13 @@ class WorkerCore:
 
     def schedule(self) -> StepPlan | None:
         """The next step; reserves room for what is expected first."""
-        self._reserve()
+        if self.scheduler.expected:
+            self._reserve()
         plan = self.scheduler.schedule()
-        for chunk in plan.chunks if plan else ():
-            self._note_scheduled(chunk.sequence, chunk.start)
+        if plan is not None and self._unsampled:
+            for chunk in plan.chunks:
+                if chunk.sequence in self._unsampled:
+                    self._note_scheduled(chunk.sequence, chunk.start)
         return plan
 
     def start_run(self, most: int) -> int:
@@ -174,7 +176,8 @@ class WorkerCore:
         Nothing is planned yet: `finish_run` does those of them that were done, which may be fewer if something came in
         between. 0: use `schedule`. See `engine.decode_run`.
         """
-        self._reserve()
+        if self.scheduler.expected:
+            self._reserve()
         steps = equal_steps(self.scheduler, most)
         if not steps or self._unsampled.isdisjoint(self.scheduler.running):
             return steps
@@ -198,8 +201,6 @@ class WorkerCore:
             each.usage.scheduled, each.usage.first_cached = self.now, cached
 
     def _reserve(self) -> None:
-        if not self.scheduler.expected:
-            return
         for sequence in self.scheduler.reserve(self._offered):
             each = self._tries[sequence.request.request_id]
             each.arrived = set(range(sequence.num_computed // self.scheduler.block_size))
@@ -240,15 +241,16 @@ class WorkerCore:
 
     def _report(self, each: Try) -> None:
         """Send the tokens that the controller doesn't have yet."""
-        sequence = each.sequence
-        if not self.stream and not sequence.finished and each.usage.sampled is not None:
-            return
-        if each.usage.sampled is None:
+        sequence, usage, finished = each.sequence, each.usage, each.sequence.finish_reason is not None
+        if usage.sampled is not None:
+            if not self.stream and not finished:
+                return
+        else:
             self._note_sampled(each, self.now)
-            if not self.stream and not sequence.finished and each.usage.adopted is not None:
+            if not self.stream and not finished and usage.adopted is not None:
                 return
         new = sequence.tokens[sequence.prompt_len + each.sent : sequence.known_len]
-        if new or sequence.finished:
+        if new or finished:
             self.outbox.append(
                 Tokens(
                     each.key,
@@ -260,7 +262,7 @@ class WorkerCore:
                 )
             )
             each.sent += len(new)
-        if sequence.finished:
+        if finished:
             self._forget(each)
 
     def _note_sampled(self, each: Try, now: float) -> None:
@@ -312,17 +314,18 @@ class WorkerCore:
         offer, sequence = each.offer, each.sequence
         if offer is None or offer is each.spent or sequence not in self.scheduler.receiving:
             return
-        busy = {position for pull in each.under_way.values() for position in pull}
+        busy = set().union(*each.under_way.values())
         whole = offer.token is not None and len(each.arrived) == len(sequence.blocks)
         wanted = [] if whole else self.missing(len(offer.blocks), each.arrived, busy)
         if wanted:
             assert each.source is not None
+            pick = _picker(wanted)
             pull = Pull(
                 self._next_pull,
                 each.source,
-                _picked(offer.blocks, wanted),
-                _picked(offer.generations, wanted),
-                _picked(sequence.blocks, wanted),
+                pick(offer.blocks),
+                pick(offer.generations),
+                pick(sequence.blocks),
             )
             self._next_pull += 1
             each.under_way[pull.pull_id] = tuple(wanted)
@@ -440,16 +443,15 @@ class WorkerCore:
         self._forget(each)
 
     def _forget(self, each: Try) -> None:
-        sequence = each.sequence
+        sequence, usage = each.sequence, each.usage
         self._freed_at = self.now
-        usage = each.usage
         usage.computed = sequence.tokens_computed
         usage.cached = sequence.tokens_cached
         usage.received = sequence.tokens_received
         usage.preemptions = sequence.preemptions
         del self._tries[each.key]
         self.timed.pop(each.key, None)
-        self._unsampled.discard(each.sequence)
+        self._unsampled.discard(sequence)
         self._offered.discard(each.key)
         self.outbox.append(Ended(each.key, usage))
 

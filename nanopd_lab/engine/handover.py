@@ -58,7 +58,7 @@ class HandoverScheduler(Scheduler):
         touched = super().complete(plan, sampled)
         for sequence in touched:
             # One that was preempted meanwhile computes its KV once more, and is held with one token more.
-            if sequence.hand_off and not sequence.finished and sequence in self.running:
+            if sequence.hand_off and not sequence.finish_reason and sequence in self.running:
                 self.running.remove(sequence)
                 self.held.append(sequence)
         return touched
@@ -110,7 +110,8 @@ class HandoverScheduler(Scheduler):
         self.receiving.remove(sequence)
         sequence.tokens_received += len(sequence.tokens) - sequence.num_computed
         sequence.num_computed = len(sequence.tokens)
-        self.blocks.register(sequence, sequence.num_computed)
+        if self.blocks.caching:
+            self.blocks.register(sequence, sequence.num_computed)
         self._insert(self.running, sequence)
         self.append(sequence, token)
 

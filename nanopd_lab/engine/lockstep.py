@@ -147,7 +147,8 @@ class LockstepScheduler(HandoverScheduler):
     def advance(self, steps: int) -> list[Sequence]:
         """Do so many steps, at most `run_length`; returns newcomers and the sequences that ended, by priority. What
         those have that did not end, `write_down` says."""
-        self.pool.take(self.blocks_taken(steps))
+        if blocks := self.blocks_taken(steps):
+            self.pool.take(blocks)
         self.num_steps += steps
         self.serves += steps * self.lockstepping
         self._served = self.serves - self.lockstepping
@@ -180,7 +181,8 @@ class LockstepScheduler(HandoverScheduler):
         if self._could_turn_on_one():
             self.unpark()
             return super().schedule()
-        self.pool.take(self._needy[(self._step + 1) % self.block_size])
+        if blocks := self._needy[(self._step + 1) % self.block_size]:
+            self.pool.take(blocks)
         self._under_way = True
         self._served = self.serves
         self.serves += self.lockstepping

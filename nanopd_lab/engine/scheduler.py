@@ -158,7 +158,7 @@ class Scheduler:
         error: str | None = None,
     ) -> None:
         """End one sequence now (also for stop strings, which only the engine can see)."""
-        if sequence.finished:
+        if sequence.finish_reason:
             return
         sequence.finish_reason, sequence.stop_reason, sequence.error = reason, stop_reason, error
         sequence.candidates = None
@@ -198,32 +198,13 @@ class Scheduler:
         preempted: list[Sequence] = []
 
         decodes = [sequence for sequence in self.running if sequence.is_decoding]
-        if len(decodes) > self.budget:
-            decodes.sort(key=lambda sequence: (sequence.last_served, sequence.priority))
-        plenty = self.allocator.num_free >= len(decodes)  # a decode takes one block at most
-        for sequence in decodes:
-            if len(chunks) == self.budget:
-                break
-            if preempted and sequence not in self.running:  # lost its blocks to an older one in this loop
-                continue
-            if plenty or self._make_room(sequence, chunks, copies, preempted):
-                self._place(sequence, 1, chunks, copies)
+        if decodes:
+            self._place_decodes(decodes, chunks, copies, preempted)
         num_decodes = len(chunks) + self.lockstepping
-
         if self.waiting and not preempted:
             self._admit(self.budget - num_decodes, chunks)
-        # A sequence admitted just now may lack one token only (the rest was cached): it is a chunk like others.
-        known = set(decodes)
-        prefills = [s for s in self.running if s not in known and s.remaining > 0]
-        left = [s.remaining for s in prefills]
-        counts = self.chunk_policy(num_decodes, left, self.budget)
-        self._check_counts(counts, num_decodes, left)
-        for sequence, count in zip(prefills, counts, strict=True):
-            if count == 0 or (preempted and sequence not in self.running):
-                continue
-            # Admission reserved room for every prompt, but decodes may have eaten into it since.
-            if self._make_room(sequence, chunks, copies, preempted, count):
-                self._place(sequence, count, chunks, copies)
+        if len(self.running) > len(decodes) or preempted:
+            self._place_prompts(num_decodes, set(decodes), chunks, copies, preempted)
 
         if not chunks:
             if self.waiting and self.running:
@@ -338,6 +319,49 @@ class Scheduler:
 
     # ------------------------------------------------------------------ filling a step
 
+    def _place_decodes(
+        self,
+        decodes: list[Sequence],
+        chunks: dict[Sequence, Chunk],
+        copies: dict[Sequence, list[BlockCopy]],
+        preempted: list[Sequence],
+    ) -> None:
+        if len(decodes) > self.budget:
+            decodes.sort(key=lambda sequence: (sequence.last_served, sequence.priority))
+        plenty = self.allocator.num_free >= len(decodes)  # a decode takes one block at most
+        for sequence in decodes:
+            if len(chunks) == self.budget:
+                break
+            if preempted and sequence not in self.running:  # lost its blocks to an older one in this loop
+                continue
+            if plenty or self._make_room(sequence, chunks, copies, preempted):
+                self._place(sequence, 1, chunks, copies)
+
+    def _place_prompts(
+        self,
+        num_decodes: int,
+        decodes: set[Sequence],
+        chunks: dict[Sequence, Chunk],
+        copies: dict[Sequence, list[BlockCopy]],
+        preempted: list[Sequence],
+    ) -> None:
+        """Divide the rest of the budget. A sequence admitted just now may lack one token only (the rest was cached): it
+        is a chunk like others."""
+        prefills, left = [], []
+        for sequence in self.running:
+            remaining = len(sequence.tokens) - sequence.num_computed
+            if remaining > 0 and sequence not in decodes:
+                prefills.append(sequence)
+                left.append(remaining)
+        counts = self.chunk_policy(num_decodes, left, self.budget)
+        self._check_counts(counts, num_decodes, left)
+        for sequence, count in zip(prefills, counts, strict=True):
+            if count == 0 or (preempted and sequence not in self.running):
+                continue
+            # Admission reserved room for every prompt, but decodes may have eaten into it since.
+            if self._make_room(sequence, chunks, copies, preempted, count):
+                self._place(sequence, count, chunks, copies)
+
     def _place(
         self,
         sequence: Sequence,
@@ -350,8 +374,9 @@ class Scheduler:
             copies[sequence] = made
         start, samples = sequence.num_computed, 0
         if start + count == len(sequence.tokens):
-            first_token = start + count == sequence.prompt_len and not sequence.request.beam
-            samples = sequence.request.params.n if first_token else 1
+            request = sequence.request
+            first_token = start + count == sequence.prompt_len and not request.beam
+            samples = request.params.n if first_token else 1
         chunks[sequence] = Chunk(sequence, start, count, samples)
 
     def _advance(self, chunks: Iterable[Chunk]) -> None:
@@ -411,7 +436,7 @@ class Scheduler:
             remaining = sequence.remaining
             if remaining > 0 and sequence not in placed:
                 reserved += self.blocks.missing(sequence, remaining)
-            if not sequence.is_decoding:
+            if remaining != 1 or not sequence.is_decoding:
                 room -= remaining
         parked: list[Sequence] = []
         while self.waiting and room > 0:
@@ -421,15 +446,18 @@ class Scheduler:
             if sequence.candidates is not None:  # a beam that waits for its siblings needs no blocks
                 parked.append(self.waiting.popleft())
                 continue
-            width = sequence.request.params.n if sequence.output_len == 0 else 1
+            width = sequence.request.params.n
+            if width > 1 and sequence.output_len:
+                width = 1
             if (self.running or promised) and len(self.running) + width > cap:
                 break
-            matched, evictable = self.blocks.cached(sequence)
+            matched, evictable = self.blocks.cached(sequence) if self.blocks.caching else (0, 0)
             needed = blocks_for(len(sequence.tokens), self.block_size) - matched
             if needed + reserved > self.allocator.num_free - evictable:
                 break
             self.waiting.popleft()
-            self.blocks.attach_cached(sequence)
+            if matched:
+                self.blocks.attach_cached(sequence)
             self._insert(self.running, sequence)
             reserved += needed
             room -= sequence.remaining
@@ -493,8 +521,8 @@ class Scheduler:
         return [*self.waiting, *self.running]
 
     def _check_counts(self, counts: Seq[int], num_decodes: int, left: Seq[int]) -> None:
-        legal = len(counts) == len(left) and all([0 <= c <= most for c, most in zip(counts, left, strict=True)])
-        if not legal or num_decodes + sum(counts) > self.budget:
+        legal = len(counts) == len(left) and num_decodes + sum(counts) <= self.budget
+        if not legal or any([not 0 <= count <= most for count, most in zip(counts, left, strict=True)]):
             raise ValueError(
                 f"the chunk policy returned {list(counts)} for prompts with {list(left)} tokens "
                 f"left, {num_decodes} decodes and a budget of {self.budget}; each count must lie between 0 and what "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from nanopd_lab.sim.results import SimResult
+from nanopd_lab.sim.results import SimResult, percentile
 
 if TYPE_CHECKING:
     from nanopd_lab.cost.iteration import IterationModel
@@ -286,9 +287,7 @@ def summary(result: SimResult, args: argparse.Namespace, machine: Machine, slo: 
     `slo_attainment`, the share of requests that got what they were promised, is ours.
     """
     done = result.completed
-    tokens_in, tokens_out = (
-        sum(getattr(r, name) for r in done) for name in ("prompt_tokens", "output_tokens")
-    )
+    tokens_in, tokens_out = sum([r.prompt_tokens for r in done]), sum([r.output_tokens for r in done])
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -316,16 +315,21 @@ def summary(result: SimResult, args: argparse.Namespace, machine: Machine, slo: 
         record["request_goodput"] = result.goodput(slo)
         record["slo_attainment"] = result.attainment(slo)
     for name, metric in METRICS.items():
-        values = [1e3 * value for value in result.values(metric)]
-        record[f"mean_{name}_ms"] = statistics.fmean(values) if values else None
-        record[f"median_{name}_ms"] = statistics.median(values) if values else None
-        record[f"std_{name}_ms"] = statistics.pstdev(values) if values else None
-        for percent in (90, 99):
-            record[f"p{percent}_{name}_ms"] = 1e3 * result.percentile(metric, percent) if values else None
+        values = sorted(result.values(metric))
+        mean = statistics.fmean(values) if values else math.nan
+        figures = {
+            "mean": mean,
+            "median": percentile(values, 50),
+            "std": math.sqrt(statistics.fmean([(value - mean) ** 2 for value in values])) if values else math.nan,
+            **{f"p{percent}": percentile(values, percent) for percent in (90, 99)},
+        }
+        for kind, seconds in figures.items():
+            record[f"{kind}_{name}_ms"] = 1e3 * seconds if values else None
+    transferred = [r.path.transferred_tokens for r in done if r.path]
     record["pd"] = {
-        "disaggregated": sum(r.path is not None and r.path.transferred_tokens > 0 for r in done),
-        "transferred_tokens": sum(r.path.transferred_tokens for r in done if r.path),
-        "cached_tokens": sum(r.path.cached_tokens for r in done if r.path),
+        "disaggregated": sum(tokens > 0 for tokens in transferred),
+        "transferred_tokens": sum(transferred),
+        "cached_tokens": sum([r.path.cached_tokens for r in done if r.path]),
         "preemptions": sum(worker.preemptions for worker in result.workers),
     }
     return record

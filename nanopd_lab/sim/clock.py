@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import heapq
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -30,8 +31,11 @@ class Kind(enum.IntEnum):
     LOOP = 5  # a worker's loop comes round: its step has ended, or something woke it
 
 
-Event = tuple[float, int, int, int, Any]
-"""Time in seconds, kind, rank, order of being scheduled, and the payload, which is for whoever scheduled it."""
+Happen = Callable[[int], None]
+"""What an event does. It is told its order, by which whoever has called it off meanwhile knows it."""
+
+Event = tuple[float, int, int, int, Happen]
+"""Time in seconds, kind, rank, order of being scheduled, and what happens."""
 
 
 class EventQueue:
@@ -43,8 +47,8 @@ class EventQueue:
         self._heap: list[Event] = []
         self._order = 0
 
-    def push(self, time: float, kind: Kind, payload: object, rank: int = 0) -> int:
-        """Schedule an event; returns its order.
+    def push(self, time: float, kind: Kind, happen: Happen, rank: int = 0) -> int:
+        """Schedule an event; returns its order, which is above 0.
 
         Raises:
             ValueError: the time is not a number, infinite or in the past.
@@ -52,19 +56,20 @@ class EventQueue:
         if not self.now <= time < _NEVER:
             raise ValueError(f"an event at {time} s; it must be finite and not before now ({self.now} s)")
         self._order = order = self._order + 1
-        heapq.heappush(self._heap, (time, kind, rank, order, payload))
+        heapq.heappush(self._heap, (time, kind, rank, order, happen))
         return order
 
-    def pop(self) -> Event | None:
-        """The next event, None at the end of the world. Moves `now` and `key`."""
-        if not self._heap:
-            return None
-        event = heapq.heappop(self._heap)
-        self.now = event[0]
-        # What is scheduled for this very instant can come behind its place; the order of the others has gone further.
-        if event > self.key:
-            self.key = event
-        return event
+    def run(self) -> Iterator[float]:
+        """Have the events happen until there are none left; stops behind each, with its time. Moves `now` and `key`."""
+        heap, pop = self._heap, heapq.heappop
+        while heap:
+            event = pop(heap)
+            self.now = event[0]
+            # What is scheduled for this very instant can come behind its place; the order of others has gone further.
+            if event > self.key:
+                self.key = event
+            event[4](event[3])
+            yield self.now
 
     @property
     def processed(self) -> int:

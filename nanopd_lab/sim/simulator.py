@@ -108,7 +108,7 @@ class Simulator:
         self.time = time
         self.requests = in_order(requests)
         self.queue = EventQueue()
-        self.links = Links(self.config.link, self.queue)
+        self.links = Links(self.config.link, self.queue, self._pull_ended)
         self.names = [f"w{number}" for number in range(len(roles))]
         self.controller = Controller(policy, dict(zip(self.names, roles, strict=True)), self.config.limits)
         self.workers: dict[str, SimWorker] = {}
@@ -162,18 +162,10 @@ class Simulator:
 
     def _serve(self) -> None:
         self._schedule_arrival()
-        pop, loop, pull = self.queue.pop, int(Kind.LOOP), int(Kind.PULL)
-        while self._open:
-            event = pop()
-            assert event is not None, f"stalled at {self.queue.now} s: {self._open} requests open"
-            _, kind, _, order, payload = event
-            if kind == loop:
-                payload.loop(order)
-            elif kind == pull:
-                if (flow := self.links.due(payload)) is not None:
-                    self._pull_ended(flow)
-            else:
-                payload()
+        for _ in self.queue.run() if self._open else ():
+            if not self._open:
+                return
+        assert not self._open, f"stalled at {self.queue.now} s: {self._open} requests open"
 
     # ------------------------------------------------------------------ callers
 
@@ -181,7 +173,7 @@ class Simulator:
         if self._arrived < len(self.requests):
             self.queue.push(self.requests[self._arrived].arrival, Kind.ARRIVAL, self._arrive)
 
-    def _arrive(self) -> None:
+    def _arrive(self, _: int) -> None:
         number, now = self._arrived, self.queue.now
         request = self.requests[number]
         self._arrived += 1
@@ -198,7 +190,7 @@ class Simulator:
             self.queue.push(max(now, request.deadline), Kind.WAKE, self._deadline)
         self._collect()
 
-    def _deadline(self) -> None:
+    def _deadline(self, _: int) -> None:
         self.controller.tick(self.queue.now)
         self._collect()
 
@@ -230,11 +222,13 @@ class Simulator:
                 worker.in_transit.append(message)
                 self.queue.push(now + self.config.message_s, Kind.MESSAGE, come)
             return
+        controller = self.controller
         for message in messages:
-            self.controller.handle(name, message, now)
-        self._collect()
+            controller.handle(name, message, now)
+        if controller.actions:
+            self._collect()
 
-    def _come(self, worker: SimWorker) -> None:
+    def _come(self, worker: SimWorker, _: int) -> None:
         """The controller gets a worker's next message."""
         if worker.alive:
             self.controller.handle(worker.core.name, worker.in_transit.popleft(), self.queue.now)
@@ -245,9 +239,14 @@ class Simulator:
         if worker is None:
             return
         if self.config.message_s:
-            deliver = partial(worker.deliver, message)
+            deliver = partial(self._deliver, worker, message)
             self.queue.push(self.queue.now + self.config.message_s, Kind.MESSAGE, deliver)
         else:
+            worker.deliver(message)
+
+    @staticmethod
+    def _deliver(worker: SimWorker, message: ToWorker, _: int) -> None:
+        if worker.alive:
             worker.deliver(message)
 
     def _collect(self) -> None:
@@ -310,7 +309,7 @@ class Simulator:
 
     # ------------------------------------------------------------------ workers
 
-    def _start(self, name: str) -> None:
+    def _start(self, name: str, _: int = 0) -> None:
         config = self.config
         self._lives += 1  # as hosts do: what an earlier life of a worker published is never valid again
         options = {
@@ -351,7 +350,7 @@ class Simulator:
             self.queue.push(self.queue.now + config.beat_s, Kind.WAKE, partial(self._beat, worker))
         self._collect()
 
-    def _strike(self, kill: Kill) -> None:
+    def _strike(self, kill: Kill, _: int) -> None:
         if kill.worker in self.workers:
             self._kill(kill.worker, "was killed", kill.restart_after)
 
@@ -390,7 +389,7 @@ class Simulator:
             )
         )
 
-    def _beat(self, worker: SimWorker) -> None:
+    def _beat(self, worker: SimWorker, _: int) -> None:
         assert self.config.beat_s is not None
         if worker.alive:
             worker.beat_due = True

@@ -144,7 +144,7 @@ class RunClock:
     def end(self, steps: int) -> float:
         """When the `steps`-th step ends; `end(0)` is the start."""
         if self._seconds is not None:
-            return self._start + self._seconds(steps) if steps else self._start
+            return self._start + self._seconds(steps)
         ends = self._ends
         while len(ends) <= steps:
             done = len(ends) - 1
@@ -154,9 +154,11 @@ class RunClock:
     def count(self, most: int, now: float, inclusive: bool) -> int:
         """How many steps are over at `now`, of `most` of which the last one is not. `inclusive`: those too that end
         just then."""
+        if most == 1:
+            return 0
         # The answer lies in between; steps are nearly alike, so a guess is nearly right.
         low, high = 0, most - 1
-        guess = int((now - self._start) / (self.end(1) - self._start)) if self._seconds else 0
+        guess = int((now - self._start) / self._seconds(1)) if self._seconds is not None else 0
         reach = 1
         while low < high:
             middle = min(max(guess, low + 1), high)

@@ -40,7 +40,8 @@ class Veiled:
             self.finished = finished
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
-        return self.policy.choose(job._replace(params=self._params), workers, now)
+        prompt_tokens, known_tokens, _, *rest = job
+        return self.policy.choose(JobView(prompt_tokens, known_tokens, self._params, *rest), workers, now)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)

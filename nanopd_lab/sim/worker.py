@@ -12,10 +12,11 @@ from collections import deque
 from collections.abc import Callable, Container
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import filterfalse
 
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
-from nanopd_lab.cluster.worker import Try, WorkerCore, missing_blocks
+from nanopd_lab.cluster.worker import Try, WorkerCore
 from nanopd_lab.core import SampledToken, Sequence, StepPlan
 from nanopd_lab.engine.decode_run import taken_by_then
 from nanopd_lab.engine.handover import HandoverScheduler
@@ -99,8 +100,9 @@ class SimCore(WorkerCore):
 
     @staticmethod
     def missing(offered: int, arrived: Container[int], under_way: Container[int]) -> list[int]:
-        """See `missing_blocks`; mostly nothing has come yet, and there is nothing to look up."""
-        return missing_blocks(offered, arrived, under_way) if arrived or under_way else list(range(offered))
+        """See `missing_blocks`; without a loop of Python's."""
+        left = filterfalse(arrived.__contains__, range(offered))
+        return list(filterfalse(under_way.__contains__, left) if under_way else left)
 
     def generations(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """See `WorkerCore`; a counted block never gets a second one."""
@@ -178,8 +180,6 @@ class SimWorker:
 
     def deliver(self, message: ToWorker | PullResult) -> None:
         """Something has come; it is looked at when the loop comes round."""
-        if not self.alive:
-            return
         now, run = self.queue.now, self._run
         if run is None:
             self.inbox.append((now, message))
@@ -205,7 +205,7 @@ class SimWorker:
         if (run := self._run) is not None:
             self._cut(run, self._over(run) + 1)
         elif self._plan is None and not self._turn:
-            self._turn = self.queue.push(self.queue.now, Kind.LOOP, self, self.rank)
+            self._turn = self.queue.push(self.queue.now, Kind.LOOP, self._loop, self.rank)
 
     def _over(self, run: RunClock) -> int:
         """How many steps of the run under way are over."""
@@ -215,9 +215,9 @@ class SimWorker:
         """Let the run end after so many steps, if it would go on."""
         if steps < self._steps:
             self._steps = steps
-            self._turn = self.queue.push(run.end(steps), Kind.LOOP, self, self.rank)
+            self._turn = self.queue.push(run.end(steps), Kind.LOOP, self._loop, self.rank)
 
-    def _timer(self) -> None:
+    def _timer(self, _: int) -> None:
         """Something may be due by now, unless it has been settled since."""
         if not self.alive:
             return
@@ -226,24 +226,27 @@ class SimWorker:
         else:
             self._watch()
 
-    def loop(self, turn: int) -> None:
+    def _loop(self, turn: int) -> None:
         """The loop comes round: take in what has come, start the next step. `turn` is the event's order."""
         if turn != self._turn:
             return  # called off
         self._turn = 0
-        core, now, seen = self.core, self.queue.now, self.queue.now
+        core, now, run, plan = self.core, self.queue.now, self._run, self._plan
         core.now = now
-        if (run := self._run) is not None:
-            if self.ahead:
-                seen = run.end(self._steps - 1)
-            self._finish_run(run, now)
-        elif (plan := self._plan) is not None:
-            if self.ahead:
-                seen = self._began
-            self._finish_step(plan, now)
+        if run is not None:
+            self._run = None
+            self._note(now, self._steps)
+            core.run_done(self._steps, run)
+        elif plan is not None:
+            self._plan = None
+            self._note(now, 1, plan)
+            core.complete(plan, [_ONE if chunk.samples else _NONE for chunk in plan.chunks])
         if core.outbox:
             self._send()
         if self.inbox:
+            seen = now
+            if self.ahead:  # what had come when this step was planned, as the last one began
+                seen = run.end(self._steps - 1) if run else self._began if plan else now
             self._take_in(seen)
         if core.timed and self._wake_at <= now:
             core.tick(now)
@@ -256,7 +259,8 @@ class SimWorker:
         if self.inbox and self._plan is None and self._run is None:  # idle: it need not wait
             self._take_in(now)
             self._start_step(now)
-        self._send()
+        if core.outbox or core.pulls:
+            self._send()
         if core.timed:
             self._watch()
 
@@ -304,7 +308,7 @@ class SimWorker:
                 f"a step of {core.name} from {now} to {end} s; the cost model must give seconds > 0"
             )
         self._began = now
-        self._turn = self.queue.push(end, Kind.LOOP, self, self.rank)
+        self._turn = self.queue.push(end, Kind.LOOP, self._loop, self.rank)
 
     def _seconds(self, plan: StepPlan) -> float:
         chunks = [(chunk.start, chunk.count) for chunk in plan.chunks]
@@ -315,16 +319,6 @@ class SimWorker:
             seconds: float = mixed(decodes, lockstep.total_context, chunks)
             return seconds
         return self.time.seconds([*((context, 1) for context in lockstep.contexts()), *chunks])
-
-    def _finish_run(self, run: RunClock, now: float) -> None:
-        self._note(now, self._steps)
-        self._run = None
-        self.core.run_done(self._steps, run)
-
-    def _finish_step(self, plan: StepPlan, now: float) -> None:
-        self._note(now, 1, plan)
-        self._plan = None
-        self.core.complete(plan, [_ONE if chunk.samples else _NONE for chunk in plan.chunks])
 
     def _note(self, end: float, steps: int, plan: StepPlan | None = None) -> None:
         self.busy_s += end - self._began
