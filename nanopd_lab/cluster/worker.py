@@ -72,7 +72,9 @@ def missing_blocks(offered: int, arrived: Container[int], under_way: Container[i
 def _picker(positions: list[int]) -> Callable[[Seq[int]], Seq[int]]:
     """Takes the values at these positions, which mostly follow each other: a slice is quicker."""
     first, behind = positions[0], positions[-1] + 1
-    return itemgetter(slice(first, behind)) if positions == [*range(first, behind)] else itemgetter(*positions)
+    return (
+        itemgetter(slice(first, behind)) if positions == [*range(first, behind)] else itemgetter(*positions)
+    )
 
 
 class WorkerCore:

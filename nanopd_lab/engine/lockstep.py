@@ -194,7 +194,9 @@ class LockstepScheduler(HandoverScheduler):
 
     def _could_turn_on_one(self) -> bool:
         """True if a parked sequence may not get its token, or have to make room for a prompt."""
-        if self.lockstepping > self.budget or any([each.is_decoding for each in self.running]):
+        if self.lockstepping > self.budget:
+            return True
+        if self.running and any(each.is_decoding for each in self.running):
             return True
         return self._blocks_needed() > self.pool.num_free
 

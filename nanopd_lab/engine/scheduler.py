@@ -522,7 +522,9 @@ class Scheduler:
 
     def _check_counts(self, counts: Seq[int], num_decodes: int, left: Seq[int]) -> None:
         legal = len(counts) == len(left) and num_decodes + sum(counts) <= self.budget
-        if not legal or any([not 0 <= count <= most for count, most in zip(counts, left, strict=True)]):
+        for count, most in zip(counts, left, strict=False):
+            legal = legal and 0 <= count <= most
+        if not legal:
             raise ValueError(
                 f"the chunk policy returned {list(counts)} for prompts with {list(left)} tokens "
                 f"left, {num_decodes} decodes and a budget of {self.budget}; each count must lie between 0 and what "

@@ -320,7 +320,9 @@ def summary(result: SimResult, args: argparse.Namespace, machine: Machine, slo: 
         figures = {
             "mean": mean,
             "median": percentile(values, 50),
-            "std": math.sqrt(statistics.fmean([(value - mean) ** 2 for value in values])) if values else math.nan,
+            "std": math.sqrt(statistics.fmean([(value - mean) ** 2 for value in values]))
+            if values
+            else math.nan,
             **{f"p{percent}": percentile(values, percent) for percent in (90, 99)},
         }
         for kind, seconds in figures.items():

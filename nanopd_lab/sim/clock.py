@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-
 _NEVER = math.inf
 
 

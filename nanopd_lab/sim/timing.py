@@ -128,23 +128,19 @@ class RunClock:
         total_context: int,
         contexts: Callable[[], Sequence[int]],
     ) -> None:
-        self._start = start
-        self._seconds: Callable[[int], float] | None = None
+        self.start = start
+        self.end: Callable[[int], float]  # when so many steps are over; `end(0)` is the start
         if (decode_run := getattr(time, "decode_run", None)) is not None:
-            self._seconds = decode_run(batch, total_context)
+            seconds = decode_run(batch, total_context)
+            self.end = lambda steps: start + seconds(steps)
+            self._even = True
         else:
             self._time, self._contexts = time, contexts()
             self._ends = [start]  # as far as somebody has asked
+            self.end = self._added_up
+            self._even = False
 
-    @property
-    def first(self) -> float:
-        """When the first step ends."""
-        return self.end(1)
-
-    def end(self, steps: int) -> float:
-        """When the `steps`-th step ends; `end(0)` is the start."""
-        if self._seconds is not None:
-            return self._start + self._seconds(steps)
+    def _added_up(self, steps: int) -> float:
         ends = self._ends
         while len(ends) <= steps:
             done = len(ends) - 1
@@ -157,9 +153,8 @@ class RunClock:
         if most == 1:
             return 0
         # The answer lies in between; steps are nearly alike, so a guess is nearly right.
-        low, high = 0, most - 1
-        guess = int((now - self._start) / self._seconds(1)) if self._seconds is not None else 0
-        reach = 1
+        low, high, reach, start = 0, most - 1, 1, self.start
+        guess = int((now - start) / (self.end(1) - start)) if self._even else 0
         while low < high:
             middle = min(max(guess, low + 1), high)
             end = self.end(middle)

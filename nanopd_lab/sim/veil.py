@@ -40,8 +40,10 @@ class Veiled:
             self.finished = finished
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
-        prompt_tokens, known_tokens, _, *rest = job
-        return self.policy.choose(JobView(prompt_tokens, known_tokens, self._params, *rest), workers, now)
+        shown = JobView(
+            job.prompt_tokens, job.known_tokens, self._params, job.arrival, job.avoid, job.cached_tokens
+        )
+        return self.policy.choose(shown, workers, now)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)

@@ -81,7 +81,7 @@ class SimCore(WorkerCore):
             if sequence in self._unsampled:
                 each = self._tries[sequence.request.request_id]
                 if each.usage.adopted is not None:
-                    self._note_sampled(each, run.first)
+                    self._note_sampled(each, run.end(1))
         for sequence in told:
             if sequence.finish_reason or sequence in self._unsampled:
                 self._report(self._tries[sequence.request.request_id])
@@ -291,10 +291,14 @@ class SimWorker:
 
     def _start_step(self, now: float) -> None:
         core = self.core
+        if core.idle:
+            return
         steps = core.start_run(1 if self.inbox else _LONGEST_RUN) if self.skip else 0
         if steps:
             if (lockstep := core.lockstep) is not None:
-                run = RunClock(self.time, now, lockstep.lockstepping, lockstep.total_context, lockstep.contexts)
+                run = RunClock(
+                    self.time, now, lockstep.lockstepping, lockstep.total_context, lockstep.contexts
+                )
             else:
                 contexts = [each.num_computed for each in core.scheduler.running]
                 run = RunClock(self.time, now, len(contexts), sum(contexts), lambda: contexts)
