@@ -36,7 +36,7 @@ def smooth_max(a: float, b: float, sharpness: float) -> float:
     return high * (1.0 + (low / high) ** sharpness) ** (1.0 / sharpness)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class StepFeatures:
     """What the model needs to know of a step. Frozen in spirit only, which makes it much cheaper to make.
 
