@@ -121,6 +121,15 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.bench.parity_cli import register as register_parity
 
     register_parity(commands)
+    from nanopd_lab.bench.serving_cli import register as register_bench
+
+    register_bench(commands)
+    from nanopd_lab.bench.sweep_cli import register as register_sweep
+
+    register_sweep(commands)
+    from nanopd_lab.bench.plan_cli import register as register_plan
+
+    register_plan(commands)
     return parser
 
 
