@@ -9,6 +9,7 @@ from nanopd_lab.sim.oracle.exact import enumerate_routes
 from nanopd_lab.sim.oracle.floors import Floor, floors_of
 from nanopd_lab.sim.oracle.instance import Instance, Outcome, Plan, Planned, Score
 from nanopd_lab.sim.oracle.search import Found, search_routes
+from nanopd_lab.sim.oracle.triage import triage_plans
 
 __all__ = [
     "Bound",
@@ -22,5 +23,6 @@ __all__ = [
     "enumerate_routes",
     "floors_of",
     "search_routes",
+    "triage_plans",
     "upper_bound",
 ]

@@ -77,6 +77,24 @@ def upper_bound(instance: Instance) -> Bound:
     return Bound(best, len(possible))
 
 
+def work_of(instance: Instance) -> list[float]:
+    """Seconds of a worker that each request needs at least to be met, by the floor that asks for most; infinite for
+    those that cannot be.
+
+    Raises:
+        ValueError: see `floors_of`.
+    """
+    floors, found = floors_of(instance.time), []
+    for request in instance.requests:
+        times = _shortest(request, instance, floors)
+        if times is None:
+            found.append(math.inf)
+            continue
+        each = [_parts(request, instance, floor, *times) for floor in floors]
+        found.append(max(sum(part.seconds for part in parts) for parts in each))
+    return found
+
+
 # ---- one request ------------------------------------------------------------------------------------
 
 
