@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanopd_lab.bench.report import Setting
     from nanopd_lab.cost.iteration import IterationModel
-    from nanopd_lab.router import Outlook, Slo
+    from nanopd_lab.router import Outlook, Policy, Role, Slo
     from nanopd_lab.sim.simulator import SimConfig
     from nanopd_lab.sim.timing import StepTime
+    from nanopd_lab.sim.workload import SimRequest
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -36,7 +38,8 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--policy",
         default="least-loaded",
-        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd",
+        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd, adaptive; or oracle: the best "
+        "routes that can be found, in hindsight, for a --goodput",
     )
     add_workload_options(parser, rate=DEFAULT_RATE)
     add_metric_options(parser)
@@ -75,6 +78,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-blocks", type=int, help="KV blocks a worker; default: what its memory holds")
     parser.add_argument(
         "--block-bytes", type=int, help="of KV in a block of 16 tokens, for a --cost-model that doesn't say"
+    )
+    parser.add_argument(
+        "--oracle-simulations", type=int, default=50, help="that --policy oracle may make, to find its routes"
     )
     parser.add_argument(
         "--beat", type=float, help="seconds between workers' reports; without: policies see none"
@@ -130,7 +136,10 @@ def run(args: argparse.Namespace) -> int:
     slo, selection = slo_of(args), selection_of(args)
     workload = workload_of(args)
     machine = machine_of(args, shared=any(each.shared() for each in workload.requests))
-    policy, roles = create_policy(args.policy, args.workers, machine.outlook(slo))
+    if args.policy == "oracle":
+        policy, roles = _hindsight(args, workload.requests, machine, slo)
+    else:
+        policy, roles = create_policy(args.policy, args.workers, machine.outlook(slo))
     kills = [Kill.parse(text) for text in args.kill]
     begun = time.perf_counter()
     result = Simulator(Veiled(policy), roles, machine.time, workload.requests, machine.config, kills).run()
@@ -149,6 +158,27 @@ def run(args: argparse.Namespace) -> int:
     if args.trace:
         write_trace(result, args.trace)
     return 0
+
+
+def _hindsight(
+    args: argparse.Namespace, requests: Sequence[SimRequest], machine: Machine, slo: Slo
+) -> tuple[Policy, list[Role]]:
+    """The best routes that are found, all arrivals and lengths being known."""
+    from nanopd_lab.router import Role
+    from nanopd_lab.sim.oracle import Instance, Planned, oracle, upper_bound
+
+    if args.kill or args.beat is not None:
+        raise ValueError("the oracle knows no --kill and needs no --beat; leave them out")
+    instance = Instance(
+        tuple(requests), args.workers, machine.time, slo, replace(machine.config, trace=False)
+    )
+    found = oracle(instance, machine.outlook(slo), args.oracle_simulations, args.seed)
+    bound = upper_bound(instance, found.met)
+    print(
+        f"oracle: {found.met} of {len(instance.requests)} requests served as promised, {found.started} by "
+        f"{found.start}, at most {bound.met} by any routing; {found.effort:.0f} simulations"
+    )
+    return Planned(found.outcome.plan), [Role.MIXED] * args.workers
 
 
 def machine_of(args: argparse.Namespace, shared: bool = False) -> Machine:
