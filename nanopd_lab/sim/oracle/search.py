@@ -133,16 +133,17 @@ class _Search:
                 picture = _Picture.of(self.instance, self.best)
 
     def roll(self, window: int) -> None:
-        """Climb in windows, which overlap by half, from front to back, again and again."""
-        count = len(self.instance.requests)
+        """Climb in windows, which overlap by half, again and again; where most are missed comes first."""
+        count, left = len(self.instance.requests), set[int]()
         while not self.over:
-            before = self.effort
-            for first in range(0, count - window // 2, max(1, window // 2)):
-                last = min(count, first + window)
-                if not self.over and any(first <= number < last for number in self.best.missed):
-                    self.visit(first, last, last + window // 4)
-            if self.effort == before:
-                return  # nobody can be helped
+            left = left or {*range(0, count - window // 2, max(1, window // 2))}
+            missed = {first: sum(first <= n < first + window for n in self.best.missed) for first in left}
+            first = max(sorted(left), key=lambda each: missed[each])
+            left.remove(first)
+            if missed[first]:
+                self.visit(first, min(count, first + window), first + window + window // 4)
+            else:
+                left.clear()  # none of the others has any either
 
     def visit(self, first: int, last: int, seen: int) -> None:
         """Climb among the requests `[first, last)`, with those up to `seen` behind them."""
