@@ -270,6 +270,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     record = load(path)
     assert str(tmp_path) not in path.read_text()
     assert len(record["units"]) == 4
+    assert main([*command, "--again", "round-robin"]) == 0
+    capsys.readouterr()
+    again = load(path)
+    assert again["units"] == record["units"]
+    assert len(again["provenance"]) == 2
     assert main(["regret", "--table", str(path)]) == 0
     assert capsys.readouterr().out.strip() in printed
     assert main(["regret", "--links", "fast"]) == 2

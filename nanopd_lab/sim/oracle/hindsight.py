@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from nanopd_lab.router import Outlook, create_policy
 from nanopd_lab.sim.oracle.bound import work_of
-from nanopd_lab.sim.oracle.instance import Instance, Outcome
+from nanopd_lab.sim.oracle.instance import Instance, Outcome, plan_of
 from nanopd_lab.sim.oracle.search import Found, search_routes
 from nanopd_lab.sim.oracle.triage import triage
 
@@ -57,11 +57,13 @@ def _prefills(outcomes: Mapping[str, Outcome], num_workers: int) -> list[int]:
 def oracle(instance: Instance, outlook: Outlook, simulations: int = SIMULATIONS, seed: int = 0) -> Found:
     """The best routes that are found from all static policies, the least loaded workers and adaptive routing.
 
+    `Planned` repeats them: where a policy put a request off, its route is tried without.
+
     Raises:
         ValueError: as of `best_routes`.
     """
     outcomes = {}
     for name in (*statics(instance.num_workers), "least-loaded", "adaptive"):
         policy, roles = create_policy(name, instance.num_workers, outlook)
-        outcomes[name] = instance.outcome(instance.simulate(policy, roles).records)
+        outcomes[name] = instance.follow(plan_of(instance.simulate(policy, roles).records))
     return best_routes(instance, outcomes, simulations, seed)
