@@ -125,6 +125,9 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     from nanopd_lab.bench.serving_cli import register as register_bench
 
     register_bench(commands)
+    from nanopd_lab.bench.regret.cli import register as register_regret
+
+    register_regret(commands)
     from nanopd_lab.bench.sweep_cli import register as register_sweep
 
     register_sweep(commands)
