@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from nanopd_lab.bench.capacity import find_capacity
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.router import Slo, create_policy
 from nanopd_lab.router.layouts import Forecast
@@ -138,23 +139,16 @@ class Plan:
 
     def _capacity(self, policy: str) -> Simulated:
         """The highest rate at which `share` of the requests get what they were promised, from the formulas' on."""
-        rate = self._start(policy)
-        low: Simulated | None = None
-        high = math.inf
-        lowest = 1e-2 * rate
-        while low is None or high / low.rate > 1 + TOLERANCE:
-            found = self._serve(policy, rate)
-            if found.attainment >= self.share:
-                low = found
-            else:
-                high = rate
-            if low is None:
-                rate = high / STEP if high > 0.5 * self._start(policy) else high / 2
-                if rate < lowest:
-                    return found._replace(rate=0.0, goodput=0.0)
-            else:
-                rate = low.rate * STEP if high == math.inf else math.sqrt(low.rate * high)
-        return low
+        tried: dict[float, Simulated] = {}
+
+        def attainment(rate: float) -> float:
+            tried[rate] = self._serve(policy, rate)
+            return tried[rate].attainment
+
+        found = find_capacity(attainment, self.share, self._start(policy), TOLERANCE, STEP)
+        if found.rate:
+            return tried[found.rate]
+        return tried[found.above]._replace(rate=0.0, goodput=0.0)
 
     def _start(self, policy: str) -> float:
         """A rate to begin the search with: a layout's by formula, or the best that is known."""
