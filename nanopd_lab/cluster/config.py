@@ -12,13 +12,14 @@ from nanopd_lab.cluster.actions import Limits
 from nanopd_lab.cluster.lease import Lease, LeaseTerms
 from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.engine.config import EngineConfig
-from nanopd_lab.router import Policy, Role, create_policy
+from nanopd_lab.router import Outlook, Policy, Role, Slo, create_policy, needs_outlook
 from nanopd_lab.transfer.packing import pack_blocks, unpack_blocks
 
 if TYPE_CHECKING:
     import torch
 
 LAUNCHERS = ("inline", "process")
+COST_MODELS = {"smollm2": "cpu-smollm2-fp32"}  # by model, where none is named
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ class ClusterConfig:
 
     model:       as for `LLM`
     workers:     how many, each with an engine of its own
-    policy:      "collocated", "1p2d" (any xPyD), "disaggregated", "round-robin", "least-loaded", or a `Policy`
+    policy:      "collocated", "1p2d" (any xPyD), "disaggregated", "round-robin", "least-loaded", "threshold",
+                 "nanopd", or a `Policy`; see `router.create_policy`
+    cost_model:  what policies that estimate times go by: a name in data/hardware, or a file of `nanopd-lab fit`; None:
+                 for "smollm2" the one fitted to a CPU, otherwise none
+    goodput:     what requests are promised, in ms, for example ("ttft:500", "tpot:100")
     launcher:    "process" (one process a worker) or "inline" (all in this thread, one after another)
     transport:   "auto", "inproc", "shm", "p2p", "pinned"
     devices:     of the workers, for example ("cuda:0", "cuda:1"); None: a GPU each, or the CPU
@@ -69,6 +74,8 @@ class ClusterConfig:
     model: str
     workers: int = 2
     policy: str | Policy = "collocated"
+    cost_model: str | None = None
+    goodput: tuple[str, ...] = ()
     launcher: str = "process"
     transport: str = "auto"
     devices: tuple[str, ...] | None = None
@@ -107,14 +114,30 @@ class ClusterConfig:
             raise ValueError(f"{len(self.devices)} devices for {self.workers} workers; give one for each")
         if unknown := set(self.engine) & {"model", "seed", "device"}:
             raise ValueError(f"engine sets {sorted(unknown)[0]!r}, which is a setting of the cluster itself")
-        self.route_policy()
+        Slo.parse(self.goodput)
         self.engine_config("cpu")
+        self.route_policy()
 
     def route_policy(self) -> tuple[Policy, list[Role]]:
         """A policy to route with, and the workers' roles."""
         if isinstance(self.policy, str):
-            return create_policy(self.policy, self.workers)
+            outlook = self.outlook() if self.cost_model or needs_outlook(self.policy) else None
+            return create_policy(self.policy, self.workers, outlook)
         return self.policy, [Role.MIXED] * self.workers
+
+    def outlook(self) -> Outlook | None:
+        """What policies that estimate are told; None: no cost model is named, and there is none for this model.
+
+        Raises:
+            ValueError: there is no such cost model, or an objective that cannot be read.
+        """
+        name = self.cost_model or COST_MODELS.get(self.model)
+        if name is None:
+            return None
+        from nanopd_lab.cost.hardware import load_model
+
+        tokens = self.engine_config("cpu").max_num_batched_tokens
+        return Outlook.of(load_model(name), Slo.parse(self.goodput), tokens)
 
     @property
     def names(self) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -51,7 +51,19 @@ from nanopd_lab.cluster.messages import (
 )
 from nanopd_lab.core import FinishReason, Route, SampledToken, SamplingParams
 from nanopd_lab.errors import InvalidRequestError
-from nanopd_lab.router import Collocated, Fleet, JobView, Policy, Role, WorkerView, legal_routes
+from nanopd_lab.router import (
+    Collocated,
+    Decision,
+    Explanation,
+    Fleet,
+    JobView,
+    Policy,
+    Role,
+    WorkerView,
+    legal_routes,
+)
+
+EXPLAINABLE = 1024  # decisions that can be asked about
 
 
 @dataclass(eq=False, slots=True)
@@ -60,6 +72,8 @@ class _Attempt:
     report: AttemptReport
     open: set[str]  # workers that may still hold something of it
     prefills: bool = True  # until its first token is here
+    arrives: bool = True  # until the target has its KV
+    leaves: bool = False  # its first token is here, and the target hasn't got its KV
 
 
 @dataclass(eq=False, slots=True)
@@ -95,10 +109,17 @@ class _Worker:
     prefilling: int = 0
     prefill_tokens: int = 0
     decoding: int = 0
+    decode_tokens: int = 0
+    arriving: int = 0
+    arriving_tokens: int = 0
+    leaving: int = 0
+    leaving_tokens: int = 0
+    prefill_since: float = 0.0
     _view: WorkerView | None = None
 
     def view(self) -> WorkerView:
         """What policies see of it; the same object for as long as that doesn't change."""
+        capacity = self.capacity
         view = WorkerView(
             self.name,
             self.role,
@@ -106,11 +127,24 @@ class _Worker:
             self.prefill_tokens,
             self.decoding,
             self.beat.blocks_free if self.beat else 0,
-            self.capacity.max_num_seqs if self.capacity else 0,
+            capacity.max_num_seqs if capacity else 0,
+            self.decode_tokens,
+            self.arriving,
+            self.arriving_tokens,
+            self.leaving,
+            self.leaving_tokens,
+            self.prefill_since,
+            capacity.num_blocks if capacity else 0,
+            capacity.block_size if capacity else 0,
+            capacity.max_num_batched_tokens if capacity else 0,
         )
         if self._view is None or view != self._view:
             self._view = view
         return self._view
+
+
+def _count(attempts: Seq[_Attempt]) -> tuple[int, int]:
+    return len(attempts), sum(attempt.report.known_tokens for attempt in attempts)
 
 
 def _legal(route: Route, fleet: Fleet) -> bool:
@@ -133,7 +167,7 @@ class Controller:
         self.limits = limits or Limits()
         self.actions: list[Action] = []
         self.now = 0.0
-        self.decisions = 0
+        self.decisions = self.role_changes = 0
         self._workers = {name: _Worker(name, role) for name, role in roles.items()}
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._queue: deque[_Job] = deque()
@@ -142,6 +176,8 @@ class Controller:
         self._changed: set[_Worker] = set()  # since the fleet was told
         self._capacities: set[Capacity] = set()  # those that there are; workers are mostly alike
         self._every_takes = self._any_takes = math.inf  # tokens of a sequence, every worker and the largest
+        self._explainable: OrderedDict[tuple[str, int], Decision] = OrderedDict()  # the newest decisions
+        self._finished = getattr(policy, "finished", None)
         self._numbers = itertools.count()
         self._deadlines: list[
             tuple[float, int, _Job]
@@ -262,6 +298,8 @@ class Controller:
             self._send(attempt.report.route.prefill, message)
         elif isinstance(message, Received):
             attempt.report.received = now
+            self._arrived(attempt)
+            self._left(attempt)
             self._send(attempt.report.route.prefill, Release(attempt.key))
         elif isinstance(message, Failed):
             self._failed(job, attempt, worker, message)
@@ -284,12 +322,10 @@ class Controller:
         left = [each for each in self._workers.values() if each.state is not State.GONE]
         if not (any(each.role.prefills for each in left) and any(each.role.decodes for each in left)):
             for each in left:  # serving goes on with whoever is left
-                each.role = Role.MIXED
-                self._changed.add(each)
+                self._give_role(each, Role.MIXED)
         if len(left) == 1:
             self.policy = Collocated()
-            left[0].role = Role.MIXED
-            self._changed.add(left[0])
+            self._give_role(left[0], Role.MIXED)
         if not left:
             for job in list(self._queue):
                 self._end(job, FinishReason.ERROR, error=f"no worker is left; the last one, {name}, {reason}")
@@ -298,9 +334,22 @@ class Controller:
     def set_role(self, name: str, role: Role, now: float) -> None:
         """Change what a worker is asked to do from now on; what it has goes on as it is."""
         self.now = now
-        self._workers[name].role = role
-        self._changed.add(self._workers[name])
+        self._give_role(self._workers[name], role)
         self._dispatch()
+
+    def explain(self, request_id: str, index: int = 0) -> Explanation:
+        """Why a request is, or was, where it is: of its last route.
+
+        Raises:
+            ValueError: it has had no route, or it is too long ago; the newest `EXPLAINABLE` decisions are kept.
+        """
+        decision = self._explainable.get((request_id, index))
+        if decision is None:
+            raise ValueError(
+                f"nothing is known of a route of request {request_id!r}, sample {index}: it has had none, or more than "
+                f"{EXPLAINABLE} decisions ago; ask sooner"
+            )
+        return decision.explain()
 
     def tick(self, now: float) -> None:
         """Deadlines of jobs, silence of workers."""
@@ -346,12 +395,21 @@ class Controller:
             decision = self.policy.choose(seen, free, self.now) if free.num_members else None
             if decision is None:
                 return
+            if decision.roles:
+                for name, role in decision.roles:
+                    self._give_role(self._workers[name], role)
+                self._refresh()
+                free = self._fleet_for(len(job.prompt) + job.params.max_tokens)
             if not _legal(decision.route, free):
                 raise ValueError(
                     f"policy {self.policy.name} chose {decision.route}, which the roles or the load of the workers do "
                     f"not allow; legal are {', '.join(map(str, legal_routes(free))) or 'none'}"
                 )
             self.decisions += 1
+            self._explainable[job.name] = decision
+            self._explainable.move_to_end(job.name)
+            if len(self._explainable) > EXPLAINABLE:
+                self._explainable.popitem(last=False)
             self._queue.popleft()
             job.queued = False
             self._start(job, decision.route)
@@ -390,10 +448,15 @@ class Controller:
         for name in attempt.open:
             self._workers[name].attempts[key] = attempt
         source = self._workers[route.prefill]
+        if not source.prefilling:
+            source.prefill_since = self.now
         source.prefilling += 1
         source.prefill_tokens += work.num_known
         target = self._workers[route.decode]
         target.decoding += 1
+        target.decode_tokens += work.num_known
+        target.arriving += 1
+        target.arriving_tokens += work.num_known
         self._changed |= {source, target}
         if not route.collocated:
             self._send(route.decode, Expect(key, work, route.prefill))
@@ -412,6 +475,8 @@ class Controller:
         if attempt.report.first_token is None:
             attempt.report.first_token = self.now
             self._prefilled(attempt)
+            if attempt.report.route.collocated:
+                self._arrived(attempt)
         attempt.report.new_tokens += len(message.tokens)
         job.path.output_tokens += len(message.tokens)
         if message.finish_reason is None:
@@ -468,6 +533,9 @@ class Controller:
             self._queue.remove(job)
             job.queued = False
         job.path.finished = self.now
+        if self._finished is not None and reason is not FinishReason.ERROR:
+            censored = reason in (FinishReason.LENGTH, FinishReason.ABORT)
+            self._finished(len(job.prompt), job.path.output_tokens, censored, self.now)
         self.actions.append(Emit(job.request_id, job.index, tokens, reason, stop_reason, error))
         self._settle(job)
 
@@ -486,8 +554,11 @@ class Controller:
         worker.attempts.pop(attempt.key, None)
         if worker.name == attempt.report.route.prefill:
             self._prefilled(attempt)
+            self._left(attempt)
         if worker.name == attempt.report.route.decode:
+            self._arrived(attempt)
             worker.decoding -= 1
+            worker.decode_tokens -= attempt.report.known_tokens
             self._changed.add(worker)
         if not attempt.open and attempt.key in self._attempts:
             del self._attempts[attempt.key]
@@ -500,7 +571,30 @@ class Controller:
             source = self._workers[attempt.report.route.prefill]
             source.prefilling -= 1
             source.prefill_tokens -= attempt.report.known_tokens
+            source.prefill_since = self.now
+            if not attempt.report.route.collocated:
+                attempt.leaves = True
+                source.leaving += 1
+                source.leaving_tokens += attempt.report.known_tokens
             self._changed.add(source)
+
+    def _left(self, attempt: _Attempt) -> None:
+        """The source need not hold its KV any more."""
+        if attempt.leaves:
+            attempt.leaves = False
+            source = self._workers[attempt.report.route.prefill]
+            source.leaving -= 1
+            source.leaving_tokens -= attempt.report.known_tokens
+            self._changed.add(source)
+
+    def _arrived(self, attempt: _Attempt) -> None:
+        """Its KV is where it will decode."""
+        if attempt.arrives:
+            attempt.arrives = False
+            target = self._workers[attempt.report.route.decode]
+            target.arriving -= 1
+            target.arriving_tokens -= attempt.report.known_tokens
+            self._changed.add(target)
 
     def _settle(self, job: _Job) -> None:
         if job.done and not job.unsettled and self._jobs.get(job.name) is job:
@@ -509,6 +603,12 @@ class Controller:
             self.actions.append(Settled(job.request_id, job.index, job.path))
 
     # ------------------------------------------------------------------ small questions
+
+    def _give_role(self, worker: _Worker, role: Role) -> None:
+        if worker.role is not role:
+            worker.role = role
+            self.role_changes += 1
+            self._changed.add(worker)
 
     def _send(self, worker: str, message: ToWorker) -> None:
         if self._workers[worker].state is State.UP:
@@ -561,4 +661,9 @@ class Controller:
             prefilling = [a for a in routes if a.prefills and a.report.route.prefill == worker.name]
             assert worker.prefilling == len(prefilling), f"{worker.name}: load is miscounted"
             assert worker.prefill_tokens == sum(a.report.known_tokens for a in prefilling)
-            assert worker.decoding == sum(a.report.route.decode == worker.name for a in routes)
+            decoding = [a for a in routes if a.report.route.decode == worker.name]
+            arriving = [a for a in decoding if a.arrives]
+            leaving = [a for a in routes if a.leaves and a.report.route.prefill == worker.name]
+            assert (worker.decoding, worker.decode_tokens) == _count(decoding)
+            assert (worker.arriving, worker.arriving_tokens) == _count(arriving)
+            assert (worker.leaving, worker.leaving_tokens) == _count(leaving)

@@ -9,6 +9,7 @@ from nanopd_lab.router.lengths import LengthPredictor
 from nanopd_lab.router.slo import Slo
 
 if TYPE_CHECKING:
+    from nanopd_lab.cost.files import CostModel
     from nanopd_lab.cost.iteration import IterationModel
     from nanopd_lab.cost.nanopd import NanoPDModel
     from nanopd_lab.cost.transfer_time import TransferModel
@@ -35,3 +36,15 @@ class Outlook:
     max_num_batched_tokens: int = 2048
     predictor: LengthPredictor | None = None
     nanopd: NanoPDModel | None = None
+
+    @classmethod
+    def of(cls, cost: CostModel, slo: Slo | None = None, max_num_batched_tokens: int = 2048) -> Outlook:
+        """With what a fitted cost model knows."""
+        return cls(
+            cost.iteration,
+            slo or Slo(),
+            cost.transfer,
+            int(cost.fit.get("block_bytes", 0)),
+            int(cost.fit.get("block_size", 16)),
+            max_num_batched_tokens,
+        )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from nanopd_lab.core import Route
 from nanopd_lab.router.fleet import Fleet, least
-from nanopd_lab.router.outlook import Outlook
-from nanopd_lab.router.policy import Decision, JobView, Policy, Role, WorkerView
+from nanopd_lab.router.policy import Decision, JobView, Role, WorkerView
 
 
 def _prefer(job: JobView, workers: Sequence[WorkerView]) -> Sequence[WorkerView]:
@@ -119,36 +117,3 @@ class LeastLoaded:
                 source = target = mixed
             return Decision(Route(source.name, target.name), f"{jobs} jobs")
         return None
-
-
-POLICIES: dict[str, Callable[[], Policy]] = {
-    "collocated": Collocated,
-    "disaggregated": Disaggregated,
-    "round-robin": RoundRobin,
-    "least-loaded": LeastLoaded,
-}
-
-
-def create_policy(name: str, num_workers: int, outlook: Outlook | None = None) -> tuple[Policy, list[Role]]:
-    """The policy and the workers' roles; `name` is one of POLICIES, or static xPyD such as "1p2d".
-
-    Args:
-        outlook: what policies that estimate need; those that look at queues only do without
-
-    Raises:
-        ValueError: an unknown name, or numbers that don't add up to `num_workers`.
-    """
-    match = re.fullmatch(r"(\d+)p(\d+)d", name)
-    if match:
-        prefills, decodes = int(match[1]), int(match[2])
-        if prefills < 1 or decodes < 1 or prefills + decodes != num_workers:
-            raise ValueError(
-                f"policy {name!r} needs {prefills} + {decodes} workers, at least one of each, and there are "
-                f"{num_workers}; set workers={prefills + decodes}, or for example policy='1p{num_workers - 1}d'"
-            )
-        return Disaggregated(), [Role.PREFILL] * prefills + [Role.DECODE] * decodes
-    if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; choose xPyD (as 1p2d) or one of {', '.join(POLICIES)}")
-    if name == "disaggregated" and num_workers < 2:
-        raise ValueError("policy 'disaggregated' needs 2 workers or more, and there is 1; set workers=2")
-    return POLICIES[name](), [Role.MIXED] * num_workers

@@ -5,6 +5,7 @@ from nanopd_lab.sim.results import RequestRecord, SimResult
 from nanopd_lab.sim.simulator import SimConfig, Simulator
 from nanopd_lab.sim.timing import ConstantTime, CostTime, LinearTime, StepTime
 from nanopd_lab.sim.trace import trace_events, write_trace
+from nanopd_lab.sim.veil import Veiled
 from nanopd_lab.sim.workload import AZURE_LIKE, Kill, Lengths, SimRequest, poisson_arrivals
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "SimResult",
     "Simulator",
     "StepTime",
+    "Veiled",
     "poisson_arrivals",
     "trace_events",
     "write_trace",

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from nanopd_lab.sim.results import SimResult
 
 if TYPE_CHECKING:
+    from nanopd_lab.cost.iteration import IterationModel
+    from nanopd_lab.router import Outlook, Slo
     from nanopd_lab.sim.simulator import SimConfig
     from nanopd_lab.sim.timing import StepTime
     from nanopd_lab.sim.workload import SimRequest
@@ -43,7 +45,12 @@ def register(subparsers: _Subparsers) -> None:
     )
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument(
-        "--policy", default="least-loaded", help="collocated, 1p2d (any xPyD), round-robin, ..."
+        "--policy",
+        default="least-loaded",
+        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd",
+    )
+    parser.add_argument(
+        "--goodput", nargs="+", default=[], metavar="NAME:MS", help="what is promised, as ttft:500 tpot:100"
     )
     parser.add_argument(
         "--request-rate", type=float, default=20.0, help="requests a second; inf: all at once"
@@ -108,24 +115,42 @@ class Machine:
     model: str
     time: StepTime
     config: SimConfig
+    iteration: IterationModel
+
+    def outlook(self, slo: Slo) -> Outlook:
+        """What policies that estimate are told of it."""
+        from nanopd_lab.cost.transfer_time import TransferModel
+        from nanopd_lab.router import Outlook
+
+        link = self.config.link
+        return Outlook(
+            self.iteration,
+            slo,
+            TransferModel(link.setup_s, link.block_s, link.bytes_per_s),
+            self.config.block_bytes,
+            self.config.block_size,
+            self.config.max_num_batched_tokens,
+        )
 
 
 def run(args: argparse.Namespace) -> int:
     """Simulate, print a summary, write the files asked for."""
-    from nanopd_lab.router import create_policy
+    from nanopd_lab.router import Slo, create_policy
     from nanopd_lab.sim.simulator import Simulator
     from nanopd_lab.sim.trace import write_trace
+    from nanopd_lab.sim.veil import Veiled
     from nanopd_lab.sim.workload import Kill
 
+    slo = Slo.parse(args.goodput)
     machine = _fitted(args) if args.cost_model else _prior(args)
     begun = time.perf_counter()
-    policy, roles = create_policy(args.policy, args.workers)
+    policy, roles = create_policy(args.policy, args.workers, machine.outlook(slo))
     kills = [Kill.parse(text) for text in args.kill]
-    result = Simulator(policy, roles, machine.time, _requests(args), machine.config, kills).run()
+    result = Simulator(Veiled(policy), roles, machine.time, _requests(args), machine.config, kills).run()
     seconds = time.perf_counter() - begun
     if problems := result.problems():
         raise RuntimeError(f"the simulation lost something: {problems[0]}")
-    record = summary(result, args, machine)
+    record = summary(result, args, machine, slo)
     print(_table(record))
     print(
         f"simulated {record['duration']:.1f} s in {seconds:.1f} s: {len(result.records) / seconds:,.0f} requests a "
@@ -218,7 +243,7 @@ def _machine(
         beat_s=args.beat,
         trace=args.trace is not None,
     )
-    return Machine(name, model, CostTime(iteration), config)
+    return Machine(name, model, CostTime(iteration), config, iteration)
 
 
 def _requests(args: argparse.Namespace) -> list[SimRequest]:
@@ -255,8 +280,11 @@ def _shared_prefix(args: argparse.Namespace) -> int:
     return int(args.random_prefix_len) if args.dataset_name == "random" else 0
 
 
-def summary(result: SimResult, args: argparse.Namespace, machine: Machine) -> dict[str, Any]:
-    """The result under the keys of `vllm bench serve`, as far as a simulation has them; times in ms."""
+def summary(result: SimResult, args: argparse.Namespace, machine: Machine, slo: Slo) -> dict[str, Any]:
+    """The result under the keys of `vllm bench serve`, as far as a simulation has them; times in ms.
+
+    `slo_attainment`, the share of requests that got what they were promised, is ours.
+    """
     done = result.completed
     tokens_in, tokens_out = (
         sum(getattr(r, name) for r in done) for name in ("prompt_tokens", "output_tokens")
@@ -283,6 +311,10 @@ def summary(result: SimResult, args: argparse.Namespace, machine: Machine) -> di
         "output_throughput": result.output_throughput,
         "total_token_throughput": (tokens_in + tokens_out) / result.duration_s if result.duration_s else 0.0,
     }
+    if slo.given:
+        record["goodput_slo"] = str(slo)
+        record["request_goodput"] = result.goodput(slo)
+        record["slo_attainment"] = result.attainment(slo)
     for name, metric in METRICS.items():
         values = [1e3 * value for value in result.values(metric)]
         record[f"mean_{name}_ms"] = statistics.fmean(values) if values else None
@@ -305,8 +337,13 @@ def _table(record: dict[str, Any]) -> str:
         f"{record['completed']} of {record['num_prompts']} requests, {record['request_throughput']:.2f} a second, "
         f"{record['output_throughput']:,.0f} output tokens/s; {record['pd']['disaggregated']} disaggregated, "
         f"{record['pd']['cached_tokens']:,} of {record['total_input_tokens']:,} prompt tokens from the prefix cache",
-        f"{'ms':8}{'mean':>10}{'median':>10}{'p90':>10}{'p99':>10}",
     ]
+    if "request_goodput" in record:
+        lines.append(
+            f"goodput {record['request_goodput']:.2f} requests/s: {record['slo_attainment']:.1%} within "
+            f"{record['goodput_slo']} ms"
+        )
+    lines.append(f"{'ms':8}{'mean':>10}{'median':>10}{'p90':>10}{'p99':>10}")
     for name in METRICS:
         cells = (record[f"{kind}_{name}_ms"] for kind in ("mean", "median", "p90", "p99"))
         lines.append(

@@ -151,3 +151,16 @@ def test_repeated_prefixes_are_as_many_as_asked_for(tmp_path: Path) -> None:
     requests = gamma_arrivals(12, 8.0, lengths, 3, prefix_tokens=7, num_prefixes=3)
     assert sorted(each.prefix for each in requests) == [0] * 4 + [1] * 4 + [2] * 4
     assert {(each.prompt_tokens, each.prefix_tokens) for each in requests} == {(17, 7)}
+
+
+def test_goodput_is_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = result(
+        tmp_path, "--goodput", "ttft:26", "tpot:100", "--policy", "nanopd", "--request-rate", "40"
+    )
+    assert record["goodput_slo"] == "ttft:26 tpot:100"
+    assert 0 < record["slo_attainment"] < 1
+    met = record["slo_attainment"] * record["num_prompts"]
+    assert record["request_goodput"] == pytest.approx(met / record["duration"])
+    assert f"{record['slo_attainment']:.1%} within ttft:26 tpot:100 ms" in capsys.readouterr().out
+    assert "request_goodput" not in result(tmp_path)
+    assert simulate("--goodput", "ttft:soon") != 0
