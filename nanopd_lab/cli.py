@@ -121,6 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.bench.parity_cli import register as register_parity
 
     register_parity(commands)
+    from nanopd_lab.bench.serving_cli import register as register_bench
+
+    register_bench(commands)
     return parser
 
 

@@ -96,6 +96,10 @@ class PathReport:
         return sum(u.cached for a in self.attempts for u in (a.prefill, a.decode) if u)
 
     @property
+    def preemptions(self) -> int:
+        return sum(u.preemptions for a in self.attempts for u in (a.prefill, a.decode) if u)
+
+    @property
     def queue_s(self) -> float | None:
         """From arrival until the (last) attempt was sent to a worker."""
         return self.last.started - self.arrival if self.last else None

@@ -16,7 +16,7 @@ class RequestRecord:
     """One request, times in seconds of the simulation. `None`: it did not come so far.
 
     scheduled: when the first chunk of its (last) attempt was planned
-    finish_reason: "length", or what ended it before; error: why
+    finish_reason: "length" or "stop", or what ended it before; error: why
     path: the controller's accounts; None if it was refused
     """
 
@@ -34,7 +34,7 @@ class RequestRecord:
     @property
     def ok(self) -> bool:
         """True if it got all of its tokens."""
-        return self.finish_reason == "length"
+        return self.finish_reason in ("length", "stop")
 
     @property
     def route(self) -> str:

@@ -229,7 +229,7 @@ class Simulator:
             self.controller.submit(request.request_id, prompt, request.params(), now, request.deadline)
         except (InvalidRequestError, ClusterBusyError, ClusterDownError) as error:
             self._records[request.request_id] = RequestRecord(
-                request.request_id, now, request.prompt_tokens, 0, error=str(error)
+                request.request_id, now, request.prompt_tokens, 0, finish_reason="refused", error=str(error)
             )
         if request.deadline != float("inf"):
             self.queue.push(max(now, request.deadline), Kind.WAKE, None)
