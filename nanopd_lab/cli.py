@@ -124,6 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.bench.serving_cli import register as register_bench
 
     register_bench(commands)
+    from nanopd_lab.bench.regret.cli import register as register_regret
+
+    register_regret(commands)
     return parser
 
 
