@@ -58,6 +58,7 @@ from nanopd_lab.router import (
     Fleet,
     JobView,
     Policy,
+    Postponed,
     Role,
     WorkerView,
     legal_routes,
@@ -171,6 +172,7 @@ class Controller:
         self._workers = {name: _Worker(name, role) for name, role in roles.items()}
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._queue: deque[_Job] = deque()
+        self._postponed: deque[_Job] = deque()  # these let the queue pass
         self._attempts: dict[str, tuple[_Job, _Attempt]] = {}
         self._fleet = Fleet(roles)
         self._changed: set[_Worker] = set()  # since the fleet was told
@@ -226,9 +228,9 @@ class Controller:
         self.validate(prompt, params)
         if (request_id, index) in self._jobs:
             raise InvalidRequestError(f"request id {request_id!r} is already in use")
-        if len(self._queue) >= self.limits.max_queue:
+        if self.queue_length >= self.limits.max_queue:
             raise ClusterBusyError(
-                f"{len(self._queue)} requests wait for a worker, the limit is max_queue = {self.limits.max_queue}; "
+                f"{self.queue_length} requests wait for a worker, the limit is max_queue = {self.limits.max_queue}; "
                 "try again later, or add workers"
             )
         job = _Job(request_id, index, prompt, params, deadline, PathReport(len(prompt), now))
@@ -327,7 +329,7 @@ class Controller:
             self.policy = Collocated()
             self._give_role(left[0], Role.MIXED)
         if not left:
-            for job in list(self._queue):
+            for job in [*self._queue, *self._postponed]:
                 self._end(job, FinishReason.ERROR, error=f"no worker is left; the last one, {name}, {reason}")
         self._dispatch()
 
@@ -380,39 +382,61 @@ class Controller:
     # ------------------------------------------------------------------ routes
 
     def _dispatch(self) -> None:
-        """Give queued jobs to workers, first come first served, while the policy finds a route."""
+        """Give queued jobs to workers, first come first served, while the policy finds a route; then those put off."""
         while self._queue:
-            job = self._queue[0]
-            self._refresh()
-            free = self._fleet_for(len(job.prompt) + job.params.max_tokens)
-            seen = JobView(
-                len(job.prompt),
-                len(job.prompt) + len(job.outputs),
-                job.params,
-                job.path.arrival,
-                frozenset(job.avoid),
-            )
-            decision = self.policy.choose(seen, free, self.now) if free.num_members else None
-            if decision is None:
+            answer = self._ask(self._queue[0], False)
+            if answer is None:
                 return
-            if decision.roles:
-                for name, role in decision.roles:
-                    self._give_role(self._workers[name], role)
-                self._refresh()
-                free = self._fleet_for(len(job.prompt) + job.params.max_tokens)
-            if not _legal(decision.route, free):
-                raise ValueError(
-                    f"policy {self.policy.name} chose {decision.route}, which the roles or the load of the workers do "
-                    f"not allow; legal are {', '.join(map(str, legal_routes(free))) or 'none'}"
-                )
-            self.decisions += 1
-            self._explainable[job.name] = decision
-            self._explainable.move_to_end(job.name)
-            if len(self._explainable) > EXPLAINABLE:
-                self._explainable.popitem(last=False)
-            self._queue.popleft()
-            job.queued = False
-            self._start(job, decision.route)
+            job = self._queue.popleft()
+            if isinstance(answer, Postponed):
+                self._postponed.append(job)
+            else:
+                self._take(job, answer)
+        while self._postponed:
+            answer = self._ask(self._postponed[0], True)
+            if not isinstance(answer, Decision):
+                return
+            self._take(self._postponed.popleft(), answer)
+
+    def _ask(self, job: _Job, postponed: bool) -> Decision | Postponed | None:
+        """What the policy says of a job; a route is legal."""
+        self._refresh()
+        total = len(job.prompt) + job.params.max_tokens
+        free = self._fleet_for(total)
+        if not free.num_members:
+            return None
+        seen = JobView(
+            len(job.prompt),
+            len(job.prompt) + len(job.outputs),
+            job.params,
+            job.path.arrival,
+            frozenset(job.avoid),
+            postponed=postponed,
+        )
+        answer = self.policy.choose(seen, free, self.now)
+        if not isinstance(answer, Decision):
+            return answer
+        if answer.roles:
+            for name, role in answer.roles:
+                self._give_role(self._workers[name], role)
+            self._refresh()
+            free = self._fleet_for(total)
+        if not _legal(answer.route, free):
+            raise ValueError(
+                f"policy {self.policy.name} chose {answer.route}, which the roles or the load of the workers do "
+                f"not allow; legal are {', '.join(map(str, legal_routes(free))) or 'none'}"
+            )
+        return answer
+
+    def _take(self, job: _Job, decision: Decision) -> None:
+        """Send a job where it was decided."""
+        self.decisions += 1
+        self._explainable[job.name] = decision
+        self._explainable.move_to_end(job.name)
+        if len(self._explainable) > EXPLAINABLE:
+            self._explainable.popitem(last=False)
+        job.queued = False
+        self._start(job, decision.route)
 
     def _refresh(self) -> None:
         """Have the fleet know what has changed."""
@@ -530,7 +554,7 @@ class Controller:
     ) -> None:
         job.done = True
         if job.queued:
-            self._queue.remove(job)
+            (self._postponed if job in self._postponed else self._queue).remove(job)
             job.queued = False
         job.path.finished = self.now
         if self._finished is not None and reason is not FinishReason.ERROR:
@@ -635,7 +659,7 @@ class Controller:
 
     @property
     def queue_length(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._postponed)
 
     def views(self) -> list[WorkerView]:
         """The workers that are up, as a policy would see them."""
@@ -647,7 +671,7 @@ class Controller:
     def check_integrity(self) -> None:
         """Raise AssertionError if a job or an attempt is lost."""
         for job in self._jobs.values():
-            queued = self._queue.count(job)
+            queued = self._queue.count(job) + self._postponed.count(job)
             assert queued + (job.attempt is not None) == (0 if job.done else 1), (
                 f"job {job.name} is lost or twice"
             )

@@ -5,7 +5,7 @@ from nanopd_lab.router.fleet import Fleet, least
 from nanopd_lab.router.lengths import LengthForecast, LengthPredictor
 from nanopd_lab.router.nanopd_rule import NanoPDRule
 from nanopd_lab.router.outlook import Outlook
-from nanopd_lab.router.policy import Decision, JobView, Policy, Role, WorkerView, legal_routes
+from nanopd_lab.router.policy import Decision, JobView, Policy, Postponed, Role, WorkerView, legal_routes
 from nanopd_lab.router.registry import ESTIMATING, POLICIES, create_policy, needs_outlook
 from nanopd_lab.router.slo import Slo
 from nanopd_lab.router.static import Collocated, Disaggregated, LeastLoaded, RoundRobin
@@ -27,6 +27,7 @@ __all__ = [
     "NanoPDRule",
     "Outlook",
     "Policy",
+    "Postponed",
     "Role",
     "RoundRobin",
     "Slo",

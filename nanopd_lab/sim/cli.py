@@ -104,6 +104,7 @@ class Machine:
             self.config.block_bytes,
             self.config.block_size,
             self.config.max_num_batched_tokens,
+            self.config.ahead,
         )
 
     def setting(self, workers: int, policy: str, label: str | None = None) -> Setting:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopd_lab.core import Route
+from nanopd_lab.core import Route, SamplingParams
 from nanopd_lab.cost.iteration import CapturedSizes, IterationModel
-from nanopd_lab.router import Role, Slo, create_policy
+from nanopd_lab.router import JobView, Role, Slo, WorkerView, create_policy
 from nanopd_lab.sim import (
     ConstantTime,
     CostTime,
@@ -24,11 +24,13 @@ from nanopd_lab.sim import (
 )
 from nanopd_lab.sim.oracle import (
     Instance,
+    Outcome,
     Planned,
     Score,
     enumerate_routes,
     floors_of,
     search_routes,
+    triage,
     upper_bound,
 )
 from nanopd_lab.sim.oracle.exact import count_plans, plans
@@ -85,10 +87,11 @@ def instances(most_requests: int = 4, most_workers: int = 3) -> st.SearchStrateg
     )
 
 
-def starts_of(instance: Instance) -> dict[str, tuple[Route, ...]]:
+def starts_of(instance: Instance) -> dict[str, Outcome]:
     names = ["collocated", "round-robin"] + ["1p1d"] * (instance.num_workers == 2)
     return {
-        name: plan_of(instance.simulate(*create_policy(name, instance.num_workers)).records) for name in names
+        name: instance.outcome(instance.simulate(*create_policy(name, instance.num_workers)).records)
+        for name in names
     }
 
 
@@ -156,7 +159,7 @@ def test_floors_of_some_step_are_nearly_its_time() -> None:
 @settings(max_examples=15, deadline=None)
 def test_search_is_never_worse_than_a_start_and_repeats_itself(instance: Instance, seed: int) -> None:
     starts = starts_of(instance)
-    best = max(instance.follow(plan).score.met for plan in starts.values())
+    best = max(start.score.met for start in starts.values())
     whole = search_routes(instance, starts, 20, seed)
     rolling = search_routes(instance, starts, 20, seed, window=3)
     for found in (whole, rolling):
@@ -181,18 +184,14 @@ def test_a_plan_repeats_a_policy(name: str) -> None:
 
 def test_a_full_worker_is_waited_for_and_a_retry_goes_elsewhere() -> None:
     policy = Planned([Route("w0", "w1"), Route("w2", "w2")])
-    from nanopd_lab.core import SamplingParams
-    from nanopd_lab.router import JobView, WorkerView
-
     job = JobView(10, 10, SamplingParams(), 0.0)
     w0, w1, w2 = (
         WorkerView(name, Role.MIXED, jobs, 0, 0) for name, jobs in (("w0", 0), ("w1", 1), ("w2", 2))
     )
     assert policy.choose(job, [w0, w2], 0.0) is None
-    assert policy.choose(job._replace(avoid=frozenset({"w0"})), [w0, w1, w2], 0.0) == (
-        Route("w1", "w1"),
-        "1 jobs",
-    )
+    retried = policy.choose(job._replace(avoid=frozenset({"w0"})), [w0, w1, w2], 0.0)
+    assert retried is not None
+    assert retried.route == Route("w1", "w1")
     first, second = (policy.choose(job, [w0, w1, w2], 0.0) for _ in range(2))
     assert first is not None
     assert second is not None
@@ -229,6 +228,21 @@ def test_the_bound_knows_what_a_tight_tpot_costs() -> None:
         requests, 2, LinearTime(0.008, 0.001), Slo(ttft_s=0.1, tpot_s=0.01 + 1e-9), SimConfig()
     )
     assert upper_bound(instance) == (4, 20)
+
+
+def test_triage_gives_the_dearest_up_for_the_others() -> None:
+    """Prompts of 60 ms come every 40 ms to two workers, and some of 600 ms: those are given up, and all others met."""
+    requests = [SimRequest(f"r{number}", 0.04 * number, 500, 1) for number in range(40)]
+    requests += [SimRequest(f"dear{number}", 0.2 + 0.2 * number, 3000, 1) for number in range(6)]
+    instance = Instance(tuple(requests), 3, LinearTime(0.01, 1e-4), Slo(ttft_s=0.15), CONFIG)
+    collocated = instance.outcome(instance.simulate(*create_policy("collocated", 3)).records)
+    found = triage(instance, [0, 1, 2, 3], [0.0, 6 / 46])
+    assert list(found) == ["2 collocated without 13%", "1p1d without 13%"]
+    given_up = {number for number, each in enumerate(instance.requests) if each.request_id.startswith("dear")}
+    for outcome in found.values():
+        assert {n for n, route in enumerate(outcome.plan) if route == Route("w2", "w2")} == given_up
+    assert found["2 collocated without 13%"].score.met == 40 > collocated.score.met
+    assert upper_bound(instance) == (40, 40)
 
 
 def test_what_is_no_instance_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,13 +13,13 @@ from nanopd_lab.bench.regret.contenders import contender, is_static
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.router import Outlook, Slo
 from nanopd_lab.sim.links import LinkModel
-from nanopd_lab.sim.oracle import Instance, Plan, search_routes, triage_plans, upper_bound
-from nanopd_lab.sim.oracle.instance import plan_of
+from nanopd_lab.sim.oracle import Instance, Outcome, search_routes, triage, upper_bound
+from nanopd_lab.sim.oracle.bound import work_of
 from nanopd_lab.sim.simulator import SimConfig
 from nanopd_lab.sim.timing import CostTime
 from nanopd_lab.sim.workload import SimRequest
 
-BEST_STARTS = 5  # plans that the search takes pieces of
+BEST_STARTS = 5  # outcomes that the search takes pieces of
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class Bench:
         told = Outlook.of(self.cost, Slo.parse(cell.slo.split()), self.settings.max_num_batched_tokens)
         return replace(told, transfer=TransferModel(link.setup_s, link.block_s, link.bytes_per_s))
 
-    def met(self, instance: Instance, cell: Cell, name: str) -> tuple[int, Plan]:
-        """Requests that a policy serves as promised, and the routes that it took.
+    def serve(self, instance: Instance, cell: Cell, name: str) -> Outcome:
+        """What a policy makes of it.
 
         Raises:
             RuntimeError: the simulation lost something.
@@ -85,7 +86,7 @@ class Bench:
         result = instance.simulate(policy, roles)
         if problems := result.problems():
             raise RuntimeError(f"{name} in {cell}: the simulation lost something: {problems[0]}")
-        return instance.score(result.records).met, plan_of(result.records)
+        return instance.outcome(result.records)
 
     def _link(self, cell: Cell) -> LinkModel:
         found = self.cost.transfer
@@ -106,43 +107,47 @@ def run_unit(
     """A cell with one seed, as JSON. `before` is what is known of it already: only policies that it lacks are run."""
     instance = bench.instance(cell, rate, seed)
     met: dict[str, int] = dict(before["met"]) if before else {}
-    plans: dict[str, tuple[int, Plan]] = {}
+    outcomes: dict[str, Outcome] = {}
     for name in policies:
         if name not in met:
-            plans[name] = bench.met(instance, cell, name)
-            met[name] = plans[name][0]
+            outcomes[name] = bench.serve(instance, cell, name)
+            met[name] = outcomes[name].score.met
     unit: dict[str, Any] = {"cell": cell._asdict(), "seed": seed, "rate": rate, "met": met}
     unit["requests"] = len(instance.requests)
-    unit["oracle"] = dict(before["oracle"]) if before else _oracle(bench, instance, plans, seed)
+    unit["oracle"] = dict(before["oracle"]) if before else _oracle(bench, instance, outcomes, seed)
     return unit
 
 
-def _oracle(
-    bench: Bench, instance: Instance, plans: Mapping[str, tuple[int, Plan]], seed: int
-) -> dict[str, Any]:
+def _oracle(bench: Bench, instance: Instance, outcomes: Mapping[str, Outcome], seed: int) -> dict[str, Any]:
     """Found and bound; see `sim.oracle`."""
-    begun = time.perf_counter()
-    bound = upper_bound(instance)
-    bound_s = time.perf_counter() - begun
-    record: dict[str, Any] = {"bound": bound.met, "possible": bound.possible, "bound_s": round(bound_s, 2)}
+    record: dict[str, Any] = {}
+    known = max(each.score.met for each in outcomes.values())
     if bench.settings.simulations:
-        begun = time.perf_counter()
-        starts = {name: plan for name, (_, plan) in _best(plans).items()}
-        if not any(met >= bound.met for met, _ in plans.values()):
-            starts |= triage_plans(instance, _prefills(plans, bench.settings.workers))
-        found = search_routes(instance, starts, bench.settings.simulations, seed, bound.met)
+        begun, starts = time.perf_counter(), _best(outcomes)
+        most = sum(seconds < math.inf for seconds in work_of(instance))
+        if known < most:
+            starts |= triage(instance, _prefills(outcomes, bench.settings.workers))
+        found = search_routes(instance, starts, bench.settings.simulations, seed, most)
+        known = found.met
         record |= {"found": found.met, "start": found.start, "started": found.started}
         record |= {"simulations": round(found.effort, 1), "search_s": round(time.perf_counter() - begun, 2)}
+    begun = time.perf_counter()
+    bound = upper_bound(instance, known)
+    record |= {
+        "bound": bound.met,
+        "possible": bound.possible,
+        "bound_s": round(time.perf_counter() - begun, 2),
+    }
     return record
 
 
-def _best(plans: Mapping[str, tuple[int, Plan]]) -> dict[str, tuple[int, Plan]]:
-    return dict(sorted(plans.items(), key=lambda each: -each[1][0])[:BEST_STARTS])
+def _best(outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    return dict(sorted(outcomes.items(), key=lambda each: -each[1].score.met)[:BEST_STARTS])
 
 
-def _prefills(plans: Mapping[str, tuple[int, Plan]], num_workers: int) -> list[int]:
+def _prefills(outcomes: Mapping[str, Outcome], num_workers: int) -> list[int]:
     """Numbers of prefill workers, 0 for none, that suit all workers but one where the best static policy suits all."""
-    best = next((name for name in _best({n: p for n, p in plans.items() if is_static(n)})), "collocated")
+    best = next((name for name in _best({n: p for n, p in outcomes.items() if is_static(n)})), "collocated")
     if best == "collocated":
         return [0, (num_workers - 1) // 2]
     count = int(best.partition("p")[0])

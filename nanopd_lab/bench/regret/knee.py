@@ -29,7 +29,7 @@ def knee(bench: Bench, cell: Cell) -> float:
         left = (1 - ATTAINED) * bench.settings.num_prompts * len(SEEDS)
         for seed in SEEDS:
             instance = bench.instance(cell, rate, seed)
-            left -= len(instance.requests) - bench.met(instance, cell, name)[0]
+            left -= len(instance.requests) - bench.serve(instance, cell, name).score.met
             if left < 0:
                 return False
         return True

@@ -9,7 +9,7 @@ from nanopd_lab.sim.oracle.exact import enumerate_routes
 from nanopd_lab.sim.oracle.floors import Floor, floors_of
 from nanopd_lab.sim.oracle.instance import Instance, Outcome, Plan, Planned, Score
 from nanopd_lab.sim.oracle.search import Found, search_routes
-from nanopd_lab.sim.oracle.triage import triage_plans
+from nanopd_lab.sim.oracle.triage import triage
 
 __all__ = [
     "Bound",
@@ -23,6 +23,6 @@ __all__ = [
     "enumerate_routes",
     "floors_of",
     "search_routes",
-    "triage_plans",
+    "triage",
     "upper_bound",
 ]

@@ -56,8 +56,11 @@ class _Part(NamedTuple):
     end: float
 
 
-def upper_bound(instance: Instance) -> Bound:
+def upper_bound(instance: Instance, known: int = 0) -> Bound:
     """See the module.
+
+    Args:
+        known: requests that some routing meets; a bound is not lower, and no better one is looked for at that
 
     Raises:
         ValueError: see `floors_of`.
@@ -67,6 +70,8 @@ def upper_bound(instance: Instance) -> Bound:
     possible = [number for number, times in enumerate(shortest) if times is not None]
     best = len(possible)
     for floor in floors:
+        if best <= known:
+            break
         parts = [
             _parts(instance.requests[number], instance, floor, *times)
             for number in possible

@@ -55,7 +55,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened under a plan; `records` and `plan` are in order of arrival."""
+    """What happened on certain routes; `records` and `plan` are in order of arrival."""
 
     plan: Plan
     records: Sequence[RequestRecord]
@@ -116,8 +116,11 @@ class Instance:
                 f"a plan of {len(plan)} routes for {len(self.requests)} requests on {', '.join(self.names)}; give one "
                 "for each, over these workers"
             )
-        records = self.simulate(Planned(plan)).records
-        return Outcome(tuple(plan), records, self.score(records), self.missed(records))
+        return self.outcome(self.simulate(Planned(plan)).records)
+
+    def outcome(self, records: Sequence[RequestRecord]) -> Outcome:
+        """Of a simulation of it, by whatever policy; the plan is the routes that requests took at first."""
+        return Outcome(plan_of(records), records, self.score(records), self.missed(records))
 
     def missed(self, records: Sequence[RequestRecord]) -> tuple[int, ...]:
         """Which did not get what they were promised."""

@@ -32,9 +32,9 @@ STEPS = 40  # of a visit to a window
 class Found:
     """The best plan that was found.
 
-    start:   whose plan the search began with, the best one
+    start:   what the search began with, the best one
     started: requests that it met
-    effort:  requests simulated, all simulations together, by the instance's
+    effort:  requests simulated in all simulations together, by those of the instance
     gains:   (effort, requests met) at each improvement
     """
 
@@ -52,7 +52,7 @@ class Found:
 
 def search_routes(
     instance: Instance,
-    starts: Mapping[str, Plan],
+    starts: Mapping[str, Outcome],
     simulations: int,
     seed: int = 0,
     bound: int | None = None,
@@ -61,35 +61,30 @@ def search_routes(
     """Improve the best of `starts`; what is found is never worse than any of them.
 
     Args:
-        starts: plans by name, such as those of policies (`plan_of`)
-        simulations: how much may be simulated, in simulations of the whole instance, the starts included
+        starts: by name, such as those of policies (`Instance.outcome`)
+        simulations: how much may be simulated, in simulations of the whole instance
         bound: requests that can be met at most; the search ends there
         window: requests of one; an instance of twice as many or fewer is searched as a whole
 
     Raises:
-        ValueError: no start, fewer simulations than starts, or an empty window.
+        ValueError: no start, or an empty window.
     """
-    if not starts or simulations < len(starts) or window < 1:
-        raise ValueError(
-            f"{len(starts)} starts, {simulations} simulations, a window of {window}; give one start at least, a "
-            "simulation for each, and a window of 1 or more"
-        )
-    outcomes = {name: instance.follow(plan) for name, plan in starts.items()}
-    name = max(outcomes, key=lambda name: (outcomes[name].score.met, -outcomes[name].score.lateness))
+    if not starts or window < 1:
+        raise ValueError(f"{len(starts)} starts, a window of {window}; give one at least, and 1 or more")
+    name = max(starts, key=lambda name: (starts[name].score.met, -starts[name].score.lateness))
     search = _Search(
         instance,
-        outcomes[name],
-        [plan for other, plan in starts.items() if other != name],
+        starts[name],
+        [start.plan for other, start in starts.items() if other != name],
         random.Random(seed),
         len(instance.requests) if bound is None else bound,
         simulations,
-        len(starts),
     )
     if len(instance.requests) <= 2 * window:
         search.climb()
     else:
         search.roll(window)
-    return Found(search.best, name, outcomes[name].score.met, search.effort, tuple(search.gains))
+    return Found(search.best, name, starts[name].score.met, search.effort, tuple(search.gains))
 
 
 class _Search:
@@ -103,10 +98,9 @@ class _Search:
         rng: random.Random,
         most: int,
         budget: float,
-        effort: float = 0.0,
     ) -> None:
         self.instance, self.best, self.others, self.rng = instance, best, others, rng
-        self.most, self.budget, self.effort = most, budget, effort
+        self.most, self.budget, self.effort = most, budget, 0.0
         self.gains: list[tuple[float, int]] = []
 
     @property
@@ -160,9 +154,12 @@ class _Search:
         part = replace(self.instance, requests=tuple(requests[number] for number in inside))
         start = part.follow([best.plan[number] for number in inside])
         others = [tuple(plan[number] for number in inside) for plan in self.others]
-        inner = _Search(part, start, others, self.rng, len(inside), STEPS)
+        share = len(inside) / len(requests)
+        inner = _Search(
+            part, start, others, self.rng, len(inside), min(STEPS, (self.budget - self.effort) / share)
+        )
         inner.climb()
-        self.effort += (inner.effort + 1) * len(inside) / len(requests)
+        self.effort += (inner.effort + 1) * share
         if inner.best is not start:
             plan = list(best.plan)
             for number, route in zip(inside, inner.best.plan, strict=True):

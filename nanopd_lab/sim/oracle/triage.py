@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from nanopd_lab.core import Route
 from nanopd_lab.router import Collocated, Decision, Disaggregated, JobView, Policy, Role, WorkerView
 from nanopd_lab.sim.oracle.bound import work_of
-from nanopd_lab.sim.oracle.instance import Instance, Plan, plan_of
+from nanopd_lab.sim.oracle.instance import Instance, Outcome
 
 SHARES = (0.03, 0.07, 0.15, 0.3)  # of requests, to give up
 
@@ -40,10 +40,10 @@ class _Triage:
         return decision
 
 
-def triage_plans(
+def triage(
     instance: Instance, prefills: Iterable[int], shares: Iterable[float] = SHARES
-) -> dict[str, Plan]:
-    """Plans by name, for each number of prefill workers (0: collocated) and each share of requests that is given up.
+) -> dict[str, Outcome]:
+    """Outcomes by name, for each number of prefill workers (0: collocated) and each share of requests that is given up.
 
     Of n workers one is for those; the others are so many for prefill, and the rest for decode. What leaves no worker
     for one of the two is left out, and so are shares that give nobody up.
@@ -52,7 +52,7 @@ def triage_plans(
         ValueError: see `floors_of`.
     """
     others, dearest = instance.num_workers - 1, _dearest_first(instance)
-    found: dict[str, Plan] = {}
+    found: dict[str, Outcome] = {}
     for count in prefills:
         if not (0 < count < others or (count == 0 and others > 0)):
             continue
@@ -60,10 +60,11 @@ def triage_plans(
         for share in shares:
             given_up = dearest[: round(share * len(dearest))]
             if given_up:
-                policy = Disaggregated() if count else Collocated()
-                triage = _Triage(given_up, policy, roles, instance.names[-1])
+                policy = _Triage(
+                    given_up, Disaggregated() if count else Collocated(), roles, instance.names[-1]
+                )
                 name = f"{count}p{others - count}d" if count else f"{others} collocated"
-                found[f"{name} without {share:.0%}"] = plan_of(instance.simulate(triage).records)
+                found[f"{name} without {share:.0%}"] = instance.outcome(instance.simulate(policy).records)
     return found
 
 
