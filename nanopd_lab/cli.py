@@ -127,6 +127,12 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.bench.regret.cli import register as register_regret
 
     register_regret(commands)
+    from nanopd_lab.bench.sweep_cli import register as register_sweep
+
+    register_sweep(commands)
+    from nanopd_lab.bench.plan_cli import register as register_plan
+
+    register_plan(commands)
     return parser
 
 

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 
 from nanopd_lab.bench.metrics import Floats, LoadRecord, Selection, Served, concurrency, duration_s, spread
-from nanopd_lab.cluster.accounts import PathReport
+from nanopd_lab.cluster.accounts import AttemptReport, PathReport
 from nanopd_lab.router.slo import NAMES, Slo
 from nanopd_lab.sim.results import RequestRecord
 
-STAGES: dict[str, Callable[[PathReport], float | None]] = {
-    "queue": lambda path: path.queue_s,
-    "prefill_queue": lambda path: path.prefill_queue_s,
-    "prefill": lambda path: path.prefill_s,
-    "transfer_visible": lambda path: path.transfer_visible_s or 0.0,
-    "transfer_hidden": lambda path: path.transfer_hidden_s,
-    "decode": lambda path: path.decode_s,
+STAGES: dict[str, Callable[[PathReport, AttemptReport], float | None]] = {
+    "queue": lambda path, last: last.started - path.arrival,
+    "prefill_queue": lambda path, last: last.prefill_queue_s,
+    "prefill": lambda path, last: last.prefill_s,
+    "transfer_visible": lambda path, last: last.transfer_visible_s or 0.0,
+    "transfer_hidden": lambda path, last: last.transfer_hidden_s,
+    "decode": lambda path, last: path.decode_s,
 }
 """Of the last attempt: in the controller's queue; in the worker's, until the first chunk is planned; until the first
 token; waiting for KV; pulls that cost nothing; from there to the last token."""
@@ -52,7 +52,7 @@ def disaggregation(
     served, selection = served or Served(records), selection or Selection()
     duration = duration_s(records)
     paths = [record.path for record in served.records if record.path is not None]
-    scheduled = served.since(served.scheduled)
+    scheduled, routes = served.since(served.scheduled), Counter(path.route for path in paths)
     tokens = float(served.output_tokens.sum())
 
     def per_gpu(count: float) -> float:
@@ -68,13 +68,11 @@ def disaggregation(
         },
         "lateness": spread("lateness", _lateness(records), (50, 99, 100)),
         "stages": stages(paths, selection.percentiles),
-        "routes": dict(Counter(record.route for record in served.records if record.route).most_common()),
-        "disaggregated": sum(path.route is not None and not path.route.collocated for path in paths),
-        "transferred_tokens": sum(path.transferred_tokens for path in paths),
-        "transferred_bytes": sum(path.transferred_bytes for path in paths),
-        "cached_tokens": sum(path.cached_tokens for path in paths),
-        "computed_tokens": sum(path.computed_tokens for path in paths),
-        "preemptions": sum(path.preemptions for path in paths),
+        "routes": {str(route): count for route, count in routes.most_common() if route is not None},
+        "disaggregated": sum(
+            count for route, count in routes.items() if route is not None and not route.collocated
+        ),
+        **_totals(paths),
         "retries": sum(max(0, len(record.path.attempts) - 1) for record in records if record.path),
         "mean_concurrency": mean_concurrency(served),
         "per_gpu": {
@@ -92,6 +90,27 @@ def disaggregation(
         }
         found["per_gpu"]["request_goodput"] = per_gpu(good)
     return found
+
+
+def _totals(paths: Iterable[PathReport]) -> dict[str, int]:
+    """Tokens by where their KV came from, over all attempts, and bytes; one pass, as a simulation has a million."""
+    transferred = num_bytes = cached = computed = preemptions = 0
+    for path in paths:
+        for attempt in path.attempts:
+            for usage in (attempt.prefill, attempt.decode):
+                if usage is not None:
+                    transferred += usage.received
+                    num_bytes += usage.received_bytes
+                    cached += usage.cached
+                    computed += usage.computed
+                    preemptions += usage.preemptions
+    return {
+        "transferred_tokens": transferred,
+        "transferred_bytes": num_bytes,
+        "cached_tokens": cached,
+        "computed_tokens": computed,
+        "preemptions": preemptions,
+    }
 
 
 def outcomes(records: Iterable[RequestRecord]) -> dict[str, int]:
@@ -116,10 +135,10 @@ def judged_requests(records: Iterable[RequestRecord]) -> int:
 
 def stages(paths: Iterable[PathReport], percentiles: Sequence[float]) -> dict[str, dict[str, float | None]]:
     """Spread of the time in each of `STAGES`, in ms; all but `transfer_hidden` add up to a request's time."""
-    paths = list(paths)
+    both = [(path, path.attempts[-1]) for path in paths if path.attempts]
     found = {}
     for name, stage in STAGES.items():
-        values = np.array([value for value in map(stage, paths) if value is not None], dtype=np.float64)
+        values = np.array([value for pair in both if (value := stage(*pair)) is not None], dtype=np.float64)
         found[name] = {
             key.replace(f"_{name}_", "_"): value for key, value in spread(name, values, percentiles).items()
         }

@@ -140,7 +140,8 @@ def summary(record: Mapping[str, Any]) -> str:
         f"{pd['retries']} retries"
     )
     if (late := pd["lateness"]["p99_lateness_ms"]) is not None:
-        lines.append(f"sent late by {late:.1f} ms (p99), {pd['lateness']['p100_lateness_ms']:.1f} ms at most")
+        why = "sent late by" if record["max_concurrency"] is None else "waited for a place for"
+        lines.append(f"{why} {late:.1f} ms (p99), {pd['lateness']['p100_lateness_ms']:.1f} ms at most")
     if record["partial"]:
         lines.append(f"PARTIAL: {pd['interrupted']}")
     return "\n".join(lines)

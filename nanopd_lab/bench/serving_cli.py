@@ -32,6 +32,9 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--policy", default="least-loaded", help="collocated, 1p2d (any xPyD), round-robin, least-loaded, ..."
     )
+    parser.add_argument(
+        "--cost-model", help="for policies that estimate: a name in data/hardware, or a file of `fit`"
+    )
     add_workload_options(parser)
     add_load_options(parser)
     add_metric_options(parser)
@@ -39,7 +42,7 @@ def register(subparsers: _Subparsers) -> None:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the cluster, but for its policy."""
+    """Add the flags of the cluster, but for its policy and its cost model."""
     parser.add_argument("--model", default="smollm2", help="default smollm2, the embedded model")
     parser.add_argument("--workers", type=int, default=2, help="each with an engine (default 2)")
     parser.add_argument("--launcher", choices=("process", "inline"), default="process")
@@ -81,6 +84,8 @@ def cluster_config(args: argparse.Namespace, policy: str) -> ClusterConfig:
         args.model,
         workers=args.workers,
         policy=policy,
+        cost_model=args.cost_model,
+        goodput=tuple(args.goodput),
         launcher=args.launcher,
         transport=args.transport,
         devices=None if args.device == "auto" else (args.device,) * args.workers,

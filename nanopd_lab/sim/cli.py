@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,15 @@ if TYPE_CHECKING:
     from nanopd_lab.bench.report import Setting
     from nanopd_lab.cost.iteration import IterationModel
     from nanopd_lab.router import Outlook, Slo
+    from nanopd_lab.sim.results import SimResult
     from nanopd_lab.sim.simulator import SimConfig
     from nanopd_lab.sim.timing import StepTime
+    from nanopd_lab.sim.workload import Kill, SimRequest
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 DEFAULT_RATE = 20.0  # requests a second
+ENGINE_DEFAULTS = {"model": "qwen3-8b", "max_num_batched_tokens": 2048, "max_num_seqs": 256}
 WEIGHT_SHARE = 0.9  # of a GPU's memory for weights and KV, as gpu_memory_utilization
 
 
@@ -51,26 +55,18 @@ def register(subparsers: _Subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what is simulated."""
+def add_machine_options(parser: argparse.ArgumentParser, engine: bool = True) -> None:
+    """Add the flags that say what is simulated.
+
+    Args:
+        engine: also those that a real engine has as well
+    """
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--hardware", default="h100", help="h100, h200, a100, h20, rtx-4090, or a file (default h100)"
     )
     source.add_argument(
         "--cost-model", help="a fitted model instead: a name in data/hardware, or a file of `fit`"
-    )
-    parser.add_argument(
-        "--model", default="qwen3-8b", help="a named shape (default qwen3-8b); not with --cost-model"
-    )
-    parser.add_argument(
-        "--enable-prefix-caching",
-        action=argparse.BooleanOptionalAction,
-        help="look for prompts in the KV cache; default: where prompts share a prefix, as it takes time",
-    )
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="tokens a step may hold")
-    parser.add_argument(
-        "--max-num-seqs", type=int, default=256, help="sequences that run at once on a worker"
     )
     parser.add_argument("--num-blocks", type=int, help="KV blocks a worker; default: what its memory holds")
     parser.add_argument(
@@ -79,6 +75,24 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--beat", type=float, help="seconds between workers' reports; without: policies see none"
     )
+    if not engine:
+        return
+    parser.add_argument(
+        "--model",
+        default=ENGINE_DEFAULTS["model"],
+        help="a named shape (default qwen3-8b); not with --cost-model",
+    )
+    parser.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="look for prompts in the KV cache; default: where prompts share a prefix, as it takes time",
+    )
+    for name, text in (
+        ("max_num_batched_tokens", "tokens a step may hold"),
+        ("max_num_seqs", "sequences that run at once on a worker"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=ENGINE_DEFAULTS[name], help=text)
 
 
 @dataclass(frozen=True)
@@ -121,22 +135,16 @@ def run(args: argparse.Namespace) -> int:
     from nanopd_lab.bench.metrics_cli import selection_of, slo_of
     from nanopd_lab.bench.report import serving_result, summary
     from nanopd_lab.bench.workload_cli import workload_of
-    from nanopd_lab.router import create_policy
-    from nanopd_lab.sim.simulator import Simulator
     from nanopd_lab.sim.trace import write_trace
-    from nanopd_lab.sim.veil import Veiled
     from nanopd_lab.sim.workload import Kill
 
     slo, selection = slo_of(args), selection_of(args)
     workload = workload_of(args)
     machine = machine_of(args, shared=any(each.shared() for each in workload.requests))
-    policy, roles = create_policy(args.policy, args.workers, machine.outlook(slo))
     kills = [Kill.parse(text) for text in args.kill]
     begun = time.perf_counter()
-    result = Simulator(Veiled(policy), roles, machine.time, workload.requests, machine.config, kills).run()
+    result = simulated(machine, workload.requests, args.policy, args.workers, slo, kills)
     seconds = time.perf_counter() - begun
-    if problems := result.problems():
-        raise RuntimeError(f"the simulation lost something: {problems[0]}")
     setting = machine.setting(args.workers, args.policy, args.label)
     record = serving_result(result.records, workload, setting, slo, selection, detailed=args.save_detailed)
     print(summary(record))
@@ -151,6 +159,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def simulated(
+    machine: Machine,
+    requests: Sequence[SimRequest],
+    policy: str,
+    workers: int,
+    slo: Slo | None = None,
+    kills: Iterable[Kill] = (),
+) -> SimResult:
+    """Serve the requests in virtual time; the policy does not see how long their outputs will be.
+
+    Args:
+        slo: what policies that estimate try to keep
+
+    Raises:
+        ValueError: an unknown policy, or one for another number of workers.
+        RuntimeError: the simulation lost a request or a block: a bug.
+    """
+    from nanopd_lab.router import create_policy
+    from nanopd_lab.sim.simulator import Simulator
+    from nanopd_lab.sim.veil import Veiled
+
+    chosen, roles = create_policy(policy, workers, machine.outlook(slo))
+    result = Simulator(Veiled(chosen), roles, machine.time, requests, machine.config, kills).run()
+    if problems := result.problems():
+        raise RuntimeError(f"the simulation lost something: {problems[0]}")
+    return result
+
+
 def machine_of(args: argparse.Namespace, shared: bool = False) -> Machine:
     """What the flags of `add_machine_options` ask for.
 
@@ -161,7 +197,7 @@ def machine_of(args: argparse.Namespace, shared: bool = False) -> Machine:
         ValueError: an unknown name, a model that does not fit, or a fitted model without its block's size.
     """
     if args.enable_prefix_caching is None:
-        args.enable_prefix_caching = shared
+        args = argparse.Namespace(**{**vars(args), "enable_prefix_caching": shared})
     return _fitted(args) if args.cost_model else _prior(args)
 
 
