@@ -196,7 +196,7 @@ def run_engine(
         save(record)
         for number, (name, each) in enumerate(requests.items()):
             if number == 0:
-                throughput(llm, each)  # what is not captured compiles and settles
+                found[f"first_{name}"] = throughput(llm, each)  # right behind the start
             found[f"requests_{name}"] = [throughput(llm, each) for _ in range(rounds)]
             save(record)
         found["breakdown"] = {f"decode_{b}": decode_breakdown(llm, b, context) for b in (1, batches[-1])}

@@ -9,76 +9,39 @@ caller sees them; a late submission counts against the system.
 
 from __future__ import annotations
 
-import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from nanopd_lab.bench.load import LoadOptions, run_load
+from nanopd_lab.bench.metrics import LoadRecord
 from nanopd_lab.bench.provenance import provenance
-from nanopd_lab.cluster.cluster import Cluster, ClusterOutput
+from nanopd_lab.bench.workload import Workload
+from nanopd_lab.cluster.cluster import Cluster, RequestFailedError
 from nanopd_lab.cluster.config import ClusterConfig
-from nanopd_lab.core import SamplingParams
-from nanopd_lab.sim.results import RequestRecord, SimResult
+from nanopd_lab.sim.results import SimResult
 from nanopd_lab.sim.workload import SimRequest, in_order
 
 SCHEMA = "nanopd-lab/parity/1"
 METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2el": "e2e_s"}
 PERCENTS = (50, 90)
-POLL_S = 0.25  # the controller's thread stamps the tokens; asking seldom leaves it and the workers alone
-LEAD_S = 0.5
 
 
-def serve(cluster: Cluster, requests: Sequence[SimRequest], seed: int = 0) -> list[RequestRecord]:
+def serve(cluster: Cluster, requests: Sequence[SimRequest], seed: int = 0) -> list[LoadRecord]:
     """Serve all requests at their times, with random tokens; returns when the last one has settled.
 
     Raises:
-        RuntimeError: one ended with an error.
+        RequestFailedError: one was refused or ended with an error.
     """
-    rng = random.Random(seed)
-    outputs: dict[str, ClusterOutput] = {}
-
-    def take(timeout: float) -> None:
-        outputs.update((output.request_id, output) for output in cluster.poll(timeout))
-
-    ordered = in_order(requests)
-    prompts = {
-        each.request_id: [rng.randrange(cluster.vocab_size) for _ in range(each.prompt_tokens)]
-        for each in ordered
-    }
-    begun = cluster.clock() + LEAD_S
-    for each in ordered:
-        while (left := begun + each.arrival - cluster.clock()) > 0:
-            time.sleep(min(left, POLL_S))
-            if left > POLL_S:
-                take(0.0)
-        params = SamplingParams(
-            temperature=0, max_tokens=each.output_tokens, ignore_eos=True, detokenize=False
-        )
-        cluster.submit(prompts[each.request_id], params, each.request_id)
-    while len(outputs) < len(ordered) or not all(output.settled for output in outputs.values()):
-        time.sleep(POLL_S)
-        take(0.0)
-    return [_record(each, outputs[each.request_id], begun) for each in ordered]
-
-
-def _record(request: SimRequest, output: ClusterOutput, begun: float) -> RequestRecord:
-    metrics, (sample,) = output.metrics, output.outputs
-    if sample.error is not None or metrics.first_token_time is None or metrics.finished_time is None:
-        raise RuntimeError(f"{request.request_id} failed: {sample.error}")
-    scheduled = metrics.first_scheduled_time
-    return RequestRecord(
-        request.request_id,
-        request.arrival,
-        request.prompt_tokens,
-        len(sample.token_ids),
-        None if scheduled is None else scheduled - begun,
-        metrics.first_token_time - begun,
-        metrics.finished_time - begun,
-        sample.finish_reason or "error",
-        path=output.paths[0] if output.paths else None,
-    )
+    workload = Workload(tuple(in_order(requests)), "parity", seed=seed)
+    run = run_load(cluster, workload, LoadOptions(num_warmups=0, ready_timeout_s=0))
+    if run.cause is not None:
+        raise run.cause
+    for record in run.records:
+        if not record.ok:
+            raise RequestFailedError(f"{record.request_id} failed: {record.error}")
+    return run.records
 
 
 def figures(result: SimResult) -> dict[str, float]:
@@ -113,7 +76,7 @@ def compare(
             for number, requests in enumerate(rounds):
                 named = [replace(each, request_id=f"{rate}-{number}-{each.request_id}") for each in requests]
                 records = serve(cluster, named, seed=number)
-                sides.append((figures(SimResult(records, [], 0, 0)), figures(simulate(requests))))
+                sides.append((figures(SimResult(list(records), [], 0, 0)), figures(simulate(requests))))
             cluster.check_integrity()
             real, modelled = (
                 {name: statistics.median(each[side][name] for each in sides) for name in sides[0][0]}

@@ -51,8 +51,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def provenance() -> dict[str, Any]:
-    """Date (UTC), machine, versions, commit and command line."""
+def provenance(measured: bool = True) -> dict[str, Any]:
+    """Date (UTC), machine, versions, commit and command line.
+
+    Args:
+        measured: on this machine; the machine is left out where it does not matter, and torch is not imported
+    """
 
     def version(name: str) -> str | None:
         try:
@@ -62,7 +66,7 @@ def provenance() -> dict[str, Any]:
 
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **({"machine": machine()} if measured else {}),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": _commit(),

@@ -29,6 +29,49 @@ class AttemptReport:
     decode: Usage | None = None
     whole: bool = False  # ended by the worker itself, not cut short by the caller
 
+    @property
+    def prefill_queue_s(self) -> float | None:
+        """From when it was sent to a worker until its first chunk was planned."""
+        if self.prefill is None or self.prefill.scheduled is None:
+            return None
+        return self.prefill.scheduled - self.started
+
+    @property
+    def prefill_s(self) -> float | None:
+        """From the first chunk's plan to the first token."""
+        usage = self.prefill
+        if usage is None or usage.scheduled is None or usage.sampled is None:
+            return None
+        return usage.sampled - usage.scheduled
+
+    @property
+    def transfer_s(self) -> float:
+        """Time during which at least one pull was under way."""
+        return self._pulling(float("inf"))
+
+    @property
+    def transfer_hidden_s(self) -> float:
+        """What of `transfer_s` cost the request nothing: the source was still computing."""
+        sampled = self.prefill.sampled if self.prefill else None
+        return self._pulling(float("-inf") if sampled is None else sampled)
+
+    def _pulling(self, end_s: float) -> float:
+        if self.decode is None:
+            return 0.0
+        total, until = 0.0, float("-inf")
+        for begin, end in sorted(self.decode.pulls):
+            total += max(0.0, min(end, end_s) - max(begin, until))
+            until = max(until, end)
+        return total
+
+    @property
+    def transfer_visible_s(self) -> float | None:
+        """What the request waits for its KV: from the first token until the target goes on."""
+        if self.decode is None or self.decode.adopted is None:
+            return None
+        sampled = self.prefill.sampled if self.prefill else None
+        return self.decode.adopted - (sampled if sampled is not None else self.decode.adopted)
+
     def problems(self) -> list[str]:
         """What doesn't add up; empty if all does, or if a worker died with its part of the accounts."""
         found: list[str] = []
@@ -102,45 +145,24 @@ class PathReport:
 
     @property
     def prefill_queue_s(self) -> float | None:
-        """From there until its first chunk was planned."""
-        if self.last is None or self.last.prefill is None or self.last.prefill.scheduled is None:
-            return None
-        return self.last.prefill.scheduled - self.last.started
+        """As of the last attempt, like all that follow."""
+        return self.last.prefill_queue_s if self.last else None
 
     @property
     def prefill_s(self) -> float | None:
-        """From the first chunk's plan to the first token."""
-        usage = self.last.prefill if self.last else None
-        if usage is None or usage.scheduled is None or usage.sampled is None:
-            return None
-        return usage.sampled - usage.scheduled
+        return self.last.prefill_s if self.last else None
 
     @property
     def transfer_s(self) -> float:
-        """Time during which at least one pull was under way."""
-        return self._pulling(float("inf"))
+        return self.last.transfer_s if self.last else 0.0
 
     @property
     def transfer_hidden_s(self) -> float:
-        """What of `transfer_s` cost the request nothing: the source was still computing."""
-        sampled = self.last.prefill.sampled if self.last and self.last.prefill else None
-        return self._pulling(float("-inf") if sampled is None else sampled)
-
-    def _pulling(self, end_s: float) -> float:
-        usage = self.last.decode if self.last else None
-        total, until = 0.0, float("-inf")
-        for begin, end in sorted(usage.pulls) if usage else ():
-            total += max(0.0, min(end, end_s) - max(begin, until))
-            until = max(until, end)
-        return total
+        return self.last.transfer_hidden_s if self.last else 0.0
 
     @property
     def transfer_visible_s(self) -> float | None:
-        """What the request waits for its KV: from the first token until the target goes on."""
-        if self.last is None or self.last.decode is None or self.last.decode.adopted is None:
-            return None
-        sampled = self.last.prefill.sampled if self.last.prefill else None
-        return self.last.decode.adopted - (sampled if sampled is not None else self.last.decode.adopted)
+        return self.last.transfer_visible_s if self.last else None
 
     @property
     def decode_s(self) -> float | None:

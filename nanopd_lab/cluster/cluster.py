@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Container, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -37,7 +37,10 @@ from nanopd_lab.engine.prompts import (
     tokenize,
 )
 from nanopd_lab.errors import InvalidRequestError
-from nanopd_lab.router import WorkerView
+from nanopd_lab.router import Policy, Slo, WorkerView
+
+if TYPE_CHECKING:
+    from nanopd_lab.bench.workload import Workload
 
 SETTLE_S = 10.0
 
@@ -63,6 +66,7 @@ class _Sample:
     index: int
     text: Detokenizer | None
     tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative: float = 0.0
     finish: FinishReason | None = None
@@ -327,6 +331,35 @@ class Cluster:
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    def bench(self, workload: Workload, slo: Slo | None = None, **options: Any) -> dict[str, Any]:
+        """Serve a workload at its times; returns the result that `nanopd-lab bench` writes.
+
+        Args:
+            slo: objectives, for goodput
+            options: as of `LoadOptions`
+        """
+        from nanopd_lab.bench.serving import bench_cluster  # a driver of clusters, above them
+
+        return bench_cluster(self, workload, slo, **options)
+
+    def use_policy(self, policy: str | Policy, **settings: Any) -> None:
+        """Route by another policy from now on; the workers go on with what they have loaded.
+
+        Args:
+            policy: as of `ClusterConfig`
+            settings: others of `ClusterConfig` that only a policy looks at: `cost_model`, `goodput`
+
+        Raises:
+            ValueError: requests are under way, a worker is gone for good, or a setting is wrong; nothing has changed.
+        """
+        config = replace(self.config, policy=policy, **settings)
+        chosen, roles = config.route_policy()
+        with self._lock:
+            self._check_open()
+            self.controller.use_policy(chosen, dict(zip(config.names, roles, strict=True)), self.clock())
+            self.config = config
+            self._collect()
+
     # ------------------------------------------------------------------ looking inside
 
     def workers(self) -> list[WorkerView]:
@@ -432,6 +465,7 @@ class Cluster:
         stopped = None
         for number, token in enumerate(event.tokens):
             sample.tokens.append(token.token)
+            sample.times.append(now)
             sample.cumulative += token.logprob
             if token.top_logprobs is not None:
                 sample.logprobs.append(token.top_logprobs)
@@ -490,6 +524,7 @@ class Cluster:
             finish_reason=str(sample.finish) if sample.finish else None,
             stop_reason=sample.stop_reason,
             error=sample.error,
+            token_times=sample.times,
         )
 
     def _decode(self, token: int) -> str | None:

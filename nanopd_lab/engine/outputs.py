@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanopd_lab.core import Logprob
 
@@ -43,7 +43,10 @@ class RequestMetrics:
 
 @dataclass
 class CompletionOutput:
-    """One sample. `text` stops before a stop string; `token_ids` holds every token that was drawn."""
+    """One sample. `text` stops before a stop string; `token_ids` holds every token that was drawn.
+
+    token_times: of a cluster: when each came, in seconds on its clock
+    """
 
     index: int
     text: str
@@ -53,6 +56,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    token_times: Seq[float] = field(default=(), compare=False)
 
     @property
     def finished(self) -> bool:

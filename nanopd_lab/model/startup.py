@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,22 +27,26 @@ class OutOfGPUMemoryError(ValueError):
     """The weights and one step leave no room for the KV pool."""
 
 
+def wide_step(tokens: int, sequences: int, block_size: int, params: SamplingParams) -> tuple[StepPlan, int]:
+    """A step of so many tokens, from so many prompts of about one length that all draw; and the blocks it takes."""
+    chunks, used = [], 0
+    for number in range(sequences):
+        length = tokens // sequences + (number < tokens % sequences)
+        blocks = list(range(used, used + blocks_for(length, block_size)))
+        used += len(blocks)
+        sequence = Sequence(Request(f"warm-up-{number}", [0] * length, params), blocks=blocks)
+        chunks.append(Chunk(sequence, 0, length, 1))
+    return StepPlan(0, tuple(chunks)), used
+
+
 def widest_step(config: EngineConfig, block_size: int) -> tuple[StepPlan, int]:
     """A step of as many tokens and sequences as the settings allow, and the blocks that it takes.
 
     It samples with top_p, which takes the most memory behind the model.
     """
     tokens = config.max_num_batched_tokens
-    count = min(config.max_num_seqs, tokens)
     params = SamplingParams(top_p=0.9, seed=0)
-    chunks, used = [], 0
-    for number in range(count):
-        length = tokens // count + (number < tokens % count)
-        blocks = list(range(used, used + blocks_for(length, block_size)))
-        used += len(blocks)
-        sequence = Sequence(Request(f"warm-up-{number}", [0] * length, params), blocks=blocks)
-        chunks.append(Chunk(sequence, 0, length, 1))
-    return StepPlan(0, tuple(chunks)), used
+    return wide_step(tokens, min(config.max_num_seqs, tokens), block_size, params)
 
 
 def measure_pool(runner: ModelRunner, shape: KVShape, config: EngineConfig) -> int:
@@ -83,6 +89,20 @@ def measure_pool(runner: ModelRunner, shape: KVShape, config: EngineConfig) -> i
     return pool
 
 
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Have Python find no garbage meanwhile: to free the graphs and the memory of an engine that is gone would break
+    a capture under way."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
     """Capture the steps that `GraphSet` describes. Decode steps are compiled for their sizes, if so configured."""
     decode = list(config.cuda_graph_sizes or sizes_up_to(DECODE_SIZES, config.max_num_seqs))
@@ -100,12 +120,31 @@ def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int
         max_num_batched_tokens=config.max_num_batched_tokens,
         largest=max([*decode, *whole, *pieces]),
     )
-    graphs.capture_mixed(whole, pieces)
     mode = config.compilation
     most = most_rows(runner.device)
-    for few_rows in (False, True):
-        compile_model(runner.model, mode, few_rows=few_rows)
-        graphs.capture_decode(size for size in decode if (size <= most) == few_rows)
+    with _no_garbage():
+        graphs.capture_mixed(whole, pieces)
+        for few_rows in (False, True):
+            compile_model(runner.model, mode, few_rows=few_rows)
+            graphs.capture_decode(size for size in decode if (size <= most) == few_rows)
     # What is not captured goes on with symbolic sizes.
     compile_model(runner.model, "off" if mode == "off" else "default")
     runner.graphs = graphs
+    _settle(runner, config, max_model_len)
+
+
+def _settle(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
+    """Run wide steps that no graph holds: the first request need not wait for compiling or for memory.
+
+    One of few long prompts and one of many short ones, as their attention and their sampling differ.
+    """
+    assert runner.graphs is not None
+    cache = runner.cache
+    size = cache.shape.block_size
+    # A prompt's last block may be half empty, so that fewer tokens than the pool's may fit.
+    tokens = min(config.max_num_batched_tokens, (cache.num_blocks - config.max_num_seqs) * size)
+    greedy, sampled = SamplingParams(temperature=0), SamplingParams(top_p=0.9, seed=0)
+    for sequences, params in ((-(-tokens // max_model_len), greedy), (config.max_num_seqs, sampled)):
+        if tokens >= sequences > 0 and runner.graphs.find(tokens, sequences, decode_only=False) is None:
+            runner.launch(wide_step(tokens, sequences, size, params)[0]).result()
+    torch.cuda.synchronize(runner.device)

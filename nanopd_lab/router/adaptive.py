@@ -143,7 +143,7 @@ class Adaptive:
         ask, half = self._ask(job, job.arrival), len(views) // 2
         if not half or ask.pull_s > QUICK * ask.alone_s or self.slo.tpot_s == math.inf:
             return {}
-        if any(view.role is not Role.MIXED for view in views):
+        if any(view.role is not Role.MIXED or view.jobs for view in views):
             return {}
         return {view.name: PREFILL if number < half else DECODE for number, view in enumerate(views)}
 

@@ -4,94 +4,47 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from nanopd_lab.sim.results import SimResult
-
 if TYPE_CHECKING:
+    from nanopd_lab.bench.report import Setting
     from nanopd_lab.cost.iteration import IterationModel
     from nanopd_lab.router import Outlook, Slo
+    from nanopd_lab.sim.results import SimResult
     from nanopd_lab.sim.simulator import SimConfig
     from nanopd_lab.sim.timing import StepTime
-    from nanopd_lab.sim.workload import SimRequest
+    from nanopd_lab.sim.workload import Kill, SimRequest
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-SCHEMA = "nanopd-lab/simulation/1"
-METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2el": "e2e_s"}
+DEFAULT_RATE = 20.0  # requests a second
+ENGINE_DEFAULTS = {"model": "qwen3-8b", "max_num_batched_tokens": 2048, "max_num_seqs": 256}
 WEIGHT_SHARE = 0.9  # of a GPU's memory for weights and KV, as gpu_memory_utilization
 
 
 def register(subparsers: _Subparsers) -> None:
     """Add the command; its parser sets `run`."""
+    from nanopd_lab.bench.metrics_cli import add_metric_options
+    from nanopd_lab.bench.workload_cli import add_workload_options
+
     parser = subparsers.add_parser(
         "simulate", help="the same controller, workers and schedulers in virtual time, from a cost model"
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--hardware", default="h100", help="h100, h200, a100, h20, rtx-4090, or a file (default h100)"
-    )
-    source.add_argument(
-        "--cost-model", help="a fitted model instead: a name in data/hardware, or a file of `fit`"
-    )
-    parser.add_argument(
-        "--model", default="qwen3-8b", help="a named shape (default qwen3-8b); not with --cost-model"
-    )
+    add_machine_options(parser)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument(
         "--policy",
         default="least-loaded",
-        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd, adaptive",
+        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd, adaptive; or oracle: the best "
+        "routes that can be found, in hindsight, for a --goodput",
     )
-    parser.add_argument(
-        "--goodput", nargs="+", default=[], metavar="NAME:MS", help="what is promised, as ttft:500 tpot:100"
-    )
-    parser.add_argument(
-        "--request-rate", type=float, default=20.0, help="requests a second; inf: all at once"
-    )
-    parser.add_argument(
-        "--burstiness", type=float, default=1.0, help="of gamma gaps: 1 is Poisson, less is burstier"
-    )
-    parser.add_argument("--num-prompts", type=int, default=1000)
-    parser.add_argument(
-        "--dataset-name", choices=("random", "prefix_repetition", "azure-like"), default="random"
-    )
-    parser.add_argument(
-        "--random-input-len", type=int, default=1024, help="tokens of each prompt of `random`"
-    )
-    parser.add_argument("--random-output-len", type=int, default=128, help="and of each output")
-    parser.add_argument(
-        "--random-prefix-len", type=int, default=0, help="tokens in front of them that all prompts share"
-    )
-    for name, default, text in (
-        ("prefix", 256, "tokens that prompts of `prefix_repetition` share"),
-        ("suffix", 256, "tokens of their own behind them"),
-        ("output", 128, "and of each output"),
-    ):
-        parser.add_argument(f"--prefix-repetition-{name}-len", type=int, default=default, help=text)
-    parser.add_argument(
-        "--prefix-repetition-num-prefixes", type=int, default=10, help="how many different ones there are"
-    )
-    parser.add_argument(
-        "--enable-prefix-caching",
-        action=argparse.BooleanOptionalAction,
-        help="look for prompts in the KV cache; default: where prompts share a prefix, as it takes time",
-    )
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="tokens a step may hold")
-    parser.add_argument(
-        "--max-num-seqs", type=int, default=256, help="sequences that run at once on a worker"
-    )
-    parser.add_argument("--num-blocks", type=int, help="KV blocks a worker; default: what its memory holds")
-    parser.add_argument(
-        "--block-bytes", type=int, help="of KV in a block of 16 tokens, for a --cost-model that doesn't say"
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    add_workload_options(parser, rate=DEFAULT_RATE)
+    add_metric_options(parser)
     parser.add_argument(
         "--kill",
         action="append",
@@ -99,12 +52,51 @@ def register(subparsers: _Subparsers) -> None:
         metavar="WORKER@SECONDS[+RESTART]",
         help="w0@12.5: this worker dies; w0@12.5+3: and is back 3 s later; may be given several times",
     )
+    parser.add_argument("--trace", type=Path, help="write what happened for Perfetto")
+    parser.set_defaults(run=run)
+
+
+def add_machine_options(parser: argparse.ArgumentParser, engine: bool = True) -> None:
+    """Add the flags that say what is simulated.
+
+    Args:
+        engine: also those that a real engine has as well
+    """
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--hardware", default="h100", help="h100, h200, a100, h20, rtx-4090, or a file (default h100)"
+    )
+    source.add_argument(
+        "--cost-model", help="a fitted model instead: a name in data/hardware, or a file of `fit`"
+    )
+    parser.add_argument("--num-blocks", type=int, help="KV blocks a worker; default: what its memory holds")
+    parser.add_argument(
+        "--block-bytes", type=int, help="of KV in a block of 16 tokens, for a --cost-model that doesn't say"
+    )
+    parser.add_argument(
+        "--oracle-simulations", type=int, default=50, help="that --policy oracle may make, to find its routes"
+    )
     parser.add_argument(
         "--beat", type=float, help="seconds between workers' reports; without: policies see none"
     )
-    parser.add_argument("--trace", type=Path, help="write what happened for Perfetto")
-    parser.add_argument("--result-filename", type=Path, help="write the result, as JSON")
-    parser.set_defaults(run=run)
+    if not engine:
+        return
+    parser.add_argument(
+        "--model",
+        default=ENGINE_DEFAULTS["model"],
+        help="a named shape (default qwen3-8b); not with --cost-model",
+    )
+    parser.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="look for prompts in the KV cache; default: where prompts share a prefix, as it takes time",
+    )
+    for name, text in (
+        ("max_num_batched_tokens", "tokens a step may hold"),
+        ("max_num_seqs", "sequences that run at once on a worker"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=ENGINE_DEFAULTS[name], help=text)
 
 
 @dataclass(frozen=True)
@@ -117,15 +109,15 @@ class Machine:
     config: SimConfig
     iteration: IterationModel
 
-    def outlook(self, slo: Slo) -> Outlook:
+    def outlook(self, slo: Slo | None = None) -> Outlook:
         """What policies that estimate are told of it."""
         from nanopd_lab.cost.transfer_time import TransferModel
-        from nanopd_lab.router import Outlook
+        from nanopd_lab.router import Outlook, Slo
 
         link = self.config.link
         return Outlook(
             self.iteration,
-            slo,
+            slo or Slo(),
             TransferModel(link.setup_s, link.block_s, link.bytes_per_s),
             self.config.block_bytes,
             self.config.block_size,
@@ -133,26 +125,36 @@ class Machine:
             self.config.ahead,
         )
 
+    def setting(self, workers: int, policy: str, label: str | None = None) -> Setting:
+        """What a result says about it."""
+        from nanopd_lab.bench.report import Setting
+
+        return Setting(
+            self.model, workers, policy, label=label, settings={"hardware": self.name}, modelled=True
+        )
+
 
 def run(args: argparse.Namespace) -> int:
     """Simulate, print a summary, write the files asked for."""
-    from nanopd_lab.router import Slo, create_policy
-    from nanopd_lab.sim.simulator import Simulator
+    from nanopd_lab.bench.metrics_cli import selection_of, slo_of
+    from nanopd_lab.bench.report import serving_result, summary
+    from nanopd_lab.bench.workload_cli import workload_of
     from nanopd_lab.sim.trace import write_trace
-    from nanopd_lab.sim.veil import Veiled
     from nanopd_lab.sim.workload import Kill
 
-    slo = Slo.parse(args.goodput)
-    machine = _fitted(args) if args.cost_model else _prior(args)
-    begun = time.perf_counter()
-    policy, roles = create_policy(args.policy, args.workers, machine.outlook(slo))
+    slo, selection = slo_of(args), selection_of(args)
+    workload = workload_of(args)
+    machine = machine_of(args, shared=any(each.shared() for each in workload.requests))
     kills = [Kill.parse(text) for text in args.kill]
-    result = Simulator(Veiled(policy), roles, machine.time, _requests(args), machine.config, kills).run()
+    begun = time.perf_counter()
+    if args.policy == "oracle":
+        result = _hindsight(args, workload.requests, machine, slo)
+    else:
+        result = simulated(machine, workload.requests, args.policy, args.workers, slo, kills)
     seconds = time.perf_counter() - begun
-    if problems := result.problems():
-        raise RuntimeError(f"the simulation lost something: {problems[0]}")
-    record = summary(result, args, machine, slo)
-    print(_table(record))
+    setting = machine.setting(args.workers, args.policy, args.label)
+    record = serving_result(result.records, workload, setting, slo, selection, detailed=args.save_detailed)
+    print(summary(record))
     print(
         f"simulated {record['duration']:.1f} s in {seconds:.1f} s: {len(result.records) / seconds:,.0f} requests a "
         f"second of this computer's, {result.events:,} events, {result.steps:,} steps"
@@ -162,6 +164,69 @@ def run(args: argparse.Namespace) -> int:
     if args.trace:
         write_trace(result, args.trace)
     return 0
+
+
+def _hindsight(
+    args: argparse.Namespace, requests: Sequence[SimRequest], machine: Machine, slo: Slo
+) -> SimResult:
+    """The best routes that are found, all arrivals and lengths being known."""
+    from nanopd_lab.router import Role
+    from nanopd_lab.sim.oracle import Instance, Planned, oracle, upper_bound
+    from nanopd_lab.sim.simulator import Simulator
+
+    if args.kill or args.beat is not None:
+        raise ValueError("the oracle knows no --kill and needs no --beat; leave them out")
+    config = replace(machine.config, trace=False)
+    instance = Instance(tuple(requests), args.workers, machine.time, slo, config)
+    found = oracle(instance, machine.outlook(slo), args.oracle_simulations, args.seed)
+    print(
+        f"oracle: {found.met} of {len(instance.requests)} requests served as promised, {found.started} by "
+        f"{found.start}, at most {upper_bound(instance, found.met).met} by any routing; {found.effort:.0f} simulations"
+    )
+    planned, roles = Planned(found.outcome.plan), [Role.MIXED] * args.workers
+    return Simulator(planned, roles, machine.time, requests, machine.config).run()
+
+
+def simulated(
+    machine: Machine,
+    requests: Sequence[SimRequest],
+    policy: str,
+    workers: int,
+    slo: Slo | None = None,
+    kills: Iterable[Kill] = (),
+) -> SimResult:
+    """Serve the requests in virtual time; the policy does not see how long their outputs will be.
+
+    Args:
+        slo: what policies that estimate try to keep
+
+    Raises:
+        ValueError: an unknown policy, or one for another number of workers.
+        RuntimeError: the simulation lost a request or a block: a bug.
+    """
+    from nanopd_lab.router import create_policy
+    from nanopd_lab.sim.simulator import Simulator
+    from nanopd_lab.sim.veil import Veiled
+
+    chosen, roles = create_policy(policy, workers, machine.outlook(slo))
+    result = Simulator(Veiled(chosen), roles, machine.time, requests, machine.config, kills).run()
+    if problems := result.problems():
+        raise RuntimeError(f"the simulation lost something: {problems[0]}")
+    return result
+
+
+def machine_of(args: argparse.Namespace, shared: bool = False) -> Machine:
+    """What the flags of `add_machine_options` ask for.
+
+    Args:
+        shared: prompts share prefixes
+
+    Raises:
+        ValueError: an unknown name, a model that does not fit, or a fitted model without its block's size.
+    """
+    if args.enable_prefix_caching is None:
+        args = argparse.Namespace(**{**vars(args), "enable_prefix_caching": shared})
+    return _fitted(args) if args.cost_model else _prior(args)
 
 
 def _prior(args: argparse.Namespace) -> Machine:
@@ -236,118 +301,10 @@ def _machine(
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_bytes=block_bytes,
-        enable_prefix_caching=_shared_prefix(args) > 0
-        if args.enable_prefix_caching is None
-        else args.enable_prefix_caching,
+        enable_prefix_caching=args.enable_prefix_caching,
         ahead=ahead,
         link=link,
         beat_s=args.beat,
-        trace=args.trace is not None,
+        trace=getattr(args, "trace", None) is not None,
     )
     return Machine(name, model, CostTime(iteration), config, iteration)
-
-
-def _requests(args: argparse.Namespace) -> list[SimRequest]:
-    from nanopd_lab.sim.workload import AZURE_LIKE, Lengths, gamma_arrivals
-
-    if args.num_prompts < 1:
-        raise ValueError(f"num-prompts is {args.num_prompts}; it must be at least 1")
-    lengths, num_prefixes = AZURE_LIKE, 1
-    if args.dataset_name != "azure-like":
-        prompt, output = args.random_input_len, args.random_output_len
-        if args.dataset_name == "prefix_repetition":
-            prompt, output = args.prefix_repetition_suffix_len, args.prefix_repetition_output_len
-            num_prefixes = args.prefix_repetition_num_prefixes
-        if min(prompt, output) < 1:
-            raise ValueError(
-                f"prompts of {prompt} tokens of their own and outputs of {output}; both must be at least 1"
-            )
-        lengths = Lengths(prompt, 0.0, prompt), Lengths(output, 0.0, output)
-    return gamma_arrivals(
-        args.num_prompts,
-        args.request_rate,
-        lengths,
-        args.seed,
-        args.burstiness,
-        _shared_prefix(args),
-        num_prefixes,
-    )
-
-
-def _shared_prefix(args: argparse.Namespace) -> int:
-    """Tokens that a prompt shares with others."""
-    if args.dataset_name == "prefix_repetition":
-        return int(args.prefix_repetition_prefix_len)
-    return int(args.random_prefix_len) if args.dataset_name == "random" else 0
-
-
-def summary(result: SimResult, args: argparse.Namespace, machine: Machine, slo: Slo) -> dict[str, Any]:
-    """The result under the keys of `vllm bench serve`, as far as a simulation has them; times in ms.
-
-    `slo_attainment`, the share of requests that got what they were promised, is ours.
-    """
-    done = result.completed
-    tokens_in, tokens_out = (
-        sum(getattr(r, name) for r in done) for name in ("prompt_tokens", "output_tokens")
-    )
-    record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "backend": "nanopd-lab simulate (modelled)",
-        "model_id": machine.model,
-        "hardware": machine.name,
-        "workers": args.workers,
-        "policy": args.policy,
-        "dataset_name": args.dataset_name,
-        "seed": args.seed,
-        "num_prompts": args.num_prompts,
-        "request_rate": args.request_rate if args.request_rate < float("inf") else "inf",
-        "burstiness": args.burstiness,
-        "duration": result.duration_s,
-        "completed": len(done),
-        "failed": len(result.records) - len(done),
-        "total_input_tokens": tokens_in,
-        "total_output_tokens": tokens_out,
-        "request_throughput": result.request_throughput,
-        "output_throughput": result.output_throughput,
-        "total_token_throughput": (tokens_in + tokens_out) / result.duration_s if result.duration_s else 0.0,
-    }
-    if slo.given:
-        record["goodput_slo"] = str(slo)
-        record["request_goodput"] = result.goodput(slo)
-        record["slo_attainment"] = result.attainment(slo)
-    for name, metric in METRICS.items():
-        values = [1e3 * value for value in result.values(metric)]
-        record[f"mean_{name}_ms"] = statistics.fmean(values) if values else None
-        record[f"median_{name}_ms"] = statistics.median(values) if values else None
-        record[f"std_{name}_ms"] = statistics.pstdev(values) if values else None
-        for percent in (90, 99):
-            record[f"p{percent}_{name}_ms"] = 1e3 * result.percentile(metric, percent) if values else None
-    record["pd"] = {
-        "disaggregated": sum(r.path is not None and r.path.transferred_tokens > 0 for r in done),
-        "transferred_tokens": sum(r.path.transferred_tokens for r in done if r.path),
-        "cached_tokens": sum(r.path.cached_tokens for r in done if r.path),
-        "preemptions": sum(worker.preemptions for worker in result.workers),
-    }
-    return record
-
-
-def _table(record: dict[str, Any]) -> str:
-    lines = [
-        f"modelled: {record['workers']} workers of {record['hardware']}, {record['model_id']}, {record['policy']}",
-        f"{record['completed']} of {record['num_prompts']} requests, {record['request_throughput']:.2f} a second, "
-        f"{record['output_throughput']:,.0f} output tokens/s; {record['pd']['disaggregated']} disaggregated, "
-        f"{record['pd']['cached_tokens']:,} of {record['total_input_tokens']:,} prompt tokens from the prefix cache",
-    ]
-    if "request_goodput" in record:
-        lines.append(
-            f"goodput {record['request_goodput']:.2f} requests/s: {record['slo_attainment']:.1%} within "
-            f"{record['goodput_slo']} ms"
-        )
-    lines.append(f"{'ms':8}{'mean':>10}{'median':>10}{'p90':>10}{'p99':>10}")
-    for name in METRICS:
-        cells = (record[f"{kind}_{name}_ms"] for kind in ("mean", "median", "p90", "p99"))
-        lines.append(
-            f"{name:8}" + "".join("         –" if cell is None else f"{cell:10.1f}" for cell in cells)
-        )
-    return "\n".join(lines)

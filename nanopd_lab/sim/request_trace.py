@@ -2,19 +2,20 @@
 
 Read as they are published: Azure's LLM inference traces (`TIMESTAMP,ContextTokens,GeneratedTokens`), the same in
 Vidur's layout (`arrived_at,num_prefill_tokens,num_decode_tokens`), BurstGPT (`Timestamp,Model,Request tokens,Response
-tokens,...`), and Mooncake's JSON lines (`timestamp` in ms, `input_length`, `output_length`).
+tokens,...`), and Mooncake's JSON lines (`timestamp` in ms, `input_length`, `output_length`, and `hash_ids`, which
+tell what prompts share).
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from nanopd_lab.sim.workload import SimRequest, in_order
+from nanopd_lab.sim.workload import FIRST_PROMPT_TOKEN, SimRequest, in_order
 
 LAYOUTS = (
     ("arrived_at", "num_prefill_tokens", "num_decode_tokens"),
@@ -31,30 +32,46 @@ def read_trace(path: Path) -> list[SimRequest]:
         FileNotFoundError: there is no such file.
         ValueError: a layout that is not known, or a line that does not follow it.
     """
+    found: list[tuple[float, int, int, tuple[int, ...]]] = []
+    layout, line = None, 1
     with path.open(newline="", encoding="utf-8-sig") as file:
-        rows: Iterable[Mapping[str, Any]]
-        if path.suffix in (".jsonl", ".json"):
-            rows = (json.loads(line) for line in file if line.strip())
-        else:
-            rows = csv.DictReader(file)
-        found, layout, number = [], None, 0
         try:
-            for row in rows:
-                number += 1
+            for line, text in _lines(file, path.suffix in (".jsonl", ".json")):  # noqa: B007 - the handler names it
+                row = json.loads(text) if isinstance(text, str) else text
+                if not isinstance(row, Mapping):
+                    raise ValueError(f"{str(text)[:40]!r} is no JSON object")
                 layout = layout or _layout(row)
                 when, prompt, output = (row[column] for column in layout)
                 sizes = int(float(prompt)), int(float(output))
                 if min(sizes) >= 1:
-                    found.append((_seconds(when, layout[0]), *sizes))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path.name}: cannot be read at or after request {number}: {error}") from None
+                    found.append((_seconds(when, layout[0]), *sizes, _hash_ids(row)))
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path.name}, line {line}: cannot be read: {why}") from None
     if not found:
         raise ValueError(f"{path.name} holds no request with a prompt and an output")
-    start = min(when for when, _, _ in found)
+    start = min(when for when, *_ in found)
     return in_order(
-        SimRequest(f"r{number}", when - start, prompt, output)
-        for number, (when, prompt, output) in enumerate(found)
+        SimRequest(f"r{number}", when - start, prompt, output, hash_ids=hashes)
+        for number, (when, prompt, output, hashes) in enumerate(found)
     )
+
+
+def _lines(file: TextIO, json_lines: bool) -> Iterator[tuple[int, str | Mapping[str, Any]]]:
+    """(number of the line, its text or its fields) of each that holds anything."""
+    if json_lines:
+        yield from ((line, text) for line, text in enumerate(file, 1) if text.strip())
+    else:
+        reader = csv.DictReader(file)
+        for row in reader:
+            yield reader.line_num, row
+
+
+def _hash_ids(row: Mapping[str, Any]) -> tuple[int, ...]:
+    found = tuple(row.get("hash_ids") or ())
+    if not all(type(each) is int and 0 <= each < FIRST_PROMPT_TOKEN for each in found):
+        raise ValueError(f"hash_ids {str(found)[:40]} are not all integers in [0, {FIRST_PROMPT_TOKEN})")
+    return found
 
 
 def _layout(row: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import re
@@ -10,12 +9,15 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 from nanopd_lab.core import SamplingParams
+from nanopd_lab.sim.arrivals import Arrivals
 
 FIRST_PROMPT_TOKEN = (
     1 << 20
 )  # prompts of different requests differ from it on, so that none is found in a cache
+HASH_TOKENS = 512  # as in Mooncake's traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class SimRequest:
     arrival, deadline: seconds
     prefix, prefix_tokens: the first so many tokens of the prompt are those of all requests with the same `prefix`
         (between 0 and `FIRST_PROMPT_TOKEN`), for the prefix cache
+    hash_ids: of the prompt's blocks of `HASH_TOKENS` tokens, in the same range, as traces have them that tell what is
+        shared; blocks of one id hold the same tokens, and what is behind the last is the prompt's own
 
     Raises:
         ValueError: a length below 1, a prefix longer than the prompt, an arrival that is negative or no number.
@@ -37,6 +41,7 @@ class SimRequest:
     prefix: int = 0
     prefix_tokens: int = 0
     deadline: float = float("inf")
+    hash_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.output_tokens < 1:
@@ -49,6 +54,11 @@ class SimRequest:
                 f"request {self.request_id!r} has prefix {self.prefix} of {self.prefix_tokens} tokens; the number "
                 f"must lie in [0, {FIRST_PROMPT_TOKEN}) and the length in [0, {self.prompt_tokens}]"
             )
+        if self.hash_ids and not 0 <= min(self.hash_ids) <= max(self.hash_ids) < FIRST_PROMPT_TOKEN:
+            raise ValueError(
+                f"request {self.request_id!r} has hash ids from {min(self.hash_ids)} to {max(self.hash_ids)}; they "
+                f"must lie in [0, {FIRST_PROMPT_TOKEN})"
+            )
         if not 0 <= self.arrival < float("inf"):
             raise ValueError(
                 f"request {self.request_id!r} arrives at {self.arrival} s; give a time from 0 on"
@@ -58,8 +68,21 @@ class SimRequest:
         """Token ids; `number` makes them differ from those of other requests. None: nobody looks at them."""
         if number is None:
             return array("b", (0,)) * self.prompt_tokens
-        own = array("i", (FIRST_PROMPT_TOKEN + number,)) * (self.prompt_tokens - self.prefix_tokens)
-        return array("i", (self.prefix,)) * self.prefix_tokens + own if self.prefix_tokens else own
+        found = array("i")
+        for name, count in self.shared():
+            found += array("i", (name,)) * count
+        own = array("i", (FIRST_PROMPT_TOKEN + number,)) * (self.prompt_tokens - len(found))
+        return found + own if found else own
+
+    def shared(self) -> list[tuple[int, int]]:
+        """(name, tokens) of the pieces at the prompt's beginning that other prompts may have too."""
+        if not self.hash_ids:
+            return [(self.prefix, self.prefix_tokens)] if self.prefix_tokens else []
+        left = self.prompt_tokens
+        return [
+            (name, min(HASH_TOKENS, left - place * HASH_TOKENS))
+            for place, name in enumerate(self.hash_ids[: -(-left // HASH_TOKENS)])
+        ]
 
     def params(self) -> SamplingParams:
         """Greedy, to exactly the length asked for."""
@@ -88,6 +111,13 @@ class Kill:
         return cls(float(match[2]), match[1], float(match[3]) if match[3] else None)
 
 
+class Sizes(Protocol):
+    """A distribution of token counts."""
+
+    def draw(self, rng: random.Random) -> int:
+        """One of them, at least 1."""
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Log-normal token counts: median and sigma of the logarithm, cut to `[1, most]`."""
@@ -107,7 +137,7 @@ AZURE_LIKE = (Lengths(1020.0, 0.9, 8000), Lengths(129.0, 1.0, 2000))
 
 
 def poisson_arrivals(
-    count: int, rate: float, lengths: tuple[Lengths, Lengths], seed: int = 0
+    count: int, rate: float, lengths: tuple[Sizes, Sizes], seed: int = 0
 ) -> list[SimRequest]:
     """`count` requests at exponential gaps, `rate` a second, with (prompt, output) lengths.
 
@@ -127,7 +157,7 @@ def poisson_arrivals(
 def gamma_arrivals(
     count: int,
     rate: float,
-    lengths: tuple[Lengths, Lengths],
+    lengths: tuple[Sizes, Sizes],
     seed: int = 0,
     burstiness: float = 1.0,
     prefix_tokens: int = 0,
@@ -145,21 +175,17 @@ def gamma_arrivals(
     Raises:
         ValueError: a rate or a burstiness that is not positive; a negative prefix, or no prefix.
     """
-    if not rate > 0 or not 0 < burstiness < math.inf:
-        raise ValueError(f"rate is {rate} requests/s, burstiness {burstiness}; both must be positive")
     if prefix_tokens < 0 or num_prefixes < 1:
         raise ValueError(f"{num_prefixes} prefixes of {prefix_tokens} tokens; give one or more, of 0 or more")
     rng = random.Random(seed)
-    gaps = [rng.gammavariate(burstiness, 1.0) if rate < math.inf else 0.0 for _ in range(count)]
-    times = list(itertools.accumulate(gaps))
-    stretch = count / rate / times[-1] if times and times[-1] else 0.0
+    times = Arrivals(rate, burstiness).times(count, rng)
     prefixes = [number % num_prefixes for number in range(count)]
     if num_prefixes > 1:
         rng.shuffle(prefixes)
     return [
         SimRequest(
             f"r{number}",
-            time * stretch,
+            time,
             prefix_tokens + lengths[0].draw(rng),
             lengths[1].draw(rng),
             prefix,

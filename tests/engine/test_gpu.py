@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,23 @@ def test_the_second_gpu_gives_the_tokens_of_the_first(dtype: str) -> None:
         llm = LLM("random:tiny-gpu", dtype=dtype, device=device, kv_cache_memory_bytes=1 << 28)
         found.append([output.outputs[0].token_ids for output in llm.generate(batch, params, use_tqdm=False)])
     assert found[0] == found[1]
+
+
+def test_an_engine_that_is_garbage_does_not_break_the_captures_of_the_next() -> None:
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.disable()
+    try:
+        greedy_tokens(
+            "random:tiny-gpu", prompts([5]), dtype="bfloat16"
+        )  # an engine is a cycle: it still lies there
+        gc.set_threshold(1, 1, 1)
+        gc.enable()
+        (tokens,) = greedy_tokens("random:tiny-gpu", prompts([5]), dtype="bfloat16")
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+    assert len(tokens) == 12
 
 
 def test_the_pool_is_what_the_step_leaves() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,8 @@ def test_a_result_has_the_benchmarks_keys_and_says_it_is_modelled(
 def test_the_same_seed_gives_the_same_result(tmp_path: Path) -> None:
     first, second = (result(tmp_path, "--dataset-name", "azure-like", "--seed", "3") for _ in range(2))
     other = result(tmp_path, "--dataset-name", "azure-like", "--seed", "4")
-    del first["date"], second["date"]
+    for record in (first, second):
+        del record["date"], record["provenance"]
     assert first == second
     assert other["mean_e2el_ms"] != first["mean_e2el_ms"]
 
@@ -95,7 +97,7 @@ def test_a_killed_worker_fails_nothing(tmp_path: Path) -> None:
         (["--policy", "9p9d"], "needs 9 + 9 workers"),
         (["--request-rate", "0"], "rate is 0.0"),
         (["--num-prompts", "0"], "must be at least 1"),
-        (["--random-input-len", "0"], "prompts of 0 tokens of their own"),
+        (["--random-input-len", "0"], "a length of 0 tokens"),
         (["--random-prefix-len", "-1"], "prefixes of -1 tokens"),
     ],
 )
@@ -157,10 +159,33 @@ def test_goodput_is_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureF
     record = result(
         tmp_path, "--goodput", "ttft:26", "tpot:100", "--policy", "nanopd", "--request-rate", "40"
     )
-    assert record["goodput_slo"] == "ttft:26 tpot:100"
-    assert 0 < record["slo_attainment"] < 1
-    met = record["slo_attainment"] * record["num_prompts"]
-    assert record["request_goodput"] == pytest.approx(met / record["duration"])
-    assert f"{record['slo_attainment']:.1%} within ttft:26 tpot:100 ms" in capsys.readouterr().out
-    assert "request_goodput" not in result(tmp_path)
+    slo = record["pd"]["slo"]
+    assert (slo["ttft_ms"], slo["tpot_ms"]) == (26, 100)
+    assert 0 < slo["attainment"] < 1
+    assert record["request_goodput"] == pytest.approx(
+        slo["attainment"] * record["num_prompts"] / record["duration"]
+    )
+    out = capsys.readouterr().out
+    assert "In time (ttft 26, tpot 100 ms):" in out
+    assert f"{slo['attainment']:.1%}" in out
+    assert result(tmp_path)["request_goodput"] is None
     assert simulate("--goodput", "ttft:soon") != 0
+
+
+def test_the_oracle_is_not_behind_a_policy_and_says_what_no_routing_exceeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dataset-name", "azure-like", "--request-rate", "80", "--goodput", "ttft:300", "tpot:12"]
+    flags += ["--cost-model", "h100-qwen3-8b", "--oracle-simulations", "5"]
+    shares = {
+        name: result(tmp_path, *flags, "--policy", name)["pd"]["slo"]["attainment"]
+        for name in ("collocated", "1p3d", "2p2d", "3p1d", "oracle")
+    }
+    assert shares["oracle"] == max(shares.values())
+    printed = re.search(r"oracle: (\d+) of 60 .* at most (\d+) by any", capsys.readouterr().out)
+    assert printed is not None
+    assert int(printed[1]) / 60 == pytest.approx(shares["oracle"])
+    assert int(printed[1]) <= int(printed[2]) <= 60
+    assert simulate("--policy", "oracle") == 2
+    assert "objectives 'none'" in capsys.readouterr().err
+    assert simulate(*flags, "--policy", "oracle", "--kill", "w0@1") == 2

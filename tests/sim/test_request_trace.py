@@ -38,10 +38,10 @@ def test_requests_are_put_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a,b\n1,2\n", "trace.csv: .*request 1: it has a, b; known are: arrived_at"),
-        ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2,3\n2,x,3\n", "request 2: .*'x'"),
-        ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2\n", "request 1"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,2,3\n", "request 1: .*yesterday"),
+        ("a,b\n1,2\n", "trace.csv, line 2: cannot be read: it has a, b; known are: arrived_at"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2,3\n2,x,3\n", "line 3: .*'x'"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2\n", "line 2"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,2,3\n", "line 2: .*yesterday"),
         ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2,0\n", "holds no request"),
         ("", "holds no request"),
     ],
@@ -55,6 +55,22 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, text: str, words: str) -> 
 
 def test_a_broken_line_of_json_is_named(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
-    path.write_text('{"timestamp": 1, "input_length": 1, "output_length": 1}\n{"timest\n')
-    with pytest.raises(ValueError, match=r"trace\.jsonl: cannot be read at or after request 1"):
+    path.write_text('{"timestamp": 1, "input_length": 1, "output_length": 1}\n\n{"timest\n')
+    with pytest.raises(ValueError, match=r"trace\.jsonl, line 3: cannot be read"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"timestamp": 1, "input_length": 1}', "it has no 'output_length'"),
+        ("[1, 2, 3]", "no JSON object"),
+        ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": [1, -1]}', "hash_ids"),
+        ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": 7}', "not iterable"),
+    ],
+)
+def test_a_wrong_row_of_json_is_named(tmp_path: Path, row: str, words: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 1, "input_length": 1, "output_length": 1}\n' + row + "\n")
+    with pytest.raises(ValueError, match=r"trace\.jsonl, line 2: .*" + words):
         read_trace(path)
