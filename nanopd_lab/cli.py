@@ -128,6 +128,9 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     from nanopd_lab.bench.plan_cli import register as register_plan
 
     register_plan(commands)
+    from nanopd_lab.bench.simulator import register as register_bench_simulator
+
+    register_bench_simulator(commands)
     if command not in commands.choices:
         from nanopd_lab.kernels.cli import register as register_kernels
         from nanopd_lab.router.predictor.cli import register as register_predictor
