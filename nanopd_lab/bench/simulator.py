@@ -1,7 +1,7 @@
 """`nanopd-lab bench-simulator`: how fast the simulator is on this computer, start-up and import included.
 
-Every cell is a command of its own, as a user would give it, in a process of its own. Other checkouts can be timed beside
-this one: each round runs them all, one after the other, so that what slows the computer slows all of them alike.
+Every cell is a command of its own, as a user would give it, in a process of its own. Other checkouts can be timed
+beside this one: each round runs them all, one after the other, so that what slows the computer slows them alike.
 """
 
 from __future__ import annotations

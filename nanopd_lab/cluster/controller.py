@@ -16,6 +16,7 @@ import heapq
 import itertools
 import math
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -58,6 +59,7 @@ from nanopd_lab.router import (
     Fleet,
     JobView,
     Policy,
+    Postponed,
     Role,
     WorkerView,
     legal_routes,
@@ -172,6 +174,7 @@ class Controller:
         self._workers = {name: _Worker(name, role) for name, role in roles.items()}
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._queue: deque[_Job] = deque()
+        self._postponed: deque[_Job] = deque()  # these let the queue pass
         self._attempts: dict[str, tuple[_Job, _Attempt]] = {}
         self._fleet = Fleet(roles)
         self._changed: set[_Worker] = set()  # since the fleet was told
@@ -227,9 +230,9 @@ class Controller:
         self.validate(prompt, params)
         if (request_id, index) in self._jobs:
             raise InvalidRequestError(f"request id {request_id!r} is already in use")
-        if len(self._queue) >= self.limits.max_queue:
+        if self.queue_length >= self.limits.max_queue:
             raise ClusterBusyError(
-                f"{len(self._queue)} requests wait for a worker, the limit is max_queue = {self.limits.max_queue}; "
+                f"{self.queue_length} requests wait for a worker, the limit is max_queue = {self.limits.max_queue}; "
                 "try again later, or add workers"
             )
         job = _Job(request_id, index, prompt, params, deadline, PathReport(len(prompt), now))
@@ -276,7 +279,7 @@ class Controller:
         job, attempt = found
         if isinstance(message, Ended):
             self._ended(job, attempt, sender, message)
-            if self._queue:
+            if self._queue or self._postponed:
                 self._dispatch()
         elif job.attempt is not attempt:
             return  # of an earlier try
@@ -330,7 +333,7 @@ class Controller:
             self.policy = Collocated()
             self._give_role(left[0], Role.MIXED)
         if not left:
-            for job in list(self._queue):
+            for job in [*self._queue, *self._postponed]:
                 self._end(job, FinishReason.ERROR, error=f"no worker is left; the last one, {name}, {reason}")
         self._dispatch()
 
@@ -339,6 +342,23 @@ class Controller:
         self.now = now
         self._give_role(self._workers[name], role)
         self._dispatch()
+
+    def use_policy(self, policy: Policy, roles: Mapping[str, Role], now: float) -> None:
+        """Route by another policy from now on, with other roles; workers keep what they have loaded and cached.
+
+        Raises:
+            ValueError: jobs are under way, whose routes the old policy chose; or a worker is gone.
+        """
+        if self._jobs:
+            raise ValueError(
+                f"{len(self._jobs)} requests are under way; wait until they have settled, then change the policy"
+            )
+        if gone := [name for name, worker in self._workers.items() if worker.state is State.GONE]:
+            raise ValueError(f"worker {gone[0]} is gone, and the policy is for all; make a new cluster")
+        self.policy = policy
+        self._finished = getattr(policy, "finished", None)
+        for name, role in roles.items():
+            self.set_role(name, role, now)
 
     def explain(self, request_id: str, index: int = 0) -> Explanation:
         """Why a request is, or was, where it is: of its last route.
@@ -383,39 +403,61 @@ class Controller:
     # ------------------------------------------------------------------ routes
 
     def _dispatch(self) -> None:
-        """Give queued jobs to workers, first come first served, while the policy finds a route."""
+        """Give queued jobs to workers, first come first served, while the policy finds a route; then those put off."""
         while self._queue:
-            job = self._queue[0]
-            self._refresh()
-            free = self._fleet_for(len(job.prompt) + job.params.max_tokens)
-            seen = JobView(
-                len(job.prompt),
-                len(job.prompt) + len(job.outputs),
-                job.params,
-                job.path.arrival,
-                frozenset(job.avoid) if job.avoid else _NOBODY,
-            )
-            decision = self.policy.choose(seen, free, self.now) if free.num_members else None
-            if decision is None:
+            answer = self._ask(self._queue[0], False)
+            if answer is None:
                 return
-            if decision.roles:
-                for name, role in decision.roles:
-                    self._give_role(self._workers[name], role)
-                self._refresh()
-                free = self._fleet_for(len(job.prompt) + job.params.max_tokens)
-            if not _legal(decision.route, free):
-                raise ValueError(
-                    f"policy {self.policy.name} chose {decision.route}, which the roles or the load of the workers do "
-                    f"not allow; legal are {', '.join(map(str, legal_routes(free))) or 'none'}"
-                )
-            self.decisions += 1
-            self._explainable[job.name] = decision
-            self._explainable.move_to_end(job.name)
-            if len(self._explainable) > EXPLAINABLE:
-                self._explainable.popitem(last=False)
-            self._queue.popleft()
-            job.queued = False
-            self._start(job, decision.route)
+            job = self._queue.popleft()
+            if isinstance(answer, Postponed):
+                self._postponed.append(job)
+            else:
+                self._take(job, answer)
+        while self._postponed:
+            answer = self._ask(self._postponed[0], True)
+            if not isinstance(answer, Decision):
+                return
+            self._take(self._postponed.popleft(), answer)
+
+    def _ask(self, job: _Job, postponed: bool) -> Decision | Postponed | None:
+        """What the policy says of a job; a route is legal."""
+        self._refresh()
+        total = len(job.prompt) + job.params.max_tokens
+        free = self._fleet_for(total)
+        if not free.num_members:
+            return None
+        seen = JobView(
+            len(job.prompt),
+            len(job.prompt) + len(job.outputs),
+            job.params,
+            job.path.arrival,
+            frozenset(job.avoid) if job.avoid else _NOBODY,
+            postponed=postponed,
+        )
+        answer = self.policy.choose(seen, free, self.now)
+        if not isinstance(answer, Decision):
+            return answer
+        if answer.roles:
+            for name, role in answer.roles:
+                self._give_role(self._workers[name], role)
+            self._refresh()
+            free = self._fleet_for(total)
+        if not _legal(answer.route, free):
+            raise ValueError(
+                f"policy {self.policy.name} chose {answer.route}, which the roles or the load of the workers do "
+                f"not allow; legal are {', '.join(map(str, legal_routes(free))) or 'none'}"
+            )
+        return answer
+
+    def _take(self, job: _Job, decision: Decision) -> None:
+        """Send a job where it was decided."""
+        self.decisions += 1
+        self._explainable[job.name] = decision
+        self._explainable.move_to_end(job.name)
+        if len(self._explainable) > EXPLAINABLE:
+            self._explainable.popitem(last=False)
+        job.queued = False
+        self._start(job, decision.route)
 
     def _refresh(self) -> None:
         """Have the fleet know what has changed."""
@@ -480,6 +522,8 @@ class Controller:
             self._prefilled(attempt)
             if report.route.collocated:
                 self._arrived(attempt)
+            if self._postponed:
+                self._dispatch()  # the source has less to do
         report.new_tokens += count
         job.path.output_tokens += count
         if message.finish_reason is None:
@@ -533,7 +577,7 @@ class Controller:
     ) -> None:
         job.done = True
         if job.queued:
-            self._queue.remove(job)
+            (self._postponed if job in self._postponed else self._queue).remove(job)
             job.queued = False
         job.path.finished = self.now
         if self._finished is not None and reason is not FinishReason.ERROR:
@@ -641,7 +685,7 @@ class Controller:
 
     @property
     def queue_length(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._postponed)
 
     def views(self) -> list[WorkerView]:
         """The workers that are up, as a policy would see them."""
@@ -653,7 +697,7 @@ class Controller:
     def check_integrity(self) -> None:
         """Raise AssertionError if a job or an attempt is lost."""
         for job in self._jobs.values():
-            queued = self._queue.count(job)
+            queued = self._queue.count(job) + self._postponed.count(job)
             assert queued + (job.attempt is not None) == (0 if job.done else 1), (
                 f"job {job.name} is lost or twice"
             )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanopd_lab.core import SamplingParams
-from nanopd_lab.router import Decision, JobView, Policy, WorkerView
+from nanopd_lab.router import Decision, JobView, Policy, Postponed, WorkerView
 
 MAX_TOKENS = 2048
 
@@ -39,9 +39,15 @@ class Veiled:
 
             self.finished = finished
 
-    def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
+    def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
         shown = JobView(
-            job.prompt_tokens, job.known_tokens, self._params, job.arrival, job.avoid, job.cached_tokens
+            job.prompt_tokens,
+            job.known_tokens,
+            self._params,
+            job.arrival,
+            job.avoid,
+            job.cached_tokens,
+            job.postponed,
         )
         return self.policy.choose(shown, workers, now)
 
