@@ -522,6 +522,8 @@ class Controller:
             self._prefilled(attempt)
             if report.route.collocated:
                 self._arrived(attempt)
+            if self._postponed:
+                self._dispatch()  # the source has less to do
         report.new_tokens += count
         job.path.output_tokens += count
         if message.finish_reason is None:
