@@ -279,7 +279,7 @@ class Controller:
         job, attempt = found
         if isinstance(message, Ended):
             self._ended(job, attempt, sender, message)
-            if self._queue:
+            if self._queue or self._postponed:
                 self._dispatch()
         elif job.attempt is not attempt:
             return  # of an earlier try
