@@ -14,8 +14,8 @@ from nanopd_lab import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (2 for bad input, with the reason on stderr)."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv[0] if argv else None).parse_args(argv)
     try:
         return args.run(args) or 0
     except (ValueError, FileNotFoundError) as error:
@@ -26,8 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands; heavy imports wait until a command runs."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """All commands; heavy imports wait until a command runs.
+
+    Args:
+        command: the one that is asked for. Commands whose packages take long to import are left out if it is another.
+    """
     parser = argparse.ArgumentParser(prog="nanopd-lab", description=__doc__)
     parser.add_argument("--version", action="version", version=f"nanopd-lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -105,9 +109,6 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-num-batched-tokens", type=int, default=8192)
     engine.add_argument("--result-filename", type=Path, help="written after every part, as JSON")
     engine.set_defaults(run=_bench_engine)
-    from nanopd_lab.kernels.cli import register as register_kernels
-
-    register_kernels(commands)
     register_cluster(commands)
     from nanopd_lab.transfer.cli import register as register_transfer
 
@@ -115,9 +116,6 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.sim.cli import register as register_simulate
 
     register_simulate(commands)
-    from nanopd_lab.router.predictor.cli import register as register_predictor
-
-    register_predictor(commands)
     from nanopd_lab.cost.cli import register as register_cost
 
     register_cost(commands)
@@ -127,12 +125,21 @@ def build_parser() -> argparse.ArgumentParser:
     from nanopd_lab.bench.serving_cli import register as register_bench
 
     register_bench(commands)
+    from nanopd_lab.bench.regret.cli import register as register_regret
+
+    register_regret(commands)
     from nanopd_lab.bench.sweep_cli import register as register_sweep
 
     register_sweep(commands)
     from nanopd_lab.bench.plan_cli import register as register_plan
 
     register_plan(commands)
+    if command not in commands.choices:
+        from nanopd_lab.kernels.cli import register as register_kernels
+        from nanopd_lab.router.predictor.cli import register as register_predictor
+
+        register_kernels(commands)
+        register_predictor(commands)
     return parser
 
 

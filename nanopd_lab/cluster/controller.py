@@ -59,12 +59,14 @@ from nanopd_lab.router import (
     Fleet,
     JobView,
     Policy,
+    Postponed,
     Role,
     WorkerView,
     legal_routes,
 )
 
 EXPLAINABLE = 1024  # decisions that can be asked about
+_NOBODY: frozenset[str] = frozenset()
 
 
 @dataclass(eq=False, slots=True)
@@ -172,6 +174,7 @@ class Controller:
         self._workers = {name: _Worker(name, role) for name, role in roles.items()}
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._queue: deque[_Job] = deque()
+        self._postponed: deque[_Job] = deque()  # these let the queue pass
         self._attempts: dict[str, tuple[_Job, _Attempt]] = {}
         self._fleet = Fleet(roles)
         self._changed: set[_Worker] = set()  # since the fleet was told
@@ -227,9 +230,9 @@ class Controller:
         self.validate(prompt, params)
         if (request_id, index) in self._jobs:
             raise InvalidRequestError(f"request id {request_id!r} is already in use")
-        if len(self._queue) >= self.limits.max_queue:
+        if self.queue_length >= self.limits.max_queue:
             raise ClusterBusyError(
-                f"{len(self._queue)} requests wait for a worker, the limit is max_queue = {self.limits.max_queue}; "
+                f"{self.queue_length} requests wait for a worker, the limit is max_queue = {self.limits.max_queue}; "
                 "try again later, or add workers"
             )
         job = _Job(request_id, index, prompt, params, deadline, PathReport(len(prompt), now))
@@ -268,27 +271,16 @@ class Controller:
         self.now = now
         sender = self._workers[worker]
         sender.last_seen = now
-        if isinstance(message, Hello):
-            before, sender.state, sender.capacity = sender.capacity, State.UP, message.capacity
-            self._capacities.add(message.capacity)
-            if before is not None and before != message.capacity:
-                self._capacities = {each.capacity for each in self._workers.values() if each.capacity}
-            self._every_takes = min(capacity.longest for capacity in self._capacities)
-            self._any_takes = max(capacity.longest for capacity in self._capacities)
-            self._changed.add(sender)
-            self._dispatch()
+        if isinstance(message, (Hello, Beat)):
+            self._heard(sender, message)
             return
-        if isinstance(message, Beat):
-            sender.beat = message
-            self._changed.add(sender)
-            return
-        found = self._attempts.get(message.key)
-        if found is None:
+        if (found := self._attempts.get(message.key)) is None:
             return
         job, attempt = found
         if isinstance(message, Ended):
             self._ended(job, attempt, sender, message)
-            self._dispatch()
+            if self._queue:
+                self._dispatch()
         elif job.attempt is not attempt:
             return  # of an earlier try
         elif isinstance(message, Tokens):
@@ -302,8 +294,21 @@ class Controller:
             self._arrived(attempt)
             self._left(attempt)
             self._send(attempt.report.route.prefill, Release(attempt.key))
-        elif isinstance(message, Failed):
+        else:
             self._failed(job, attempt, worker, message)
+
+    def _heard(self, sender: _Worker, message: Hello | Beat) -> None:
+        self._changed.add(sender)
+        if isinstance(message, Beat):
+            sender.beat = message
+        else:
+            before, sender.state, sender.capacity = sender.capacity, State.UP, message.capacity
+            self._capacities.add(message.capacity)
+            if before is not None and before != message.capacity:
+                self._capacities = {each.capacity for each in self._workers.values() if each.capacity}
+            self._every_takes = min(capacity.longest for capacity in self._capacities)
+            self._any_takes = max(capacity.longest for capacity in self._capacities)
+            self._dispatch()
 
     def worker_down(self, name: str, reason: str, now: float, restarting: bool = False) -> None:
         """A worker is dead and holds nothing any more; whatever ran there is tried again elsewhere."""
@@ -328,7 +333,7 @@ class Controller:
             self.policy = Collocated()
             self._give_role(left[0], Role.MIXED)
         if not left:
-            for job in list(self._queue):
+            for job in [*self._queue, *self._postponed]:
                 self._end(job, FinishReason.ERROR, error=f"no worker is left; the last one, {name}, {reason}")
         self._dispatch()
 
@@ -398,39 +403,61 @@ class Controller:
     # ------------------------------------------------------------------ routes
 
     def _dispatch(self) -> None:
-        """Give queued jobs to workers, first come first served, while the policy finds a route."""
+        """Give queued jobs to workers, first come first served, while the policy finds a route; then those put off."""
         while self._queue:
-            job = self._queue[0]
-            self._refresh()
-            free = self._fleet_for(len(job.prompt) + job.params.max_tokens)
-            seen = JobView(
-                len(job.prompt),
-                len(job.prompt) + len(job.outputs),
-                job.params,
-                job.path.arrival,
-                frozenset(job.avoid),
-            )
-            decision = self.policy.choose(seen, free, self.now) if free.num_members else None
-            if decision is None:
+            answer = self._ask(self._queue[0], False)
+            if answer is None:
                 return
-            if decision.roles:
-                for name, role in decision.roles:
-                    self._give_role(self._workers[name], role)
-                self._refresh()
-                free = self._fleet_for(len(job.prompt) + job.params.max_tokens)
-            if not _legal(decision.route, free):
-                raise ValueError(
-                    f"policy {self.policy.name} chose {decision.route}, which the roles or the load of the workers do "
-                    f"not allow; legal are {', '.join(map(str, legal_routes(free))) or 'none'}"
-                )
-            self.decisions += 1
-            self._explainable[job.name] = decision
-            self._explainable.move_to_end(job.name)
-            if len(self._explainable) > EXPLAINABLE:
-                self._explainable.popitem(last=False)
-            self._queue.popleft()
-            job.queued = False
-            self._start(job, decision.route)
+            job = self._queue.popleft()
+            if isinstance(answer, Postponed):
+                self._postponed.append(job)
+            else:
+                self._take(job, answer)
+        while self._postponed:
+            answer = self._ask(self._postponed[0], True)
+            if not isinstance(answer, Decision):
+                return
+            self._take(self._postponed.popleft(), answer)
+
+    def _ask(self, job: _Job, postponed: bool) -> Decision | Postponed | None:
+        """What the policy says of a job; a route is legal."""
+        self._refresh()
+        total = len(job.prompt) + job.params.max_tokens
+        free = self._fleet_for(total)
+        if not free.num_members:
+            return None
+        seen = JobView(
+            len(job.prompt),
+            len(job.prompt) + len(job.outputs),
+            job.params,
+            job.path.arrival,
+            frozenset(job.avoid) if job.avoid else _NOBODY,
+            postponed=postponed,
+        )
+        answer = self.policy.choose(seen, free, self.now)
+        if not isinstance(answer, Decision):
+            return answer
+        if answer.roles:
+            for name, role in answer.roles:
+                self._give_role(self._workers[name], role)
+            self._refresh()
+            free = self._fleet_for(total)
+        if not _legal(answer.route, free):
+            raise ValueError(
+                f"policy {self.policy.name} chose {answer.route}, which the roles or the load of the workers do "
+                f"not allow; legal are {', '.join(map(str, legal_routes(free))) or 'none'}"
+            )
+        return answer
+
+    def _take(self, job: _Job, decision: Decision) -> None:
+        """Send a job where it was decided."""
+        self.decisions += 1
+        self._explainable[job.name] = decision
+        self._explainable.move_to_end(job.name)
+        if len(self._explainable) > EXPLAINABLE:
+            self._explainable.popitem(last=False)
+        job.queued = False
+        self._start(job, decision.route)
 
     def _refresh(self) -> None:
         """Have the fleet know what has changed."""
@@ -457,28 +484,27 @@ class Controller:
     def _start(self, job: _Job, route: Route) -> None:
         key = f"{job.request_id}/{job.index}#{next(self._numbers)}"
         work = Work(job.prompt, job.params, job.index, tuple(job.outputs))
-        report = AttemptReport(route, self.now, work.num_known)
-        attempt = _Attempt(key, report, {route.prefill, route.decode})
-        job.attempt = attempt
+        known = work.num_known
+        report = AttemptReport(route, self.now, known)
+        job.attempt = attempt = _Attempt(key, report, set(route))
         job.path.attempts.append(report)
         job.unsettled += 1
         self._attempts[key] = job, attempt
-        for name in attempt.open:
-            self._workers[name].attempts[key] = attempt
-        source = self._workers[route.prefill]
+        source, target = self._workers[route.prefill], self._workers[route.decode]
+        source.attempts[key] = target.attempts[key] = attempt
         if not source.prefilling:
             source.prefill_since = self.now
         source.prefilling += 1
-        source.prefill_tokens += work.num_known
-        target = self._workers[route.decode]
+        source.prefill_tokens += known
         target.decoding += 1
-        target.decode_tokens += work.num_known
+        target.decode_tokens += known
         target.arriving += 1
-        target.arriving_tokens += work.num_known
-        self._changed |= {source, target}
-        if not route.collocated:
+        target.arriving_tokens += known
+        self._changed.add(source)
+        if source is not target:
+            self._changed.add(target)
             self._send(route.decode, Expect(key, work, route.prefill))
-        self._send(route.prefill, Begin(key, work, not route.collocated))
+        self._send(route.prefill, Begin(key, work, source is not target))
 
     # ------------------------------------------------------------------ progress
 
@@ -490,18 +516,19 @@ class Controller:
                 attempt.report.route.decode,
             )
             return
-        if attempt.report.first_token is None:
-            attempt.report.first_token = self.now
+        report, count = attempt.report, len(message.tokens)
+        if report.first_token is None:
+            report.first_token = self.now
             self._prefilled(attempt)
-            if attempt.report.route.collocated:
+            if report.route.collocated:
                 self._arrived(attempt)
-        attempt.report.new_tokens += len(message.tokens)
-        job.path.output_tokens += len(message.tokens)
+        report.new_tokens += count
+        job.path.output_tokens += count
         if message.finish_reason is None:
             job.outputs += [token.token for token in message.tokens]  # for another try
             self.actions.append(Emit(job.request_id, job.index, message.tokens))
             return
-        attempt.report.whole = message.finish_reason is not FinishReason.ERROR
+        report.whole = message.finish_reason is not FinishReason.ERROR
         # A token that ends the sample is sampled by the source: the target is not needed. Who tells of it has ended it.
         self._withdraw(job, None, worker)
         self._end(job, message.finish_reason, message.tokens, message.stop_reason, message.error)
@@ -534,8 +561,8 @@ class Controller:
             return
         attempt.report.failure = failure
         attempt.report.ended = self.now
-        for name in sorted(attempt.open):
-            if name != ended:
+        if others := attempt.open - {ended}:
+            for name in sorted(others):
                 self._send(name, Cancel(attempt.key))
 
     def _end(
@@ -548,7 +575,7 @@ class Controller:
     ) -> None:
         job.done = True
         if job.queued:
-            self._queue.remove(job)
+            (self._postponed if job in self._postponed else self._queue).remove(job)
             job.queued = False
         job.path.finished = self.now
         if self._finished is not None and reason is not FinishReason.ERROR:
@@ -568,15 +595,16 @@ class Controller:
 
     def _close(self, job: _Job, attempt: _Attempt, worker: _Worker) -> None:
         """This worker holds nothing of the attempt any more."""
-        attempt.open.discard(worker.name)
+        name, report = worker.name, attempt.report
+        attempt.open.discard(name)
         worker.attempts.pop(attempt.key, None)
-        if worker.name == attempt.report.route.prefill:
+        if name == report.route.prefill:
             self._prefilled(attempt)
             self._left(attempt)
-        if worker.name == attempt.report.route.decode:
+        if name == report.route.decode:
             self._arrived(attempt)
             worker.decoding -= 1
-            worker.decode_tokens -= attempt.report.known_tokens
+            worker.decode_tokens -= report.known_tokens
             self._changed.add(worker)
         if not attempt.open and attempt.key in self._attempts:
             del self._attempts[attempt.key]
@@ -633,8 +661,10 @@ class Controller:
             self.actions.append(Send(worker, message))
 
     def _check_alive(self) -> None:
-        if all(worker.state is State.GONE for worker in self._workers.values()):
-            raise ClusterDownError("no worker is left to serve a request; start a new cluster")
+        for worker in self._workers.values():
+            if worker.state is not State.GONE:
+                return
+        raise ClusterDownError("no worker is left to serve a request; start a new cluster")
 
     def _where(self, job: _Job) -> str:
         attempt = job.attempt
@@ -653,7 +683,7 @@ class Controller:
 
     @property
     def queue_length(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._postponed)
 
     def views(self) -> list[WorkerView]:
         """The workers that are up, as a policy would see them."""
@@ -665,7 +695,7 @@ class Controller:
     def check_integrity(self) -> None:
         """Raise AssertionError if a job or an attempt is lost."""
         for job in self._jobs.values():
-            queued = self._queue.count(job)
+            queued = self._queue.count(job) + self._postponed.count(job)
             assert queued + (job.attempt is not None) == (0 if job.done else 1), (
                 f"job {job.name} is lost or twice"
             )

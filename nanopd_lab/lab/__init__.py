@@ -37,6 +37,7 @@ use = _session.use
 parts = _session.parts
 cluster_parts = _session.cluster_parts
 cost_parts = _session.cost_parts
+router_parts = _session.router_parts
 progress = _session.progress
 record = _session.record
 ledger = _session.ledger
@@ -66,6 +67,7 @@ __all__ = [
     "parts",
     "progress",
     "record",
+    "router_parts",
     "save",
     "show",
     "solution",

@@ -13,6 +13,7 @@ from nanopd_lab.cluster.config import ClusterParts
 from nanopd_lab.cost.calibrate import CostParts
 from nanopd_lab.engine.config import EngineParts
 from nanopd_lab.lab import exercises
+from nanopd_lab.router.pair_rule import RouterParts
 
 
 class UnknownExerciseError(ValueError):
@@ -33,6 +34,7 @@ class Exercise:
                None for an exercise that is no part of an engine
     cluster_plug: the same for a part of a cluster's workers
     cost_plug: the same for what a cost model is made with
+    router_plug: the same for what a policy is made of
     """
 
     name: str
@@ -43,6 +45,7 @@ class Exercise:
     plug: Callable[[EngineParts, Any], EngineParts] | None = None
     cluster_plug: Callable[[ClusterParts, Any], ClusterParts] | None = None
     cost_plug: Callable[[CostParts, Any], CostParts] | None = None
+    router_plug: Callable[[RouterParts, Any], RouterParts] | None = None
 
     @property
     def carrier(self) -> tuple[str, str] | None:
@@ -51,6 +54,8 @@ class Exercise:
             return "lab.cluster_parts()", "the cluster"
         if self.cost_plug is not None:
             return "lab.cost_parts()", "the cost model"
+        if self.router_plug is not None:
+            return "lab.router_parts()", "the router"
         return None if self.plug is None else ("lab.parts()", "the engine")
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from nanopd_lab.lab.registry import Exercise, all_exercises, find
 from nanopd_lab.lab.report import CheckFailedError, Report, Status
 from nanopd_lab.lab.signature import require_same_signature
 from nanopd_lab.lab.text import Note, Source, Table, show
+from nanopd_lab.router.pair_rule import RouterParts
 
 T = TypeVar("T")
 MODES = ("learner", "reference")
@@ -168,6 +169,14 @@ class Session:
         for entry, impl in self._passed(lambda entry: entry.cost_plug is not None):
             assert entry.cost_plug is not None
             parts = entry.cost_plug(parts, impl)
+        return parts
+
+    def router_parts(self) -> RouterParts:
+        """The same for what a policy is made of."""
+        parts = RouterParts()
+        for entry, impl in self._passed(lambda entry: entry.router_plug is not None):
+            assert entry.router_plug is not None
+            parts = entry.router_plug(parts, impl)
         return parts
 
     def _passed(self, wanted: Callable[[Exercise], bool]) -> Iterator[tuple[Exercise, Any]]:

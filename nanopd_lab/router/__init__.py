@@ -1,11 +1,12 @@
 """Where a request runs: policies behind one protocol."""
 
+from nanopd_lab.router.adaptive import Adaptive
 from nanopd_lab.router.explanation import Candidate, Explanation
 from nanopd_lab.router.fleet import Fleet, least
 from nanopd_lab.router.lengths import LengthForecast, LengthPredictor
 from nanopd_lab.router.nanopd_rule import NanoPDRule
 from nanopd_lab.router.outlook import Outlook
-from nanopd_lab.router.policy import Decision, JobView, Policy, Role, WorkerView, legal_routes
+from nanopd_lab.router.policy import Decision, JobView, Policy, Postponed, Role, WorkerView, legal_routes
 from nanopd_lab.router.registry import ESTIMATING, POLICIES, create_policy, needs_outlook
 from nanopd_lab.router.slo import Slo
 from nanopd_lab.router.static import Collocated, Disaggregated, LeastLoaded, RoundRobin
@@ -14,6 +15,7 @@ from nanopd_lab.router.threshold import Threshold
 __all__ = [
     "ESTIMATING",
     "POLICIES",
+    "Adaptive",
     "Candidate",
     "Collocated",
     "Decision",
@@ -27,6 +29,7 @@ __all__ = [
     "NanoPDRule",
     "Outlook",
     "Policy",
+    "Postponed",
     "Role",
     "RoundRobin",
     "Slo",

@@ -24,6 +24,7 @@ class Outlook:
     transfer:    a pull's time over an idle link; None: it takes none
     block_bytes, block_size: of KV a block, and its tokens
     max_num_batched_tokens: a step's budget
+    ahead:       workers plan a step while the one before it runs
     predictor:   of output lengths; None: the policy's own
     nanopd:      parameters of nanoPD's rule; None: derived from `iteration` and `transfer`
     """
@@ -34,6 +35,7 @@ class Outlook:
     block_bytes: int = 0
     block_size: int = 16
     max_num_batched_tokens: int = 2048
+    ahead: bool = False
     predictor: LengthPredictor | None = None
     nanopd: NanoPDModel | None = None
 
@@ -47,4 +49,5 @@ class Outlook:
             int(cost.fit.get("block_bytes", 0)),
             int(cost.fit.get("block_size", 16)),
             max_num_batched_tokens,
+            bool(cost.fit.get("ahead", False)),
         )

@@ -32,6 +32,7 @@ class JobView(NamedTuple):
     prompt_tokens, known_tokens: of the prompt; and with what the caller has of the output already
     avoid: workers that failed it before
     cached_tokens: of the known ones, those whose KV a worker is known to hold; 0 where nobody knows
+    postponed: the policy has been asked before, and has put it off
     """
 
     prompt_tokens: int
@@ -40,6 +41,7 @@ class JobView(NamedTuple):
     arrival: float
     avoid: frozenset[str] = frozenset()
     cached_tokens: int = 0
+    postponed: bool = False
 
     @property
     def uncached_tokens(self) -> int:
@@ -101,6 +103,15 @@ class Decision(NamedTuple):
         return self.explainer() if self.explainer else Explanation(self.route, self.reason)
 
 
+class Postponed(NamedTuple):
+    """The job lets others pass; it is offered again whenever a worker has ended something and nobody else waits.
+
+    A policy must not put a job off while all workers are idle, or for ever.
+    """
+
+    reason: str = ""
+
+
 class Policy(Protocol):
     """Decides where a job runs.
 
@@ -111,8 +122,8 @@ class Policy(Protocol):
 
     name: str
 
-    def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
-        """A route over `workers` (those that are alive and have room), or None to let the job wait.
+    def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
+        """A route over `workers` (those that are alive and have room), or None to let the job wait, and all behind it.
 
         The prefill worker's role must allow prefill and the decode worker's decode; collocated needs both.
         """

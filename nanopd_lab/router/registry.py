@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from nanopd_lab.router.adaptive import Adaptive
 from nanopd_lab.router.nanopd_rule import NanoPDRule
 from nanopd_lab.router.outlook import Outlook
 from nanopd_lab.router.policy import Policy, Role
@@ -20,7 +21,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 """Those that look at queues and lengths only."""
 
-ESTIMATING: dict[str, Callable[[Outlook], Policy]] = {"nanopd": NanoPDRule.of}
+ESTIMATING: dict[str, Callable[[Outlook], Policy]] = {"nanopd": NanoPDRule.of, "adaptive": Adaptive}
 """Those that need to know how long things take."""
 
 PUBLISHED = re.compile(r"nanopd-(.+)")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanopd_lab.core import SamplingParams
-from nanopd_lab.router import Decision, JobView, Policy, WorkerView
+from nanopd_lab.router import Decision, JobView, Policy, Postponed, WorkerView
 
 MAX_TOKENS = 2048
 
@@ -39,8 +39,17 @@ class Veiled:
 
             self.finished = finished
 
-    def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
-        return self.policy.choose(job._replace(params=self._params), workers, now)
+    def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
+        shown = JobView(
+            job.prompt_tokens,
+            job.known_tokens,
+            self._params,
+            job.arrival,
+            job.avoid,
+            job.cached_tokens,
+            job.postponed,
+        )
+        return self.policy.choose(shown, workers, now)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)

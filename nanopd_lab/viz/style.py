@@ -6,6 +6,7 @@ Colours are Okabe and Ito's (2008). The same thing has the same colour in every 
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,7 +25,27 @@ ALERT = "#D55E00"
 # Where requests are told apart; figures write their letter too. Dark ones carry white text.
 REQUESTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#7F7F7F")
 
+# Strategies, wherever they are compared; the learner's own is black. Any xPyD has one colour.
+STRATEGIES = {
+    "collocated": "#E69F00",
+    "xPyD": "#0072B2",
+    "round-robin": "#7F7F7F",
+    "least-loaded": "#56B4E9",
+    "threshold": "#CC79A7",
+    "nanopd": "#D55E00",
+    "adaptive": "#009E73",
+    "oracle": "#C9CED4",
+    "yours": "#000000",
+}
+
 DPI = 100
+
+
+def strategy_colour(name: str) -> str:
+    """Of a policy by its name: "2p2d" has that of xPyD, "threshold-512" and "adaptive:mean" those of their kind."""
+    if re.fullmatch(r"\d+p\d+d|disaggregated", name):
+        return STRATEGIES["xPyD"]
+    return STRATEGIES.get(re.split(r"[-:](?!robin|loaded)", name)[0], FAINT)
 
 
 class LabFigure(Figure):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from scipy.special import stdtr
+from scipy.special import stdtr, stdtrit
 
 
 @dataclass
@@ -107,6 +107,10 @@ class StudentT(NamedTuple):
     def above(self, value: float) -> float:
         """The probability of more than `value`."""
         return float(stdtr(self.df, (self.mean - value) / self.scale))
+
+    def quantile(self, p: float) -> float:
+        """What is not exceeded with a probability of `p`."""
+        return self.mean + self.scale * float(stdtrit(self.df, p))
 
     def moments_beyond(self, bound: float) -> tuple[float, float]:
         """Mean and variance of what exceeds `bound`.

@@ -1,0 +1,200 @@
+"""`nanopd-lab regret`: how far each routing policy stays behind the best routes in hindsight."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanopd_lab.bench.regret.cells import Cell
+    from nanopd_lab.bench.regret.grid import Settings
+
+    _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+POLICIES = ("least-loaded", "round-robin", "threshold", "nanopd")
+SLOS = ("ttft:500 tpot:12", "ttft:1500 tpot:8")
+VARYING = ("chat/ramp", "chat/bursts", "prefill-heavy>decode-heavy/steady")
+QUICK = {
+    "workers": 4,
+    "num_prompts": 120,
+    "simulations": 16,
+    "loads": [1.0],
+    "mixes": ["chat"],
+    "links": ["own"],
+}
+
+
+def register(subparsers: _Subparsers) -> None:
+    """Add the command; its parser sets `run`."""
+    parser = subparsers.add_parser(
+        "regret", help="routing policies beside the best routes in hindsight, over a grid of simulated cells"
+    )
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print a result's tables, and run nothing")
+    parser.add_argument("--quick", action="store_true", help="a small grid, in less than a minute")
+    parser.add_argument(
+        "--cost-model", default="h100-qwen3-8b", help="a name in data/hardware, or a file of `fit`"
+    )
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--num-prompts", type=int, default=400, help="requests of a cell, for each seed")
+    parser.add_argument("--seeds", type=int, default=3, help="so many, from 0 on")
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=list(POLICIES),
+        metavar="NAME[:PREDICTOR]",
+        help="beside all static ones; with a predictor of bayesian, mean, constant or truth",
+    )
+    parser.add_argument("--mixes", nargs="+", default=["chat", "prefill-heavy", "decode-heavy"])
+    parser.add_argument(
+        "--slos", nargs="+", default=list(SLOS), metavar="'NAME:MS ...'", help="each as of --goodput"
+    )
+    parser.add_argument(
+        "--links", nargs="+", default=["own", "12.5"], help="GB/s of a worker's card; own: the cost model's"
+    )
+    parser.add_argument(
+        "--loads",
+        nargs="+",
+        type=float,
+        default=[0.8, 1.1],
+        help="arrival rates, by the highest at which a static policy serves 90 %% of requests as promised",
+    )
+    parser.add_argument(
+        "--varying",
+        nargs="*",
+        default=list(VARYING),
+        metavar="MIX/SHAPE",
+        help="cells in which load varies (ramp, bursts, one mix>another), with the first SLO and link",
+    )
+    parser.add_argument(
+        "--trace", type=Path, help="recorded requests: a cell more, with their bursts and lengths"
+    )
+    parser.add_argument(
+        "--simulations",
+        type=int,
+        default=50,
+        help="of a cell, that the oracle may make; 0: it is the best policy",
+    )
+    parser.add_argument("--num-blocks", type=int, default=20_000, help="KV blocks a worker")
+    parser.add_argument(
+        "--again", nargs="+", default=[], metavar="NAME", help="policies that the result has, to be run anew"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument(
+        "--result-filename",
+        type=Path,
+        help="written after every cell, as JSON; what it has of the same settings already is not run again",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the grid, print tables, write the file."""
+    from nanopd_lab.bench.regret.runner import load, run_grid, write
+
+    if args.table is not None:
+        print(tables(load(args.table)))
+        return 0
+    if args.quick:
+        for name, value in QUICK.items():
+            setattr(args, name, value)
+        args.slos, args.varying = args.slos[:1], args.varying[:1]
+    bench, trace = _bench(args)
+    path: Path | None = args.result_filename
+    before = load(path) if path is not None and path.is_file() else None
+    for unit in (before or {}).get("units", []):
+        unit["met"] = {name: met for name, met in unit["met"].items() if name not in args.again}
+    provenance = [*(before or {}).get("provenance", []), _provenance(args)]
+    begun = time.perf_counter()
+
+    def save(record: dict[str, Any]) -> None:
+        if path is not None:
+            write({**record, "provenance": provenance}, path)
+
+    record = run_grid(bench, _grid(args), args.jobs, before, trace, save, progress=sys.stderr.isatty())
+    save(record)
+    print(tables(record))
+    print(
+        f"\n{len(record['units'])} cells x seeds; {time.perf_counter() - begun:.0f} s in {args.jobs} processes"
+    )
+    return 0
+
+
+def tables(record: dict[str, Any]) -> str:
+    """All tables of a result, as Markdown."""
+    from nanopd_lab.bench.regret.tables import predictor_table, regret_table, summary_table
+
+    settings = record["settings"]
+    if not record["units"]:
+        return "no cell has been run yet"
+    head = (
+        f"modelled: {settings['workers']} workers of {settings['cost_model']}, {settings['num_prompts']} requests a "
+        f"cell and seed, {len({unit['seed'] for unit in record['units']})} seeds; goodput in percent of the oracle's, "
+        "differences with 95 % intervals over seeds (in the summaries: over cells)"
+    )
+    parts = [head, regret_table(record), summary_table(record), predictor_table(record)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _bench(args: argparse.Namespace) -> tuple[Any, dict[str, Any] | None]:
+    from nanopd_lab.bench.regret.grid import Bench, Settings
+    from nanopd_lab.cost.hardware import load_model
+    from nanopd_lab.sim.request_trace import read_trace
+
+    settings = Settings(args.cost_model, args.workers, args.num_prompts, args.simulations, args.num_blocks)
+    _check(args, settings)
+    if args.trace is None:
+        return Bench(settings, load_model(args.cost_model)), None
+    source = {"name": args.trace.name, "sha256": hashlib.sha256(args.trace.read_bytes()).hexdigest()}
+    return Bench(settings, load_model(args.cost_model), tuple(read_trace(args.trace))), source
+
+
+def _check(args: argparse.Namespace, settings: Settings) -> None:
+    for name, least in (("workers", 2), ("num_prompts", 10), ("simulations", 0), ("num_blocks", 1)):
+        if (value := getattr(settings, name)) < least:
+            raise ValueError(f"{name.replace('_', '-')} is {value}; it must be at least {least}")
+    if args.seeds < 1 or args.jobs < 1 or min(args.loads) <= 0:
+        raise ValueError(f"seeds {args.seeds}, jobs {args.jobs}, loads {args.loads}; all must be positive")
+
+
+def _grid(args: argparse.Namespace) -> Any:
+    from nanopd_lab.bench.regret.cells import TRACE, Cell
+    from nanopd_lab.bench.regret.runner import Grid
+    from nanopd_lab.sim.oracle import statics
+
+    links = [None if text == "own" else _bandwidth(text) for text in args.links]
+    cells: list[Cell] = [
+        Cell(mix, "steady", slo, link, load)
+        for mix, slo, link, load in product(args.mixes, args.slos, links, args.loads)
+    ]
+    for each in [*args.varying, *([f"{TRACE}/steady"] if args.trace else [])]:
+        mix, _, shape = each.partition("/")
+        cells += [Cell(mix, shape or "steady", args.slos[0], links[0], load) for load in args.loads]
+    policies = tuple(dict.fromkeys([*statics(args.workers), *args.policies]))
+    return Grid(tuple(dict.fromkeys(cells)), policies, tuple(range(args.seeds)))
+
+
+def _bandwidth(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value > 0:
+        raise ValueError(f"link {text!r}; give GB/s, such as 12.5, or own for the cost model's")
+    return value
+
+
+def _provenance(args: argparse.Namespace) -> dict[str, Any]:
+    """Files are named without their folders."""
+    from nanopd_lab.bench.provenance import provenance
+
+    found = provenance()
+    for path in (args.trace, args.result_filename):
+        if path is not None:
+            found["command"] = found["command"].replace(str(path), path.name)
+    return found

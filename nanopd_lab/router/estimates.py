@@ -1,0 +1,199 @@
+"""What one more request would meet and do at a worker, from the worker's view: for the adaptive policy.
+
+A request at workers s (prefill) and t (decode) costs, in expected misses of objectives:
+
+    ttft_misses         its own: what s has queued, the step under way, its prompt in chunks beside s's decodes
+    tpot_misses         its own: t's pace with one more output, slowed by the prompts that t gets, and the handover
+    misses_by_prompt    of the outputs that s decodes, each of which waits while the prompt is computed
+    misses_by_output    of the outputs that t decodes, each of which is slower with one more beside it
+    misses_by_link      what waits for s's link already, if the KV has to move
+
+and, to break ties, the seconds that everybody waits longer. All but the handover depends on s alone or on t alone. What
+does not depend on the request is worked out when a view is new (`Terms`); the rest is a few products a worker.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from nanopd_lab.router.policy import Role, WorkerView
+
+if TYPE_CHECKING:
+    from nanopd_lab.router.replay import StepCosts
+    from nanopd_lab.router.slo import Slo
+
+SECONDS_WORTH = 0.02  # misses that count as much as the time that a request takes alone
+TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12  # how far estimates are off, as a share of the objective
+MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
+FRESH_S = 0.5  # after so long a view is looked at again though nothing has happened there
+
+
+class Terms(NamedTuple):
+    """What a view says of one more request.
+
+    until: when it is to be looked at again (s)
+    active: outputs that it decodes now; room: tokens of a prompt that a step takes beside them
+    free_at: when it will have computed the prompts that it has (s)
+    wait_s: from then on until a step takes in who comes, and what others bring into the prompt's last step
+    pace_s: a decode step now
+    prompt_harm: misses of others for each second that a prompt takes beside them
+    tpot_s, tpot_misses: the request's own, without a handover
+    handover_slope: misses for each second a token more
+    output_harm: misses of others by one more output
+    spread_s: what one token more costs, all together
+    link_s: that waits for the worker's link
+    """
+
+    view: WorkerView
+    until: float
+    role: Role
+    prefilling: int
+    active: int
+    room: int
+    free_at: float
+    wait_s: float
+    pace_s: float
+    prompt_harm: float
+    tpot_s: float
+    tpot_misses: float
+    handover_slope: float
+    output_harm: float
+    spread_s: float
+    link_s: float
+
+
+class Typical(NamedTuple):
+    """Of the requests of late: tokens of a prompt and of an output, seconds until the first token."""
+
+    prompt_tokens: int
+    output_tokens: float
+    delay_s: float
+
+
+class Ask(NamedTuple):
+    """One request.
+
+    alone_s, pull_s: its prompt, and all its KV over an idle link
+    moved_s: what of that can be seen, for each token of its output
+    weight: what a second counts in misses
+    """
+
+    tokens: int
+    alone_s: float
+    pull_s: float
+    moved_s: float
+    output: float
+    waited_s: float
+    weight: float
+
+
+def terms_of(
+    view: WorkerView, costs: StepCosts, slo: Slo, typical: Typical, share: float, token_s: float, now: float
+) -> Terms:
+    """Work a view out.
+
+    Args:
+        share: of the worker's time that prompts have taken lately, beside outputs
+        token_s: that the link takes for the KV of a token
+    """
+    produced = typical.output_tokens / 2
+    active = view.decoding - view.arriving
+    pace_s = 0.0
+    if active:
+        pace_s = costs.decode(active, view.decode_tokens - view.arriving_tokens + active * produced)
+    free_at, wait_s = now, 0.0
+    if view.prefilling:
+        mean = max(1, view.prefill_tokens // view.prefilling)
+        if active:
+            steps = view.prefill_tokens / max(1, costs.budget - active)
+            work_s = view.prefilling * costs.beside(mean, active) + steps * pace_s
+        else:
+            work_s = view.prefilling * costs.prompt(mean)
+        free_at, wait_s = view.prefill_since + work_s, costs.rest_s
+    elif active:
+        wait_s = costs.wait_steps * pace_s
+    # When this request decodes, some that do now have ended, and of those on their way not all have come.
+    life_s = typical.output_tokens * (pace_s or costs.decode(1, typical.prompt_tokens))
+    stay = max(0.0, 1.0 - typical.delay_s / life_s)
+    come = min(1.0, life_s / typical.delay_s) if typical.delay_s else 1.0
+    outputs = round(active * stay + view.arriving * come)
+    each = view.decode_tokens / view.decoding + produced if view.decoding else 0.0
+    before_s = costs.decode(outputs, outputs * each) if outputs else 0.0
+    after_s = costs.decode(outputs + 1, outputs * each + typical.prompt_tokens + produced)
+    free = 1.0 - share
+    tpot_s = after_s / free if view.role is Role.MIXED else after_s
+    own = miss(tpot_s, slo.tpot_s, TPOT_DOUBT)
+    handover_slope = output_harm = prompt_harm = 0.0
+    if slo.tpot_s < math.inf:
+        step = 0.1 * slo.tpot_s
+        handover_slope = (miss(tpot_s + step, slo.tpot_s, TPOT_DOUBT) - own) / step
+        if outputs:
+            output_harm = 0.5 * outputs * (own - miss(tpot_s * before_s / after_s, slo.tpot_s, TPOT_DOUBT))
+        if active:
+            usual_s = costs.beside(typical.prompt_tokens, active)
+            pace = pace_s / free
+            later = miss(pace + usual_s / max(1.0, produced), slo.tpot_s, TPOT_DOUBT)
+            prompt_harm = active * (later - miss(pace, slo.tpot_s, TPOT_DOUBT)) / max(usual_s, 1e-9)
+    spread_s = tpot_s + (outputs * (after_s - before_s) if outputs else 0.0)
+    return Terms(
+        view,
+        now + FRESH_S,
+        view.role,
+        view.prefilling,
+        active,
+        max(1, costs.budget - active),
+        free_at,
+        wait_s,
+        pace_s,
+        prompt_harm,
+        tpot_s,
+        own,
+        handover_slope,
+        output_harm,
+        spread_s,
+        view.leaving_tokens * token_s,
+    )
+
+
+def first_token_s(terms: Terms, ask: Ask, costs: StepCosts, now: float) -> tuple[float, float]:
+    """(time to first token from now, what the prompt takes beside outputs: 0 if there are none)."""
+    left = terms.free_at - now
+    ttft_s = terms.wait_s + (left if left > 0.0 else 0.0)
+    if not terms.active:
+        return ttft_s + ask.alone_s, 0.0
+    extra = costs.beside(ask.tokens, terms.active)
+    return ttft_s + extra + terms.pace_s * -(-ask.tokens // terms.room), extra
+
+
+def as_source(terms: Terms, ask: Ask, costs: StepCosts, slo: Slo, now: float) -> dict[str, float]:
+    """What s adds to a pair's cost, by name."""
+    ttft_s, extra = first_token_s(terms, ask, costs, now)
+    return {
+        "ttft_misses": miss(ask.waited_s + ttft_s, slo.ttft_s, TTFT_DOUBT),
+        "misses_by_prompt": terms.prompt_harm * extra,
+        "waiting_for_prompt": ask.weight * (ttft_s + terms.active * extra),
+    }
+
+
+def as_target(terms: Terms, ask: Ask, moves: bool) -> dict[str, float]:
+    """What t adds to a pair's cost, by name."""
+    moved_s = ask.moved_s if moves else 0.0
+    return {
+        "tpot_misses": terms.tpot_misses + terms.handover_slope * moved_s,
+        "misses_by_output": terms.output_harm,
+        "waiting_for_output": ask.weight * ask.output * (terms.spread_s + moved_s),
+    }
+
+
+def link_cost(source: Terms, ask: Ask, slope: float) -> float:
+    """What the pulls that wait for a source's link already cost a request that comes behind them."""
+    return source.link_s * (slope / max(1.0, ask.output - 1) + ask.weight)
+
+
+def miss(value: float, objective: float, doubt: float) -> float:
+    """The probability that an objective is missed, where an estimate is off by about `doubt` of it."""
+    if objective == math.inf:
+        return 0.0
+    z = (value / objective - 1) / doubt
+    return 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + math.exp(-z))

@@ -1,0 +1,238 @@
+"""How many workers should prefill: the arrivals of the last while are served again under other roles, and compared.
+
+A plan is made after the first arrivals, whenever lengths are known a good deal better, and then after so many
+arrivals; each decision thinks a little. What a layout is worth is the share of requests that keep their objectives
+(`replay`), with short times to break ties. Roles change if that gains more than a margin, and more than the outputs
+that run on a worker that is to prefill would lose: hysteresis, so that a fleet on the edge between two layouts stays
+as it is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from nanopd_lab.router.arrivals import Arrival, Arrivals
+from nanopd_lab.router.mean_length import MeanLength
+from nanopd_lab.router.replay import (
+    ReplayJob,
+    Room,
+    StepCosts,
+    decode_times,
+    first_tokens,
+    mixed_times,
+    share,
+)
+
+if TYPE_CHECKING:
+    from nanopd_lab.router.lengths import LengthPredictor
+    from nanopd_lab.router.slo import Slo
+
+SERVERS = 4  # prefill workers that are looked at, of more
+HOPELESS = 0.92  # of the objective: who would get his first token later than that lets others pass
+LATENCY_WORTH = 0.05  # of short times, beside an objective that is kept
+LEARNT = (4, 12, 24, 72)  # ends after which lengths are known a good deal better than before
+LOOKED_AT = 128  # requests of a replay that are judged, at most
+
+
+class PlanSettings(NamedTuple):
+    """How a role plan is made.
+
+    window: arrivals that are looked at
+    first, every: arrivals before the first plan, and between two later ones at most (it doubles in between)
+    replayed: requests of a replay, over all workers; the first `warm` of them are not looked at
+    margin: of goodput, as a share of all requests, that a change has to gain
+    least: that a layout must be worth to be changed to
+    horizon: arrivals for which a change is to pay
+    stress: the replay's arrivals come so much faster, so that layouts that all do well differ by what they could do
+    haste, pace: parts of a plan that each decision works on, before as many outputs have ended as a window has, and
+        later
+    """
+
+    window: int = 128
+    first: int = 12
+    every: int = 64
+    replayed: int = 256
+    warm: int = 64
+    margin: float = 0.03
+    least: float = 0.3
+    horizon: int = 200
+    stress: float = 1.05
+    haste: int = 12
+    pace: int = 2
+
+
+class Load(NamedTuple):
+    """What the workers have to do when a plan begins, all together.
+
+    decoding, context: outputs under way, and their tokens in the cache
+    backlog_s: of prompts
+    """
+
+    decoding: int
+    context: float
+    backlog_s: float
+    room: Room
+
+
+class Fleetwide(NamedTuple):
+    """Where a plan begins.
+
+    workers, prefills: in all, and that now only prefill; 0: all are mixed
+    leftovers: outputs that would be left on workers that are to prefill, by the number of these
+    """
+
+    workers: int
+    prefills: int
+    leftovers: Sequence[int]
+    load: Load
+
+
+class RolePlan:
+    """See the module.
+
+    Args:
+        costs: of steps
+        slo: what is promised
+        predictor: of output lengths
+        settings: see there
+    """
+
+    def __init__(
+        self, costs: StepCosts, slo: Slo, predictor: LengthPredictor, settings: PlanSettings | None = None
+    ) -> None:
+        self.costs, self.slo, self.predictor = costs, slo, predictor
+        self.settings = settings or PlanSettings()
+        self.latest_s = HOPELESS * slo.ttft_s
+        self.plans = self.ended = 0
+        self.lengths = MeanLength()
+        self.worth: dict[int, float] = {}  # of the last plan: by number of prefill workers, 0 for mixed
+        self._arrivals: deque[Arrival] = deque(maxlen=self.settings.window)
+        self._count = 0
+        self._next = self.settings.first
+        self._thinking: Generator[None, None, int] | None = None
+
+    def arrived(self, now: float, prompt_tokens: int, max_tokens: int) -> None:
+        """A request has come."""
+        self._arrivals.append(Arrival(now, prompt_tokens, max_tokens))
+        self._count += 1
+
+    def has_ended(self, output_tokens: int) -> None:
+        """A request has ended."""
+        self.ended += 1
+        self.lengths.ended(output_tokens)
+        if self.ended in LEARNT:
+            self._next, self._thinking = min(self._next, self._count), None
+
+    @property
+    def due(self) -> bool:
+        """True if a plan should begin."""
+        return self._thinking is None and self._count >= self._next and len(self._arrivals) > 2
+
+    def begin(self, fleet: Fleetwide) -> None:
+        """Start a plan."""
+        self._next = self._count + min(self.settings.every, max(self.settings.first, self._count // 2))
+        self._thinking = self._plan(fleet)
+
+    def think(self) -> int | None:
+        """Go on a little. Returns how many workers should prefill (0: mixed), once that is known."""
+        if self._thinking is None:
+            return None
+        early = self.ended < self.settings.window
+        try:
+            for _ in range(self.settings.haste if early else self.settings.pace):
+                next(self._thinking)
+        except StopIteration as stop:
+            self._thinking = None
+            self.plans += 1
+            found: int = stop.value
+            return found
+        return None
+
+    # ------------------------------------------------------------------ one plan
+
+    def _plan(self, fleet: Fleetwide) -> Generator[None, None, int]:
+        settings, workers, now = self.settings, fleet.workers, fleet.prefills
+        arrivals = Arrivals(list(self._arrivals), settings.stress)
+        yield
+        yield from arrivals.forecast(self.predictor, self.lengths.mean, self.ended)
+        worth = self.worth = {now: (yield from self._worth(arrivals, fleet, now))}
+        if worth[now] + settings.margin >= 1 + LATENCY_WORTH / 2 and self.slo.given:
+            return now  # it cannot get better by more than the margin
+
+        def look(layout: int) -> Generator[None, None, float]:
+            if layout not in worth:
+                worth[layout] = yield from self._worth(arrivals, fleet, layout)
+            return worth[layout]
+
+        yield from look(0)
+        seconds = sum(self.costs.prompt(each.prompt_tokens) for each in arrivals.window) / arrivals.span
+        place = now or min(workers - 1, max(1, round(seconds / 0.75)))
+        stride = max(1, workers // 16)
+        while workers > 1:
+            best = place
+            for other in (place, place - stride, place + stride):
+                if 1 <= other < workers:
+                    yield from look(other)
+                    if worth[other] > worth[best]:
+                        best = other
+            if best == place:
+                if stride == 1:
+                    break
+                stride //= 2
+            place = best
+        best = max(worth, key=lambda each: (worth[each], -each))
+        added = max(0, best - now)
+        lost = fleet.leftovers[min(added, len(fleet.leftovers) - 1)] * worth[now] / settings.horizon
+        gains = worth[best] >= settings.least and worth[best] - worth[now] > settings.margin + lost
+        return best if gains else now
+
+    def _worth(self, arrivals: Arrivals, fleet: Fleetwide, prefills: int) -> Generator[None, None, float]:
+        """Of a layout in which so many workers prefill."""
+        costs, settings, load, now = self.costs, self.settings, fleet.load, fleet.prefills
+        decodes = fleet.workers - prefills  # all, if mixed
+        total = max(settings.replayed, 16 * fleet.workers)
+        # What runs or is queued stays where it is.
+        sharers = max(decodes, fleet.workers - now)
+        running = arrivals.running(round(load.decoding / sharers), load.context / max(1, load.decoding))
+        backlog_s = load.backlog_s / (now or fleet.workers)
+        jobs = yield from arrivals.jobs(total, decodes)
+        if prefills == 0:
+            times = yield from mixed_times(costs, jobs, running, load.room, backlog_s, self.latest_s)
+            rows = [(first, 0.0, rest) for first, rest in times]
+        else:
+            servers = min(prefills, SERVERS)
+            thin = prefills / servers
+            queued = yield from arrivals.jobs(total, thin)
+            busy = round(servers * min(prefills, now) / prefills) if now else servers
+            backlogs = [backlog_s] * busy + [0.0] * (servers - busy)
+            cards = max(1, round(min(prefills, decodes) / thin))
+            firsts = yield from first_tokens(costs, queued, backlogs, cards, self.latest_s)
+            lasts = yield from decode_times(costs, jobs, running, load.room)
+            # Each first token goes with a decode of about its time; more of them would tell little more.
+            step, last = max(1, len(firsts) // LOOKED_AT), len(lasts) - 1
+            places = [min(last, int(number * thin / decodes)) for number in range(0, len(firsts), step)]
+            rows = [(*first, lasts[place]) for first, place in zip(firsts[::step], places, strict=True)]
+            jobs = [jobs[place] for place in places]
+        skipped = settings.warm * len(rows) // settings.replayed
+        return (yield from self._mean(rows[skipped:], jobs[skipped:]))
+
+    def _mean(
+        self, times: Sequence[tuple[float, float, float]], jobs: Sequence[ReplayJob]
+    ) -> Generator[None, None, float]:
+        """Worth of requests with these (time to first token, to the handover's end, from there to the end)."""
+        slo, total = self.slo, 0.0
+        ideal = self.costs.decode(1, 0)
+        for number, ((first, moved, rest), (_, prompt, output)) in enumerate(zip(times, jobs, strict=True)):
+            if number % 16 == 0:
+                yield
+            end = first + moved + rest
+            alone = self.costs.prompt(prompt) + ideal * output
+            quick = alone / (alone + end)
+            if slo.given:
+                kept = share(first, slo.ttft_s) * share((moved + rest) / max(1, output - 1), slo.tpot_s)
+                total += kept * share(end, slo.e2e_s) + LATENCY_WORTH * quick
+            else:
+                total += quick
+        return total / max(1, len(jobs))
