@@ -6,10 +6,18 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nanopd_lab import __version__
+
+# Modules with a function `register`, which adds a command; the second ones' packages take long to import.
+COMMANDS = (
+    "demo.cli", "cluster.cli", "transfer.cli", "sim.cli", "cost.cli", "bench.parity_cli", "bench.serving_cli",
+    "bench.sweep_cli", "bench.plan_cli", "bench.regret.cli",
+)  # fmt: skip
+SLOW_TO_IMPORT = ("kernels.cli", "router.predictor.cli")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,9 +44,6 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nanopd-lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    from nanopd_lab.demo.cli import register as register_demo
-
-    register_demo(commands)
     chat = commands.add_parser("chat", help="answer ten conversations at once and show what the engine did")
     _engine_options(chat)
     chat.add_argument("--max-tokens", type=int, default=48, help="longest answer")
@@ -63,7 +68,6 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     generate.add_argument("--ignore-eos", action="store_true", help="go on behind the stop token")
     generate.add_argument("--json", action="store_true", help="one JSON object a prompt, with metrics")
     from nanopd_lab.cluster.cli import add_cluster_options
-    from nanopd_lab.cluster.cli import register as register_cluster
 
     add_cluster_options(generate)
     generate.set_defaults(run=_generate)
@@ -109,37 +113,10 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     engine.add_argument("--max-num-batched-tokens", type=int, default=8192)
     engine.add_argument("--result-filename", type=Path, help="written after every part, as JSON")
     engine.set_defaults(run=_bench_engine)
-    register_cluster(commands)
-    from nanopd_lab.transfer.cli import register as register_transfer
-
-    register_transfer(commands)
-    from nanopd_lab.sim.cli import register as register_simulate
-
-    register_simulate(commands)
-    from nanopd_lab.cost.cli import register as register_cost
-
-    register_cost(commands)
-    from nanopd_lab.bench.parity_cli import register as register_parity
-
-    register_parity(commands)
-    from nanopd_lab.bench.serving_cli import register as register_bench
-
-    register_bench(commands)
-    from nanopd_lab.bench.regret.cli import register as register_regret
-
-    register_regret(commands)
-    from nanopd_lab.bench.sweep_cli import register as register_sweep
-
-    register_sweep(commands)
-    from nanopd_lab.bench.plan_cli import register as register_plan
-
-    register_plan(commands)
-    if command not in commands.choices:
-        from nanopd_lab.kernels.cli import register as register_kernels
-        from nanopd_lab.router.predictor.cli import register as register_predictor
-
-        register_kernels(commands)
-        register_predictor(commands)
+    for modules in (COMMANDS, SLOW_TO_IMPORT):
+        if command not in commands.choices:
+            for module in modules:
+                import_module(f"nanopd_lab.{module}").register(commands)
     return parser
 
 

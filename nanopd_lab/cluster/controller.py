@@ -279,7 +279,7 @@ class Controller:
         job, attempt = found
         if isinstance(message, Ended):
             self._ended(job, attempt, sender, message)
-            if self._queue:
+            if self._queue or self._postponed:
                 self._dispatch()
         elif job.attempt is not attempt:
             return  # of an earlier try
@@ -522,6 +522,8 @@ class Controller:
             self._prefilled(attempt)
             if report.route.collocated:
                 self._arrived(attempt)
+            if self._postponed:
+                self._dispatch()  # the source has less to do
         report.new_tokens += count
         job.path.output_tokens += count
         if message.finish_reason is None:

@@ -163,6 +163,9 @@ class Adaptive:
         room = Room(view.max_num_seqs or 1 << 30, view.num_blocks * view.block_size or math.inf)
         load = Load(decoding, known + decoding * self.plan.lengths.mean / 2, backlog_s, room)
         prefills = sum(view.role is Role.PREFILL for view in views)
+        prefills = (
+            prefills if prefills < len(views) else 0
+        )  # those that decode are away: all will have to be mixed
         self.plan.begin(Fleetwide(len(views), prefills, leftovers, load))
 
     def _look_at_lengths(self, terms: Sequence[Terms], now: float) -> None:
