@@ -11,6 +11,7 @@ from nanopd_lab.bench.request_table import RequestTable
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.demo.plan import Unloaded
 from nanopd_lab.demo.predict import PaysMap
+from nanopd_lab.demo.strategies import ADAPTIVE
 from nanopd_lab.demo.verdict import Comparison, Row, compare, row_of
 from nanopd_lab.router import Slo
 
@@ -68,9 +69,14 @@ class Outcome:
         ]
 
     def comparisons(self, simulated: bool = False) -> list[Comparison]:
-        """Every later strategy with each before it."""
+        """Every strategy with the first one, and what adapts with each before it."""
         tables = list(self.tables(simulated).values())
-        pairs = [(tables[i], tables[j]) for i in range(len(tables)) for j in range(i)]
+        pairs = [
+            (tables[i], tables[j])
+            for i in range(len(tables))
+            for j in range(i)
+            if j == 0 or tables[i].policy == ADAPTIVE
+        ]
         return [found for better, than in pairs if (found := compare(better, than, self.slo))]
 
     def pairs(self) -> list[tuple[Result, Result]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,8 +94,9 @@ def run_demo(
         ValueError, RuntimeError: likewise; what goes wrong later is in the outcome.
     """
     config.folder.mkdir(parents=True, exist_ok=True)
-    for old in config.folder.glob("measured-*.json"):
-        old.unlink()  # none of an earlier run must be taken for one of this
+    for pattern in ("measured-*.json", "simulated-*.json", REPORT, SUMMARY):
+        for old in config.folder.glob(pattern):
+            old.unlink()  # none of an earlier run must be taken for one of this
     cost = _cost_model(config, say)
     machine = _machine(config, cost)
     outcome = plan(config, machine)
@@ -113,9 +113,13 @@ def run_demo(
         outcome.problem = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     if not outcome.measured:
         raise RuntimeError("nothing was measured")
-    with contextlib.suppress(KeyboardInterrupt):  # a second one cuts the modelled part short, too
-        say("Simulating the same requests, and others")
+    say("Simulating the same requests, and others")
+    try:
         _simulate(config, machine, outcome, workload)
+    except KeyboardInterrupt:  # perhaps the second: what was measured is reported all the same
+        outcome.problem = outcome.problem or "interrupted"
+    except Exception as error:  # likewise
+        outcome.problem = outcome.problem or f"the simulation failed: {type(error).__name__}: {error}"
     write_report(outcome, config.folder)
     say(headline(outcome.comparisons()))
     for comparison in outcome.comparisons():

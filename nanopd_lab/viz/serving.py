@@ -166,10 +166,8 @@ def itl_distribution(tables: Tables, tpot_s: float = np.inf) -> LabFigure:
     if np.isfinite(tpot_s):
         ax.axvline(1e3 * tpot_s, color=INK, linewidth=1, linestyle="--")
         ax.annotate(f" TPOT objective {1e3 * tpot_s:,.0f}", (1e3 * tpot_s, 0.75), fontsize=9.5, color=INK)
-    low = min(
-        float(np.quantile(gaps, 0.05)) for gaps in groups.values()
-    )  # bursts that come together are no news
-    logarithmic(ax, "x", (max(low / 1.2, 1e-3), 1.2 * max(float(gaps[-1]) for gaps in groups.values())))
+    low = min(float(np.median(gaps)) for gaps in groups.values()) / 8
+    logarithmic(ax, "x", (max(low, 1e-3), 1.2 * max(float(gaps[-1]) for gaps in groups.values())))
     logarithmic(ax, "y", (1e-3, 1.05))
     ax.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:.1%}" if value < 0.01 else f"{value:.0%}")

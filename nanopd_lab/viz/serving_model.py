@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from nanopd_lab.viz.serving import tidy
 from nanopd_lab.viz.strategies import in_order, look_of
-from nanopd_lab.viz.style import FAINT, INK, PAPER, LabFigure, figure
+from nanopd_lab.viz.style import FAINT, INK, LabFigure, figure
 
 BAND = 0.1
 MOST = 0.6  # of the axis of differences; what is beyond is drawn on its edge
+FULL = 60  # points that have the full colour
 COMPARED = {
     "median_ttft_ms": "TTFT p50",
     "p90_ttft_ms": "TTFT p90",
@@ -102,13 +104,11 @@ def pays_map(
     fig = figure(9.6, 1.9 + 0.42 * len(rows))
     ax = fig.add_subplot()
     first, second = (look_of(name) for name in names)
-    colours = LinearSegmentedColormap.from_list("pays", [first.colour, PAPER, second.colour])
-    ax.pcolormesh(
-        np.arange(len(rates) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5, values, cmap=colours, vmin=-40, vmax=40,
-        edgecolors="white", linewidth=1,
-    )  # fmt: skip
     for (row, column), value in np.ndenumerate(values):
-        ax.text(column, row, f"{value:+.0f}", ha="center", va="center", fontsize=10, color="#1F2328")
+        colour = to_rgba(second.colour if value > 0 else first.colour, min(1.0, abs(value) / FULL))
+        ax.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, facecolor=colour, linewidth=0))
+        ax.text(column, row, f"{round(float(value)):+d}", ha="center", va="center", fontsize=10, color=INK)
+    ax.set_xlim(-0.5, len(rates) - 0.5)
     ax.set_xticks(range(len(rates)), [f"{rate:.3g}" for rate in rates])
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.5)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
@@ -131,7 +131,7 @@ def slo_plane(tables: Tables, slo: Slo) -> LabFigure:
 def winners(tables: Tables, slo: Slo, points: int = 48) -> LabFigure:
     """Which strategy has most requests in time, for every pair of objectives; the paler, the smaller its lead.
 
-    White: all have (nearly) none; grey: they are level. The cross is at `slo`. From the same requests of each.
+    Empty: all have (nearly) none; grey: they are level. The cross is at `slo`. From the same requests of each.
     """
     groups = by_policy(tables)
     every = [(t.ttft[t.completed], t.tpot[t.completed]) for t in tables]
@@ -153,13 +153,11 @@ def winners(tables: Tables, slo: Slo, points: int = 48) -> LabFigure:
     ax.set_ylabel("TPOT objective (ms)")
     tidy(ax)
     ax.grid(False)
-    handles = [
-        Patch(facecolor=look_of(p).colour, label=f"{look_of(p).label} has most in time") for p in groups
-    ]
-    handles.append(Patch(facecolor="#D8DCE0", label="level"))
+    handles = [Patch(facecolor=look_of(p).colour, label=look_of(p).label) for p in groups]
+    handles.append(Patch(facecolor=to_rgba(FAINT, 0.3), label="level"))
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9.5)
     fig.suptitle(
-        f"at one request rate ({source_of(tables)}); cross: {words(slo)}",
+        f"who has most requests in time, at one request rate ({source_of(tables)}); cross: {words(slo)}",
         fontsize=11,
         color=INK,
         x=0.01,
@@ -177,14 +175,13 @@ def _shares(group: Sequence[RequestTable], x: Floats, y: Floats, e2e_s: float) -
 
 
 def _colours(shares: Floats, colours: Sequence[str]) -> Floats:
-    """[y, x, rgb] of shares [strategy, y, x]: a lead of a fifth has the full colour."""
+    """[y, x, rgba] of shares [strategy, y, x]: a lead of a fifth has the full colour; the page shows through."""
     order = np.sort(shares, axis=0)
     lead = order[-1] - order[-2] if len(shares) > 1 else order[-1]
     full = np.array([to_rgb(colour) for colour in colours])[shares.argmax(axis=0)]
-    strength = (0.25 + 0.75 * np.clip(lead / 0.2, 0, 1))[..., None]
-    found = strength * full + (1 - strength) * np.array(to_rgb(PAPER))
-    found[lead < LEVEL] = to_rgb("#D8DCE0")
-    found[order[-1] < LEVEL] = to_rgb(PAPER)
+    found = np.concatenate([full, (0.25 + 0.75 * np.clip(lead / 0.2, 0, 1))[..., None]], axis=-1)
+    found[lead < LEVEL] = to_rgba(FAINT, 0.3)
+    found[order[-1] < LEVEL] = to_rgba(FAINT, 0.0)
     return found
 
 
