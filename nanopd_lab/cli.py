@@ -6,16 +6,24 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nanopd_lab import __version__
 
+# Modules with a function `register`, which adds a command; the second ones' packages take long to import.
+COMMANDS = (
+    "demo.cli", "cluster.cli", "transfer.cli", "sim.cli", "cost.cli", "bench.parity_cli", "bench.serving_cli",
+    "bench.sweep_cli", "bench.plan_cli", "bench.regret.cli",
+)  # fmt: skip
+SLOW_TO_IMPORT = ("kernels.cli", "router.predictor.cli")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (2 for bad input, with the reason on stderr)."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv[0] if argv else None).parse_args(argv)
     try:
         return args.run(args) or 0
     except (ValueError, FileNotFoundError) as error:
@@ -26,16 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands; heavy imports wait until a command runs."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """All commands; heavy imports wait until a command runs.
+
+    Args:
+        command: the one that is asked for. Commands whose packages take long to import are left out if it is another.
+    """
     parser = argparse.ArgumentParser(prog="nanopd-lab", description=__doc__)
     parser.add_argument("--version", action="version", version=f"nanopd-lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    demo = commands.add_parser("demo", help="answer several prompts at once and show what the engine did")
-    _engine_options(demo)
-    demo.add_argument("--max-tokens", type=int, default=48, help="longest answer")
-    demo.set_defaults(run=_demo)
+    chat = commands.add_parser("chat", help="answer ten conversations at once and show what the engine did")
+    _engine_options(chat)
+    chat.add_argument("--max-tokens", type=int, default=48, help="longest answer")
+    chat.set_defaults(run=_chat)
 
     generate = commands.add_parser("generate", help="continue a prompt, or answer it as a chat")
     _engine_options(generate)
@@ -56,7 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--ignore-eos", action="store_true", help="go on behind the stop token")
     generate.add_argument("--json", action="store_true", help="one JSON object a prompt, with metrics")
     from nanopd_lab.cluster.cli import add_cluster_options
-    from nanopd_lab.cluster.cli import register as register_cluster
 
     add_cluster_options(generate)
     generate.set_defaults(run=_generate)
@@ -102,37 +113,10 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-num-batched-tokens", type=int, default=8192)
     engine.add_argument("--result-filename", type=Path, help="written after every part, as JSON")
     engine.set_defaults(run=_bench_engine)
-    from nanopd_lab.kernels.cli import register as register_kernels
-
-    register_kernels(commands)
-    register_cluster(commands)
-    from nanopd_lab.transfer.cli import register as register_transfer
-
-    register_transfer(commands)
-    from nanopd_lab.sim.cli import register as register_simulate
-
-    register_simulate(commands)
-    from nanopd_lab.router.predictor.cli import register as register_predictor
-
-    register_predictor(commands)
-    from nanopd_lab.cost.cli import register as register_cost
-
-    register_cost(commands)
-    from nanopd_lab.bench.parity_cli import register as register_parity
-
-    register_parity(commands)
-    from nanopd_lab.bench.serving_cli import register as register_bench
-
-    register_bench(commands)
-    from nanopd_lab.bench.regret.cli import register as register_regret
-
-    register_regret(commands)
-    from nanopd_lab.bench.sweep_cli import register as register_sweep
-
-    register_sweep(commands)
-    from nanopd_lab.bench.plan_cli import register as register_plan
-
-    register_plan(commands)
+    for modules in (COMMANDS, SLOW_TO_IMPORT):
+        if command not in commands.choices:
+            for module in modules:
+                import_module(f"nanopd_lab.{module}").register(commands)
     return parser
 
 
@@ -152,10 +136,10 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt anew")
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from nanopd_lab.demo import run_demo
+def _chat(args: argparse.Namespace) -> int:
+    from nanopd_lab.demo.chat import run_chat
 
-    run_demo(_llm(args), max_tokens=args.max_tokens)
+    run_chat(_llm(args), max_tokens=args.max_tokens)
     return 0
 
 

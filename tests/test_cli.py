@@ -10,8 +10,8 @@ import pytest
 from nanopd_lab.cli import main
 
 
-def test_demo_answers_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--device", "cpu", "--max-tokens", "6"]) == 0
+def test_chat_answers_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "--device", "cpu", "--max-tokens", "6"]) == 0
     out = capsys.readouterr().out
     for word in (
         "tokens/s",

@@ -24,16 +24,21 @@ class Capacity(NamedTuple):
 
 
 def find_capacity(
-    attainment: Callable[[float], float], target: float, start: float = 1.0, tolerance: float = 0.05
+    attainment: Callable[[float], float],
+    target: float,
+    start: float = 1.0,
+    tolerance: float = 0.05,
+    step: float = 2.0,
 ) -> Capacity:
     """Double or halve from `start` until the target lies between two rates, then halve their ratio until it is at most
     `1 + tolerance`.
 
     Args:
         attainment: the share of requests in time at a rate; taken to fall with the rate, and asked once for each
+        step: smaller than 2 if the start is a good guess; it grows to 2 while the guess turns out wrong
 
     Raises:
-        ValueError: a target outside (0, 1], or a start or a tolerance that is not positive.
+        ValueError: a target outside (0, 1], a start or a tolerance that is not positive, or a step outside (1, 2].
     """
     if not 0 < target <= 1:
         raise ValueError(f"attainment target {target}; it must lie in (0, 1], as 0.9")
@@ -42,6 +47,8 @@ def find_capacity(
             f"search from {start} requests/s to a tolerance of {tolerance}; give a rate from {FEWEST:g} to {MOST:g}, "
             "and a positive tolerance"
         )
+    if not 1 < step <= 2:
+        raise ValueError(f"steps of {step}; a step multiplies a rate by more than 1 and at most 2")
     shares: dict[float, float] = {}
 
     def reached(rate: float) -> bool:
@@ -52,9 +59,10 @@ def find_capacity(
     rate = start
     while FEWEST <= rate <= MOST and (low == 0 or high == math.inf):
         if reached(rate):
-            low, rate = rate, rate * 2
+            low, rate = rate, rate * step
         else:
-            high, rate = rate, rate / 2
+            high, rate = rate, rate / step
+        step = min(2.0, step * step)
     while low > 0 and high < math.inf and high / low > 1 + tolerance:
         middle = math.sqrt(low * high)
         if reached(middle):

@@ -128,6 +128,21 @@ def outcomes(records: Iterable[RequestRecord]) -> dict[str, int]:
     return found
 
 
+def per_request(records: Sequence[RequestRecord]) -> dict[str, Any]:
+    """What `--save-detailed` adds: lists with an entry a request; stages in s, None: not reached."""
+    last = [
+        (each.path, each.path.attempts[-1]) if each.path and each.path.attempts else None for each in records
+    ]
+    return {
+        "scheduled_times": [record.arrival for record in records],
+        "outcomes": ["completed" if record.ok else record.finish_reason for record in records],
+        "routes": [record.route for record in records],
+        "stages": {
+            name: [None if pair is None else stage(*pair) for pair in last] for name, stage in STAGES.items()
+        },
+    }
+
+
 def judged_requests(records: Iterable[RequestRecord]) -> int:
     """Requests that objectives are judged on: all but those that an interrupt kept from ending."""
     return sum(record.finish_reason not in (UNFINISHED, UNSENT) for record in records)

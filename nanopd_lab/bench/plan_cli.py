@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from nanopd_lab.bench.planning import Plan
     from nanopd_lab.bench.workload_cli import workload_of
-    from nanopd_lab.router import POLICIES, Slo
+    from nanopd_lab.router import ESTIMATING, Slo
     from nanopd_lab.sim.cli import machine_of
 
     slo = Slo.parse(args.goodput)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     policies = plan.candidates(count)
     if args.policies is not None:
         policies += args.policies
-    elif count and "adaptive" in POLICIES:
+    elif count and "adaptive" in ESTIMATING:
         policies.append("adaptive")
 
     def report(found: Simulated) -> None:

@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from nanopd_lab.bench.capacity import find_capacity
 from nanopd_lab.bench.workload import Workload
-from nanopd_lab.router import Outlook, Slo, create_policy
+from nanopd_lab.router import Slo, create_policy
 from nanopd_lab.router.layouts import Forecast
 from nanopd_lab.router.layouts import Workload as Lengths
 from nanopd_lab.router.plan import SHARE, Planner
 from nanopd_lab.sim.arrivals import Arrivals
 from nanopd_lab.sim.cli import Machine
 from nanopd_lab.sim.simulator import Simulator
+from nanopd_lab.sim.veil import Veiled
 from nanopd_lab.sim.workload import SimRequest
 
 FILLING = 0.2  # of the requests come first and do not count
@@ -106,7 +108,7 @@ class Plan:
         )
         config = machine.config
         planner = Planner(
-            outlook_of(machine, slo),
+            machine.outlook(slo),
             lengths,
             max_num_seqs=config.max_num_seqs,
             num_blocks=config.num_blocks,
@@ -137,23 +139,16 @@ class Plan:
 
     def _capacity(self, policy: str) -> Simulated:
         """The highest rate at which `share` of the requests get what they were promised, from the formulas' on."""
-        rate = self._start(policy)
-        low: Simulated | None = None
-        high = math.inf
-        lowest = 1e-2 * rate
-        while low is None or high / low.rate > 1 + TOLERANCE:
-            found = self._serve(policy, rate)
-            if found.attainment >= self.share:
-                low = found
-            else:
-                high = rate
-            if low is None:
-                rate = high / STEP if high > 0.5 * self._start(policy) else high / 2
-                if rate < lowest:
-                    return found._replace(rate=0.0, goodput=0.0)
-            else:
-                rate = low.rate * STEP if high == math.inf else math.sqrt(low.rate * high)
-        return low
+        tried: dict[float, Simulated] = {}
+
+        def attainment(rate: float) -> float:
+            tried[rate] = self._serve(policy, rate)
+            return tried[rate].attainment
+
+        found = find_capacity(attainment, self.share, self._start(policy), TOLERANCE, STEP)
+        if found.rate:
+            return tried[found.rate]
+        return tried[found.above]._replace(rate=0.0, goodput=0.0)
 
     def _start(self, policy: str) -> float:
         """A rate to begin the search with: a layout's by formula, or the best that is known."""
@@ -165,7 +160,7 @@ class Plan:
     def _serve(self, policy: str, rate: float) -> Simulated:
         router, roles = create_policy(policy, self.gpus, self.planner.outlook)
         requests = self._requests(rate)
-        result = Simulator(router, roles, self.machine.time, requests, self.machine.config).run()
+        result = Simulator(Veiled(router), roles, self.machine.time, requests, self.machine.config).run()
         records = result.records[int(FILLING * len(requests)) :]
         attainment = sum(each.meets(self.slo) for each in records) / len(records)
         ttft, tpot = (
@@ -223,21 +218,6 @@ class Plan:
     def forecast_of(self, policy: str) -> Forecast | None:
         """Of the layout that the policy is, if it is one."""
         return next((each for each in self.forecasts if each.layout.policy == policy), None)
-
-
-def outlook_of(machine: Machine, slo: Slo) -> Outlook:
-    """What is known of a machine before anything has run."""
-    from nanopd_lab.cost.transfer_time import TransferModel
-
-    config = machine.config
-    return Outlook(
-        machine.time.model,  # type: ignore[attr-defined]
-        slo,
-        TransferModel(config.link.setup_s, config.link.block_s, config.link.bytes_per_s),
-        config.block_bytes,
-        config.block_size,
-        config.max_num_batched_tokens,
-    )
 
 
 def _check_reachable(planner: Planner, machine: Machine) -> None:

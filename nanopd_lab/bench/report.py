@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from nanopd_lab.bench.disaggregation import disaggregation
+from nanopd_lab.bench.disaggregation import disaggregation, per_request
 from nanopd_lab.bench.metrics import LATENCIES, Selection, Served, details, serving_metrics
 from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.bench.workload import Workload
@@ -85,6 +85,7 @@ def serving_result(
         **({"dataset": dict(workload.source)} if workload.source else {}),
         "seed": workload.seed,
         **disaggregation(records, setting.workers, slo, selection, served),
+        **({"per_request": per_request(records)} if detailed else {}),
         **({} if interrupted is None else {"interrupted": interrupted}),
     }
     found["provenance"] = provenance(measured=not setting.modelled)

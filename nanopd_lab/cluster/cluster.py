@@ -37,7 +37,7 @@ from nanopd_lab.engine.prompts import (
     tokenize,
 )
 from nanopd_lab.errors import InvalidRequestError
-from nanopd_lab.router import Slo, WorkerView
+from nanopd_lab.router import Policy, Slo, WorkerView
 
 if TYPE_CHECKING:
     from nanopd_lab.bench.workload import Workload
@@ -341,6 +341,24 @@ class Cluster:
         from nanopd_lab.bench.serving import bench_cluster  # a driver of clusters, above them
 
         return bench_cluster(self, workload, slo, **options)
+
+    def use_policy(self, policy: str | Policy, **settings: Any) -> None:
+        """Route by another policy from now on; the workers go on with what they have loaded.
+
+        Args:
+            policy: as of `ClusterConfig`
+            settings: others of `ClusterConfig` that only a policy looks at: `cost_model`, `goodput`
+
+        Raises:
+            ValueError: requests are under way, a worker is gone for good, or a setting is wrong; nothing has changed.
+        """
+        config = replace(self.config, policy=policy, **settings)
+        chosen, roles = config.route_policy()
+        with self._lock:
+            self._check_open()
+            self.controller.use_policy(chosen, dict(zip(config.names, roles, strict=True)), self.clock())
+            self.config = config
+            self._collect()
 
     # ------------------------------------------------------------------ looking inside
 

@@ -16,6 +16,7 @@ import heapq
 import itertools
 import math
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -65,6 +66,7 @@ from nanopd_lab.router import (
 )
 
 EXPLAINABLE = 1024  # decisions that can be asked about
+_NOBODY: frozenset[str] = frozenset()
 
 
 @dataclass(eq=False, slots=True)
@@ -269,27 +271,16 @@ class Controller:
         self.now = now
         sender = self._workers[worker]
         sender.last_seen = now
-        if isinstance(message, Hello):
-            before, sender.state, sender.capacity = sender.capacity, State.UP, message.capacity
-            self._capacities.add(message.capacity)
-            if before is not None and before != message.capacity:
-                self._capacities = {each.capacity for each in self._workers.values() if each.capacity}
-            self._every_takes = min(capacity.longest for capacity in self._capacities)
-            self._any_takes = max(capacity.longest for capacity in self._capacities)
-            self._changed.add(sender)
-            self._dispatch()
+        if isinstance(message, (Hello, Beat)):
+            self._heard(sender, message)
             return
-        if isinstance(message, Beat):
-            sender.beat = message
-            self._changed.add(sender)
-            return
-        found = self._attempts.get(message.key)
-        if found is None:
+        if (found := self._attempts.get(message.key)) is None:
             return
         job, attempt = found
         if isinstance(message, Ended):
             self._ended(job, attempt, sender, message)
-            self._dispatch()
+            if self._queue or self._postponed:
+                self._dispatch()
         elif job.attempt is not attempt:
             return  # of an earlier try
         elif isinstance(message, Tokens):
@@ -303,8 +294,21 @@ class Controller:
             self._arrived(attempt)
             self._left(attempt)
             self._send(attempt.report.route.prefill, Release(attempt.key))
-        elif isinstance(message, Failed):
+        else:
             self._failed(job, attempt, worker, message)
+
+    def _heard(self, sender: _Worker, message: Hello | Beat) -> None:
+        self._changed.add(sender)
+        if isinstance(message, Beat):
+            sender.beat = message
+        else:
+            before, sender.state, sender.capacity = sender.capacity, State.UP, message.capacity
+            self._capacities.add(message.capacity)
+            if before is not None and before != message.capacity:
+                self._capacities = {each.capacity for each in self._workers.values() if each.capacity}
+            self._every_takes = min(capacity.longest for capacity in self._capacities)
+            self._any_takes = max(capacity.longest for capacity in self._capacities)
+            self._dispatch()
 
     def worker_down(self, name: str, reason: str, now: float, restarting: bool = False) -> None:
         """A worker is dead and holds nothing any more; whatever ran there is tried again elsewhere."""
@@ -338,6 +342,23 @@ class Controller:
         self.now = now
         self._give_role(self._workers[name], role)
         self._dispatch()
+
+    def use_policy(self, policy: Policy, roles: Mapping[str, Role], now: float) -> None:
+        """Route by another policy from now on, with other roles; workers keep what they have loaded and cached.
+
+        Raises:
+            ValueError: jobs are under way, whose routes the old policy chose; or a worker is gone.
+        """
+        if self._jobs:
+            raise ValueError(
+                f"{len(self._jobs)} requests are under way; wait until they have settled, then change the policy"
+            )
+        if gone := [name for name, worker in self._workers.items() if worker.state is State.GONE]:
+            raise ValueError(f"worker {gone[0]} is gone, and the policy is for all; make a new cluster")
+        self.policy = policy
+        self._finished = getattr(policy, "finished", None)
+        for name, role in roles.items():
+            self.set_role(name, role, now)
 
     def explain(self, request_id: str, index: int = 0) -> Explanation:
         """Why a request is, or was, where it is: of its last route.
@@ -410,7 +431,7 @@ class Controller:
             len(job.prompt) + len(job.outputs),
             job.params,
             job.path.arrival,
-            frozenset(job.avoid),
+            frozenset(job.avoid) if job.avoid else _NOBODY,
             postponed=postponed,
         )
         answer = self.policy.choose(seen, free, self.now)
@@ -463,28 +484,27 @@ class Controller:
     def _start(self, job: _Job, route: Route) -> None:
         key = f"{job.request_id}/{job.index}#{next(self._numbers)}"
         work = Work(job.prompt, job.params, job.index, tuple(job.outputs))
-        report = AttemptReport(route, self.now, work.num_known)
-        attempt = _Attempt(key, report, {route.prefill, route.decode})
-        job.attempt = attempt
+        known = work.num_known
+        report = AttemptReport(route, self.now, known)
+        job.attempt = attempt = _Attempt(key, report, set(route))
         job.path.attempts.append(report)
         job.unsettled += 1
         self._attempts[key] = job, attempt
-        for name in attempt.open:
-            self._workers[name].attempts[key] = attempt
-        source = self._workers[route.prefill]
+        source, target = self._workers[route.prefill], self._workers[route.decode]
+        source.attempts[key] = target.attempts[key] = attempt
         if not source.prefilling:
             source.prefill_since = self.now
         source.prefilling += 1
-        source.prefill_tokens += work.num_known
-        target = self._workers[route.decode]
+        source.prefill_tokens += known
         target.decoding += 1
-        target.decode_tokens += work.num_known
+        target.decode_tokens += known
         target.arriving += 1
-        target.arriving_tokens += work.num_known
-        self._changed |= {source, target}
-        if not route.collocated:
+        target.arriving_tokens += known
+        self._changed.add(source)
+        if source is not target:
+            self._changed.add(target)
             self._send(route.decode, Expect(key, work, route.prefill))
-        self._send(route.prefill, Begin(key, work, not route.collocated))
+        self._send(route.prefill, Begin(key, work, source is not target))
 
     # ------------------------------------------------------------------ progress
 
@@ -496,18 +516,21 @@ class Controller:
                 attempt.report.route.decode,
             )
             return
-        if attempt.report.first_token is None:
-            attempt.report.first_token = self.now
+        report, count = attempt.report, len(message.tokens)
+        if report.first_token is None:
+            report.first_token = self.now
             self._prefilled(attempt)
-            if attempt.report.route.collocated:
+            if report.route.collocated:
                 self._arrived(attempt)
-        attempt.report.new_tokens += len(message.tokens)
-        job.path.output_tokens += len(message.tokens)
+            if self._postponed:
+                self._dispatch()  # the source has less to do
+        report.new_tokens += count
+        job.path.output_tokens += count
         if message.finish_reason is None:
             job.outputs += [token.token for token in message.tokens]  # for another try
             self.actions.append(Emit(job.request_id, job.index, message.tokens))
             return
-        attempt.report.whole = message.finish_reason is not FinishReason.ERROR
+        report.whole = message.finish_reason is not FinishReason.ERROR
         # A token that ends the sample is sampled by the source: the target is not needed. Who tells of it has ended it.
         self._withdraw(job, None, worker)
         self._end(job, message.finish_reason, message.tokens, message.stop_reason, message.error)
@@ -540,8 +563,8 @@ class Controller:
             return
         attempt.report.failure = failure
         attempt.report.ended = self.now
-        for name in sorted(attempt.open):
-            if name != ended:
+        if others := attempt.open - {ended}:
+            for name in sorted(others):
                 self._send(name, Cancel(attempt.key))
 
     def _end(
@@ -574,15 +597,16 @@ class Controller:
 
     def _close(self, job: _Job, attempt: _Attempt, worker: _Worker) -> None:
         """This worker holds nothing of the attempt any more."""
-        attempt.open.discard(worker.name)
+        name, report = worker.name, attempt.report
+        attempt.open.discard(name)
         worker.attempts.pop(attempt.key, None)
-        if worker.name == attempt.report.route.prefill:
+        if name == report.route.prefill:
             self._prefilled(attempt)
             self._left(attempt)
-        if worker.name == attempt.report.route.decode:
+        if name == report.route.decode:
             self._arrived(attempt)
             worker.decoding -= 1
-            worker.decode_tokens -= attempt.report.known_tokens
+            worker.decode_tokens -= report.known_tokens
             self._changed.add(worker)
         if not attempt.open and attempt.key in self._attempts:
             del self._attempts[attempt.key]
@@ -639,8 +663,10 @@ class Controller:
             self.actions.append(Send(worker, message))
 
     def _check_alive(self) -> None:
-        if all(worker.state is State.GONE for worker in self._workers.values()):
-            raise ClusterDownError("no worker is left to serve a request; start a new cluster")
+        for worker in self._workers.values():
+            if worker.state is not State.GONE:
+                return
+        raise ClusterDownError("no worker is left to serve a request; start a new cluster")
 
     def _where(self, job: _Job) -> str:
         attempt = job.attempt

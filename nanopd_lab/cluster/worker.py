@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from nanopd_lab.cluster.lease import Lease, LeaseTerms
 from nanopd_lab.cluster.messages import (
@@ -41,7 +42,7 @@ MAX_STRIKES = 2  # steps that may fail under a sequence before it is given up
 
 
 @dataclass(eq=False, slots=True)
-class _Try:
+class Try:
     """One try, seen from one worker."""
 
     key: str
@@ -68,12 +69,12 @@ def missing_blocks(offered: int, arrived: Container[int], under_way: Container[i
     return [position for position in range(offered) if position not in arrived and position not in under_way]
 
 
-def _picked(values: Seq[int], positions: list[int]) -> tuple[int, ...]:
-    """The values at these positions, which mostly follow each other: a slice is quicker."""
+def _picker(positions: list[int]) -> Callable[[Seq[int]], Seq[int]]:
+    """Takes the values at these positions, which mostly follow each other: a slice is quicker."""
     first, behind = positions[0], positions[-1] + 1
-    if positions == list(range(first, behind)):
-        return tuple(values[first:behind])
-    return tuple([values[position] for position in positions])
+    return (
+        itemgetter(slice(first, behind)) if positions == [*range(first, behind)] else itemgetter(*positions)
+    )
 
 
 class WorkerCore:
@@ -109,12 +110,12 @@ class WorkerCore:
         self.pulls: list[Pull] = []  # to be started
         self.cancelled_pulls: list[int] = []  # to be cancelled
         self.now = 0.0
-        self._tries: dict[str, _Try] = {}
-        self._timed: dict[str, _Try] = {}  # those for which `tick` may have something to do
+        self._tries: dict[str, Try] = {}
+        self.timed: dict[str, Try] = {}  # those for which `tick` may have something to do
         self._unsampled: set[Sequence] = set()  # have no `usage.sampled` yet
         self._freed_at = float("-inf")  # when somebody last gave blocks and a place back
         self._offered: set[str] = set()  # keys of which the source has published something
-        self._pulling: dict[int, tuple[_Try, Published]] = {}
+        self._pulling: dict[int, tuple[Try, Published]] = {}
         self._next_pull = 0
 
     # ------------------------------------------------------------------ messages
@@ -144,10 +145,10 @@ class WorkerCore:
         try:
             if isinstance(message, Begin):
                 sequence = self.scheduler.begin(request, work.index, work.outputs, message.hand_off)
-                each = _Try(message.key, sequence)
+                each = Try(message.key, sequence)
             else:
                 sequence = self.scheduler.expect(request, work.index, work.outputs)
-                each = _Try(message.key, sequence, message.source, waits_since=self.now)
+                each = Try(message.key, sequence, message.source, waits_since=self.now)
                 each.renew_at = self.now + self.terms.renewal
         except InvalidRequestError as error:
             self.outbox += [Failed(message.key, str(error), retry=False), Ended(message.key)]
@@ -156,16 +157,19 @@ class WorkerCore:
         self._unsampled.add(each.sequence)
         self._tries[message.key] = each
         if each.source is not None:
-            self._timed[message.key] = each
+            self.timed[message.key] = each
 
     # ------------------------------------------------------------------ steps: the planner of a `StepLoop`
 
     def schedule(self) -> StepPlan | None:
         """The next step; reserves room for what is expected first."""
-        self._reserve()
+        if self.scheduler.expected:
+            self._reserve()
         plan = self.scheduler.schedule()
-        for chunk in plan.chunks if plan else ():
-            self._note_scheduled(chunk.sequence, chunk.start)
+        if plan is not None and self._unsampled:
+            for chunk in plan.chunks:
+                if chunk.sequence in self._unsampled:
+                    self._note_scheduled(chunk.sequence, chunk.start)
         return plan
 
     def start_run(self, most: int) -> int:
@@ -174,7 +178,8 @@ class WorkerCore:
         Nothing is planned yet: `finish_run` does those of them that were done, which may be fewer if something came in
         between. 0: use `schedule`. See `engine.decode_run`.
         """
-        self._reserve()
+        if self.scheduler.expected:
+            self._reserve()
         steps = equal_steps(self.scheduler, most)
         if not steps or self._unsampled.isdisjoint(self.scheduler.running):
             return steps
@@ -198,8 +203,6 @@ class WorkerCore:
             each.usage.scheduled, each.usage.first_cached = self.now, cached
 
     def _reserve(self) -> None:
-        if not self.scheduler.expected:
-            return
         for sequence in self.scheduler.reserve(self._offered):
             each = self._tries[sequence.request.request_id]
             each.arrived = set(range(sequence.num_computed // self.scheduler.block_size))
@@ -238,17 +241,18 @@ class WorkerCore:
         for each in [each for each in self._tries.values() if each.strikes >= MAX_STRIKES]:
             self._fail(each, f"worker {self.name}: {type(error).__name__}: {error}")
 
-    def _report(self, each: _Try) -> None:
+    def _report(self, each: Try) -> None:
         """Send the tokens that the controller doesn't have yet."""
-        sequence = each.sequence
-        if not self.stream and not sequence.finished and each.usage.sampled is not None:
-            return
-        if each.usage.sampled is None:
+        sequence, usage, finished = each.sequence, each.usage, each.sequence.finish_reason is not None
+        if usage.sampled is not None:
+            if not self.stream and not finished:
+                return
+        else:
             self._note_sampled(each, self.now)
-            if not self.stream and not sequence.finished and each.usage.adopted is not None:
+            if not self.stream and not finished and usage.adopted is not None:
                 return
         new = sequence.tokens[sequence.prompt_len + each.sent : sequence.known_len]
-        if new or sequence.finished:
+        if new or finished:
             self.outbox.append(
                 Tokens(
                     each.key,
@@ -260,10 +264,10 @@ class WorkerCore:
                 )
             )
             each.sent += len(new)
-        if sequence.finished:
+        if finished:
             self._forget(each)
 
-    def _note_sampled(self, each: _Try, now: float) -> None:
+    def _note_sampled(self, each: Try, now: float) -> None:
         self._unsampled.discard(each.sequence)
         each.usage.sampled = now
 
@@ -285,7 +289,7 @@ class WorkerCore:
 
     # ------------------------------------------------------------------ source: publish, hold, release
 
-    def _publish(self, each: _Try, end: int) -> None:
+    def _publish(self, each: Try, end: int) -> None:
         """Tell of the blocks of tokens `[0, end)`, which are computed."""
         sequence = each.sequence
         token, count = None, end // self.scheduler.block_size
@@ -294,7 +298,7 @@ class WorkerCore:
             last = sequence.tokens[-1]
             token, count = SampledToken(last, top[last].logprob if top else 0.0, top), len(sequence.blocks)
             each.lease = self.lease(self.terms, self.now)
-            self._timed[each.key] = each
+            self.timed[each.key] = each
         if token is None and (sequence.preemptions, count) <= each.published:
             return
         each.published = (sequence.preemptions, count)
@@ -307,22 +311,23 @@ class WorkerCore:
 
     # ------------------------------------------------------------------ target: pull, adopt
 
-    def _pull(self, each: _Try) -> None:
+    def _pull(self, each: Try) -> None:
         """Start pulling what the source has and we lack; adopt when nothing is missing."""
         offer, sequence = each.offer, each.sequence
         if offer is None or offer is each.spent or sequence not in self.scheduler.receiving:
             return
-        busy = {position for pull in each.under_way.values() for position in pull}
+        busy = set().union(*each.under_way.values())
         whole = offer.token is not None and len(each.arrived) == len(sequence.blocks)
         wanted = [] if whole else self.missing(len(offer.blocks), each.arrived, busy)
         if wanted:
             assert each.source is not None
+            pick = _picker(wanted)
             pull = Pull(
                 self._next_pull,
                 each.source,
-                _picked(offer.blocks, wanted),
-                _picked(offer.generations, wanted),
-                _picked(sequence.blocks, wanted),
+                pick(offer.blocks),
+                pick(offer.generations),
+                pick(sequence.blocks),
             )
             self._next_pull += 1
             each.under_way[pull.pull_id] = tuple(wanted)
@@ -331,14 +336,14 @@ class WorkerCore:
         elif whole and not busy:
             self._adopt(each, offer)
 
-    def _adopt(self, each: _Try, offer: Published) -> None:
+    def _adopt(self, each: Try, offer: Published) -> None:
         assert offer.token is not None
         sequence = each.sequence
         assert offer.num_tokens == len(sequence.tokens), "the source has computed something else"
         each.usage.adopted = self.now
         self.outbox.append(Received(each.key))
         each.source = None
-        del self._timed[each.key]
+        del self.timed[each.key]
         each.sent += 1  # the source has reported this one
         self.scheduler.adopt(sequence, offer.token)
         if sequence.finished:  # the source would have seen it
@@ -372,7 +377,7 @@ class WorkerCore:
     def tick(self, now: float) -> None:
         """Renew leases as target, end those that nobody renews as source, give up what waits too long."""
         self.now = now
-        for each in list(self._timed.values()):
+        for each in list(self.timed.values()):
             if each.dropped:
                 continue
             if each.lease is not None and each.lease.expired(now):
@@ -386,11 +391,11 @@ class WorkerCore:
                 if self._waits_here(each) and now >= self._gives_up_at(each):
                     self._fail(each, f"worker {self.name}: {self._what_it_waits_for(each)}")
 
-    def _waits_here(self, each: _Try) -> bool:
+    def _waits_here(self, each: Try) -> bool:
         """True if the source has done its part, and we don't get on."""
         return each.offer is not None and each.offer.token is not None and not each.under_way
 
-    def _gives_up_at(self, each: _Try) -> float:
+    def _gives_up_at(self, each: Try) -> float:
         """A full worker that gets on will have room in time; one where nothing ends may wait for somebody who waits
         for it. Even so there is an end: others may be luckier each time."""
         patience = self.terms.patience
@@ -398,7 +403,7 @@ class WorkerCore:
             return each.waits_since + patience
         return min(max(each.waits_since, self._freed_at) + patience, each.waits_since + 10 * patience)
 
-    def _what_it_waits_for(self, each: _Try) -> str:
+    def _what_it_waits_for(self, each: Try) -> str:
         scheduler = self.scheduler
         if each.sequence in scheduler.expected:
             needed = blocks_for(len(each.sequence.tokens) + 1, scheduler.block_size)
@@ -409,15 +414,10 @@ class WorkerCore:
             )
         return f"{each.source} re-used blocks and did not publish them again within {self.terms.patience} s"
 
-    @property
-    def timed(self) -> bool:
-        """True if `tick` may have something to do some time."""
-        return bool(self._timed)
-
     def next_wakeup(self) -> float | None:
         """When `tick` has something to do next, if nothing else happens."""
         times: list[float] = []
-        for each in self._timed.values():
+        for each in self.timed.values():
             if each.lease is not None:
                 times.append(each.lease.until)
             if each.source is not None and not each.dropped:
@@ -428,11 +428,11 @@ class WorkerCore:
 
     # ------------------------------------------------------------------ ends
 
-    def _fail(self, each: _Try, error: str) -> None:
+    def _fail(self, each: Try, error: str) -> None:
         self.outbox.append(Failed(each.key, error))
         self._drop(each)
 
-    def _drop(self, each: _Try) -> None:
+    def _drop(self, each: Try) -> None:
         """Give all up, as soon as no pull writes to its blocks."""
         each.dropped = True
         each.lease = None
@@ -440,21 +440,20 @@ class WorkerCore:
         if not each.under_way:
             self._finish(each)
 
-    def _finish(self, each: _Try) -> None:
+    def _finish(self, each: Try) -> None:
         self.scheduler.finish(each.sequence, FinishReason.ABORT)
         self._forget(each)
 
-    def _forget(self, each: _Try) -> None:
-        sequence = each.sequence
+    def _forget(self, each: Try) -> None:
+        sequence, usage = each.sequence, each.usage
         self._freed_at = self.now
-        usage = each.usage
         usage.computed = sequence.tokens_computed
         usage.cached = sequence.tokens_cached
         usage.received = sequence.tokens_received
         usage.preemptions = sequence.preemptions
         del self._tries[each.key]
-        self._timed.pop(each.key, None)
-        self._unsampled.discard(each.sequence)
+        self.timed.pop(each.key, None)
+        self._unsampled.discard(sequence)
         self._offered.discard(each.key)
         self.outbox.append(Ended(each.key, usage))
 

@@ -36,9 +36,9 @@ def smooth_max(a: float, b: float, sharpness: float) -> float:
     return high * (1.0 + (low / high) ** sharpness) ** (1.0 / sharpness)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, unsafe_hash=True)
 class StepFeatures:
-    """What the model needs to know of a step.
+    """What the model needs to know of a step. Frozen in spirit only, which makes it much cheaper to make.
 
     tokens:    new ones, all sequences together: Σ q
     drawn:     sequences that draw a token, and so need a row of the vocabulary projection

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-import numpy as np
-
 
 @dataclass(frozen=True)
 class TransferSample:
@@ -52,6 +50,7 @@ class TransferModel:
         Raises:
             ValueError: fewer than two samples, or one without blocks or time.
         """
+        import numpy as np
         from scipy.optimize import nnls
 
         if len(samples) < 2 or any(s.blocks < 1 or not s.seconds > 0 for s in samples):

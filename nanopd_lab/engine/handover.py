@@ -9,7 +9,6 @@ neither kind is ever preempted, since somebody else reads or writes them.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Container, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -48,9 +47,10 @@ class HandoverScheduler(Scheduler):
         Raises:
             InvalidRequestError: see `validate`.
         """
-        sequence = self.add(request)
+        sequence = self._enter(request)
         sequence.index, sequence.hand_off = index, hand_off
         sequence.tokens.extend(outputs)
+        self.waiting.append(sequence)
         return sequence
 
     def complete(self, plan: StepPlan, sampled: Seq[Seq[SampledToken]]) -> list[Sequence]:
@@ -58,7 +58,7 @@ class HandoverScheduler(Scheduler):
         touched = super().complete(plan, sampled)
         for sequence in touched:
             # One that was preempted meanwhile computes its KV once more, and is held with one token more.
-            if sequence.hand_off and not sequence.finished and sequence in self.running:
+            if sequence.hand_off and not sequence.finish_reason and sequence in self.running:
                 self.running.remove(sequence)
                 self.held.append(sequence)
         return touched
@@ -67,8 +67,9 @@ class HandoverScheduler(Scheduler):
 
     def expect(self, request: Request, index: int = 0, outputs: Iterable[int] = ()) -> Sequence:
         """A sequence whose KV another worker computes. Raises InvalidRequestError as `validate` does."""
-        sequence = self.begin(request, index, outputs)
-        self.waiting.remove(sequence)
+        sequence = self._enter(request)
+        sequence.index = index
+        sequence.tokens.extend(outputs)
         self.expected.append(sequence)
         return sequence
 
@@ -109,8 +110,9 @@ class HandoverScheduler(Scheduler):
         self.receiving.remove(sequence)
         sequence.tokens_received += len(sequence.tokens) - sequence.num_computed
         sequence.num_computed = len(sequence.tokens)
-        self.blocks.register(sequence, sequence.num_computed)
-        bisect.insort(self.running, sequence, key=lambda each: each.priority)
+        if self.blocks.caching:
+            self.blocks.register(sequence, sequence.num_computed)
+        self._insert(self.running, sequence)
         self.append(sequence, token)
 
     # ------------------------------------------------------------------ hooks of `Scheduler`
@@ -122,7 +124,7 @@ class HandoverScheduler(Scheduler):
 
     def _blocks_needed(self) -> int:
         """Blocks that the running ones still take for the tokens they have."""
-        return sum(self.blocks.missing(s, s.remaining) for s in self.running if s.remaining > 0)
+        return sum([self.blocks.missing(s, s.remaining) for s in self.running if s.remaining > 0])
 
     def _dequeue(self, sequence: Sequence) -> None:
         for queue in (self.expected, self.receiving, self.held):

@@ -71,37 +71,36 @@ class LockstepScheduler(HandoverScheduler):
 
     def _park(self) -> None:
         """Take all out of `running` that decode."""
-        if not self.running:
-            return
-        size, left = self.block_size, []
+        size, step, left = self.block_size, self._step, []
         for sequence in self.running:
-            room = len(sequence.blocks) * size - sequence.num_computed
-            if not (self._decodes_plainly(sequence) and 0 <= room < size):
+            computed, request = sequence.num_computed, sequence.request
+            room = len(sequence.blocks) * size - computed
+            plain = sequence.is_decoding and not (sequence.hand_off or sequence.in_flight or request.beam)
+            if not (plain and 0 <= room < size):
                 left.append(sequence)
                 continue
-            self._joined[sequence] = self._step
+            self._joined[sequence] = step
             self.lockstepping += 1
-            self.total_context += sequence.num_computed
-            self._needy[(self._step + room + 1) % size] += 1
-            to_come = sequence.request.params.max_tokens - sequence.output_len
-            heapq.heappush(self._ends, (self._step + to_come, sequence.request.serial, sequence))
+            self.total_context += computed
+            self._needy[(step + room + 1) % size] += 1
+            to_come = request.params.max_tokens - sequence.output_len
+            heapq.heappush(self._ends, (step + to_come, request.serial, sequence))
             self.newcomers.append(sequence)
         self.running = left
 
-    @staticmethod
-    def _decodes_plainly(sequence: Sequence) -> bool:
-        return sequence.is_decoding and not (sequence.hand_off or sequence.in_flight or sequence.request.beam)
-
     def write_down(self, sequence: Sequence) -> None:
-        """Give a parked sequence what it has by now, and blocks for the step under way."""
-        done = self._step - self._joined[sequence]
-        self._joined[sequence] = self._step
-        sequence.append_same(self.token.token, done)
-        sequence.num_computed += done
-        sequence.tokens_computed += done
-        sequence.cumulative_logprob += self.token.logprob * done
-        held = sequence.num_computed + self._under_way
-        if (more := blocks_for(held, self.block_size) - len(sequence.blocks)) > 0:
+        """Give a sequence what it has by now, and blocks for the step under way, if it is parked."""
+        if (joined := self._joined.get(sequence)) is None:
+            return
+        step, size = self._step, self.block_size
+        if done := step - joined:
+            self._joined[sequence] = step
+            sequence.append_same(self.token.token, done)
+            sequence.num_computed += done
+            sequence.tokens_computed += done
+            sequence.cumulative_logprob += self.token.logprob * done
+        more = blocks_for(sequence.num_computed + self._under_way, size) - len(sequence.blocks)
+        if more > 0:
             sequence.blocks += self.pool.name(more)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -109,9 +108,9 @@ class LockstepScheduler(HandoverScheduler):
         self.write_down(sequence)
         del self._joined[sequence]
         self.lockstepping -= 1
-        room = len(sequence.blocks) * self.block_size - sequence.num_computed
-        self._needy[(self._step + room + 1) % self.block_size] -= 1
-        self.total_context -= sequence.num_computed
+        size, computed = self.block_size, sequence.num_computed
+        self._needy[(self._step + len(sequence.blocks) * size - computed + 1) % size] -= 1
+        self.total_context -= computed
 
     def unpark(self) -> None:
         """Put all back into `running`, as if they had never been away."""
@@ -127,13 +126,16 @@ class LockstepScheduler(HandoverScheduler):
 
     def run_length(self, most: int) -> int:
         """As `decode_run.equal_steps`, in time that does not depend on how many decode."""
-        self._park()
+        if self.running:
+            self._park()
         count = self.lockstepping
-        if not count or self.running or count > self.budget or not admission_blocked(self):
+        if not count or self.running or count > self.budget or (self.waiting and not admission_blocked(self)):
             return 0
-        while self._ends[0][2] not in self._joined:
-            heapq.heappop(self._ends)
-        most = min(most, self._ends[0][0] - self._step)
+        ends = self._ends
+        while ends[0][2] not in self._joined:
+            heapq.heappop(ends)
+        if (left := ends[0][0] - self._step) < most:
+            most = left
         free = self.pool.num_free
         if count * (most // self.block_size + 1) > free:
             low = 0  # the most steps whose blocks are there
@@ -143,8 +145,10 @@ class LockstepScheduler(HandoverScheduler):
         return most
 
     def advance(self, steps: int) -> list[Sequence]:
-        """Do so many steps, at most `run_length`; returns newcomers and the sequences that ended, by priority."""
-        self.pool.take(self.blocks_taken(steps))
+        """Do so many steps, at most `run_length`; returns newcomers and the sequences that ended, by priority. What
+        those have that did not end, `write_down` says."""
+        if blocks := self.blocks_taken(steps):
+            self.pool.take(blocks)
         self.num_steps += steps
         self.serves += steps * self.lockstepping
         self._served = self.serves - self.lockstepping
@@ -164,22 +168,21 @@ class LockstepScheduler(HandoverScheduler):
                 ended.append(sequence)
         if not newcomers:
             return ended
-        for sequence in newcomers:
-            if sequence in self._joined:
-                self.write_down(sequence)
-        return sorted({*ended, *newcomers}, key=_priority)
+        return newcomers if len(newcomers) == 1 and not ended else sorted({*ended, *newcomers}, key=_priority)
 
     # ------------------------------------------------------------------ single steps
 
     def schedule(self) -> StepPlan | None:
         """As in `Scheduler`; the chunks of the parked ones are not listed in the plan, which may be without any."""
-        self._park()
+        if self.running:
+            self._park()
         if not self.lockstepping:
             return super().schedule() if self.running or self.waiting else None
         if self._could_turn_on_one():
             self.unpark()
             return super().schedule()
-        self.pool.take(self.blocks_taken(1))
+        if blocks := self._needy[(self._step + 1) % self.block_size]:
+            self.pool.take(blocks)
         self._under_way = True
         self._served = self.serves
         self.serves += self.lockstepping
@@ -191,7 +194,9 @@ class LockstepScheduler(HandoverScheduler):
 
     def _could_turn_on_one(self) -> bool:
         """True if a parked sequence may not get its token, or have to make room for a prompt."""
-        if self.lockstepping > self.budget or any(each.is_decoding for each in self.running):
+        if self.lockstepping > self.budget:
+            return True
+        if self.running and any(each.is_decoding for each in self.running):
             return True
         return self._blocks_needed() > self.pool.num_free
 
@@ -211,11 +216,11 @@ class LockstepScheduler(HandoverScheduler):
 
     # ------------------------------------------------------------------ hooks of the schedulers
 
-    def finish(self, sequence: Sequence, *args: Any, **options: Any) -> None:
+    def _dequeue(self, sequence: Sequence) -> None:
         if sequence in self._joined:
             self._leave(sequence)
-            bisect.insort(self.running, sequence, key=_priority)
-        super().finish(sequence, *args, **options)
+        else:
+            super()._dequeue(sequence)
 
     @property
     def promised(self) -> int:

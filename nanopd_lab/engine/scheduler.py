@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, MutableSequence
 from collections.abc import Sequence as Seq
+from itertools import chain
 
 from nanopd_lab.core import (
     PENDING,
@@ -128,6 +129,11 @@ class Scheduler:
 
     def add(self, request: Request) -> Sequence:
         """Queue a request; returns its first sequence (further samples are forked off it later)."""
+        sequence = self._enter(request)
+        self.waiting.append(sequence)
+        return sequence
+
+    def _enter(self, request: Request) -> Sequence:
         self.validate(request)
         request.serial = self._next_serial
         self._next_serial += 1
@@ -135,7 +141,6 @@ class Scheduler:
         self._live[request.request_id] = [sequence]
         if request.beam:
             self._beams[request.request_id] = BeamGroup(request.beam, self._ends_at(request))
-        self.waiting.append(sequence)
         return sequence
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -153,19 +158,21 @@ class Scheduler:
         error: str | None = None,
     ) -> None:
         """End one sequence now (also for stop strings, which only the engine can see)."""
-        if sequence.finished:
+        if sequence.finish_reason:
             return
         sequence.finish_reason, sequence.stop_reason, sequence.error = reason, stop_reason, error
         sequence.candidates = None
-        del sequence.tokens[sequence.known_len :]
-        sequence.pending = 0
+        if sequence.pending:
+            del sequence.tokens[sequence.known_len :]
+            sequence.pending = 0
         self._dequeue(sequence)
         self.blocks.release(sequence)
-        siblings = self._live[sequence.request.request_id]
+        request_id = sequence.request.request_id
+        siblings = self._live[request_id]
         siblings.remove(sequence)
         if not siblings:
-            del self._live[sequence.request.request_id]
-            self._beams.pop(sequence.request.request_id, None)
+            del self._live[request_id]
+            self._beams.pop(request_id, None)
 
     def _dequeue(self, sequence: Sequence) -> None:
         if sequence in self.running:
@@ -191,31 +198,13 @@ class Scheduler:
         preempted: list[Sequence] = []
 
         decodes = [sequence for sequence in self.running if sequence.is_decoding]
-        if len(decodes) > self.budget:
-            decodes.sort(key=lambda sequence: (sequence.last_served, sequence.priority))
-        plenty = self.allocator.num_free >= len(decodes)  # a decode takes one block at most
-        for sequence in decodes:
-            if len(chunks) == self.budget:
-                break
-            if preempted and sequence not in self.running:  # lost its blocks to an older one in this loop
-                continue
-            if plenty or self._make_room(sequence, chunks, copies, preempted):
-                self._place(sequence, 1, chunks, copies)
+        if decodes:
+            self._place_decodes(decodes, chunks, copies, preempted)
         num_decodes = len(chunks) + self.lockstepping
-
-        if not preempted:
+        if self.waiting and not preempted:
             self._admit(self.budget - num_decodes, chunks)
-        # A sequence admitted just now may lack one token only (the rest was cached): it is a chunk like others.
-        known = set(decodes)
-        prefills = [s for s in self.running if s not in known and s.remaining > 0]
-        counts = self.chunk_policy(num_decodes, [s.remaining for s in prefills], self.budget)
-        self._check_counts(counts, num_decodes, prefills)
-        for sequence, count in zip(prefills, counts, strict=True):
-            if count == 0 or (preempted and sequence not in self.running):
-                continue
-            # Admission reserved room for every prompt, but decodes may have eaten into it since.
-            if self._make_room(sequence, chunks, copies, preempted, count):
-                self._place(sequence, count, chunks, copies)
+        if len(self.running) > len(decodes) or preempted:
+            self._place_prompts(num_decodes, set(decodes), chunks, copies, preempted)
 
         if not chunks:
             if self.waiting and self.running:
@@ -227,10 +216,10 @@ class Scheduler:
         self.num_steps += 1
         self._advance(chunks.values())
         return StepPlan(
-            step=self.num_steps,
-            chunks=tuple(chunks.values()),
-            copies=tuple(copy for per_sequence in copies.values() for copy in per_sequence),
-            preempted=tuple(preempted),
+            self.num_steps,
+            tuple(chunks.values()),
+            tuple(chain.from_iterable(copies.values())),
+            tuple(preempted),
         )
 
     def complete(self, plan: StepPlan, sampled: Seq[Seq[SampledToken]]) -> list[Sequence]:
@@ -246,7 +235,7 @@ class Scheduler:
             if sequence.finish_reason:  # since the step was planned
                 continue
             sequence.tokens_computed += chunk.count
-            if sequence.num_computed >= end:  # not preempted since
+            if self.blocks.caching and sequence.num_computed >= end:  # not preempted since
                 self.blocks.register(sequence, end)
             if not chunk.samples:
                 continue
@@ -297,7 +286,7 @@ class Scheduler:
         sequence.cumulative_logprob += sampled.logprob
         if sampled.top_logprobs is not None:
             sequence.logprobs.append(sampled.top_logprobs)
-        length = sequence.output_len
+        length = len(sequence.tokens) - sequence.pending - sequence.prompt_len
         if length >= params.min_tokens:
             if params.stop_token_ids and token in params.stop_token_ids:
                 self.finish(sequence, FinishReason.STOP, token)
@@ -325,10 +314,53 @@ class Scheduler:
         )
         self._live[parent.request.request_id].append(child)
         queue = self.running if parent in self.running else self.waiting
-        bisect.insort(queue, child, key=lambda sequence: sequence.priority)
+        self._insert(queue, child)
         return child
 
     # ------------------------------------------------------------------ filling a step
+
+    def _place_decodes(
+        self,
+        decodes: list[Sequence],
+        chunks: dict[Sequence, Chunk],
+        copies: dict[Sequence, list[BlockCopy]],
+        preempted: list[Sequence],
+    ) -> None:
+        if len(decodes) > self.budget:
+            decodes.sort(key=lambda sequence: (sequence.last_served, sequence.priority))
+        plenty = self.allocator.num_free >= len(decodes)  # a decode takes one block at most
+        for sequence in decodes:
+            if len(chunks) == self.budget:
+                break
+            if preempted and sequence not in self.running:  # lost its blocks to an older one in this loop
+                continue
+            if plenty or self._make_room(sequence, chunks, copies, preempted):
+                self._place(sequence, 1, chunks, copies)
+
+    def _place_prompts(
+        self,
+        num_decodes: int,
+        decodes: set[Sequence],
+        chunks: dict[Sequence, Chunk],
+        copies: dict[Sequence, list[BlockCopy]],
+        preempted: list[Sequence],
+    ) -> None:
+        """Divide the rest of the budget. A sequence admitted just now may lack one token only (the rest was cached): it
+        is a chunk like others."""
+        prefills, left = [], []
+        for sequence in self.running:
+            remaining = len(sequence.tokens) - sequence.num_computed
+            if remaining > 0 and sequence not in decodes:
+                prefills.append(sequence)
+                left.append(remaining)
+        counts = self.chunk_policy(num_decodes, left, self.budget)
+        self._check_counts(counts, num_decodes, left)
+        for sequence, count in zip(prefills, counts, strict=True):
+            if count == 0 or (preempted and sequence not in self.running):
+                continue
+            # Admission reserved room for every prompt, but decodes may have eaten into it since.
+            if self._make_room(sequence, chunks, copies, preempted, count):
+                self._place(sequence, count, chunks, copies)
 
     def _place(
         self,
@@ -342,8 +374,9 @@ class Scheduler:
             copies[sequence] = made
         start, samples = sequence.num_computed, 0
         if start + count == len(sequence.tokens):
-            first_token = start + count == sequence.prompt_len and not sequence.request.beam
-            samples = sequence.request.params.n if first_token else 1
+            request = sequence.request
+            first_token = start + count == sequence.prompt_len and not request.beam
+            samples = request.params.n if first_token else 1
         chunks[sequence] = Chunk(sequence, start, count, samples)
 
     def _advance(self, chunks: Iterable[Chunk]) -> None:
@@ -385,7 +418,7 @@ class Scheduler:
         self.blocks.release(sequence)
         sequence.preemptions += 1
         self.num_preemptions += 1
-        bisect.insort(self.waiting, sequence, key=lambda s: s.priority)
+        self._insert(self.waiting, sequence)
         preempted.append(sequence)
 
     def _admit(self, room: int, placed: Container[Sequence]) -> None:
@@ -394,13 +427,17 @@ class Scheduler:
         Those that are `placed` in this step have their blocks.
         """
         # A step serves at most `budget` sequences; admitting more would only make them wait inside.
-        cap = min(self.max_num_seqs, self.budget) - self.promised
-        if not self.waiting or room <= 0 or len(self.running) >= cap:
+        promised = self.promised
+        cap = min(self.max_num_seqs, self.budget) - promised
+        if room <= 0 or len(self.running) >= cap:
             return
-        reserved = sum(
-            self.blocks.missing(s, s.remaining) for s in self.running if s not in placed and s.remaining > 0
-        )
-        room -= sum(s.remaining for s in self.running if not s.is_decoding)
+        reserved = 0
+        for sequence in self.running:
+            remaining = sequence.remaining
+            if remaining > 0 and sequence not in placed:
+                reserved += self.blocks.missing(sequence, remaining)
+            if remaining != 1 or not sequence.is_decoding:
+                room -= remaining
         parked: list[Sequence] = []
         while self.waiting and room > 0:
             sequence = self.waiting[0]
@@ -409,16 +446,19 @@ class Scheduler:
             if sequence.candidates is not None:  # a beam that waits for its siblings needs no blocks
                 parked.append(self.waiting.popleft())
                 continue
-            width = sequence.request.params.n if sequence.output_len == 0 else 1
-            if (self.running or self.promised) and len(self.running) + width > cap:
+            width = sequence.request.params.n
+            if width > 1 and sequence.output_len:
+                width = 1
+            if (self.running or promised) and len(self.running) + width > cap:
                 break
-            matched, evictable = self.blocks.cached(sequence)
+            matched, evictable = self.blocks.cached(sequence) if self.blocks.caching else (0, 0)
             needed = blocks_for(len(sequence.tokens), self.block_size) - matched
             if needed + reserved > self.allocator.num_free - evictable:
                 break
             self.waiting.popleft()
-            self.blocks.attach_cached(sequence)
-            bisect.insort(self.running, sequence, key=lambda s: s.priority)
+            if matched:
+                self.blocks.attach_cached(sequence)
+            self._insert(self.running, sequence)
             reserved += needed
             room -= sequence.remaining
         self.waiting.extendleft(reversed(parked))
@@ -469,16 +509,24 @@ class Scheduler:
         """Sequences that hold a place."""
         return len(self.running)
 
+    @staticmethod
+    def _insert(queue: MutableSequence[Sequence], sequence: Sequence) -> None:
+        """Where its priority puts it, which is mostly at the end."""
+        if queue and queue[-1].priority > sequence.priority:
+            bisect.insort(queue, sequence, key=_priority)
+        else:
+            queue.append(sequence)
+
     def _queued(self) -> list[Sequence]:
         return [*self.waiting, *self.running]
 
-    def _check_counts(self, counts: Seq[int], num_decodes: int, prefills: Seq[Sequence]) -> None:
-        legal = len(counts) == len(prefills) and all(
-            0 <= count <= s.remaining for count, s in zip(counts, prefills, strict=False)
-        )
-        if not legal or num_decodes + sum(counts) > self.budget:
+    def _check_counts(self, counts: Seq[int], num_decodes: int, left: Seq[int]) -> None:
+        legal = len(counts) == len(left) and num_decodes + sum(counts) <= self.budget
+        for count, most in zip(counts, left, strict=False):
+            legal = legal and 0 <= count <= most
+        if not legal:
             raise ValueError(
-                f"the chunk policy returned {list(counts)} for prompts with {[s.remaining for s in prefills]} tokens "
+                f"the chunk policy returned {list(counts)} for prompts with {list(left)} tokens "
                 f"left, {num_decodes} decodes and a budget of {self.budget}; each count must lie between 0 and what "
                 "is left, and all together must fit the budget"
             )
@@ -492,3 +540,7 @@ class Scheduler:
         for waiting in self.waiting:
             assert not waiting.blocks, f"{waiting} waits but holds blocks"
         self.blocks.check_integrity(live)
+
+
+def _priority(sequence: Sequence) -> tuple[int, int]:
+    return sequence.request.serial, sequence.index

@@ -13,7 +13,7 @@ from nanopd_lab.cluster.config import ClusterParts
 from nanopd_lab.cost.calibrate import CostParts
 from nanopd_lab.engine.config import EngineParts
 from nanopd_lab.lab import exercises
-from nanopd_lab.router.estimates import RouterParts
+from nanopd_lab.router.pair_rule import RouterParts
 
 
 class UnknownExerciseError(ValueError):

@@ -22,7 +22,7 @@ from nanopd_lab.lab.registry import Exercise, all_exercises, find
 from nanopd_lab.lab.report import CheckFailedError, Report, Status
 from nanopd_lab.lab.signature import require_same_signature
 from nanopd_lab.lab.text import Note, Source, Table, show
-from nanopd_lab.router.estimates import RouterParts
+from nanopd_lab.router.pair_rule import RouterParts
 
 T = TypeVar("T")
 MODES = ("learner", "reference")

@@ -1,5 +1,6 @@
 """Where a request runs: policies behind one protocol."""
 
+from nanopd_lab.router.adaptive import Adaptive
 from nanopd_lab.router.explanation import Candidate, Explanation
 from nanopd_lab.router.fleet import Fleet, least
 from nanopd_lab.router.lengths import LengthForecast, LengthPredictor
@@ -14,6 +15,7 @@ from nanopd_lab.router.threshold import Threshold
 __all__ = [
     "ESTIMATING",
     "POLICIES",
+    "Adaptive",
     "Candidate",
     "Collocated",
     "Decision",

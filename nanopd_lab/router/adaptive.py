@@ -1,15 +1,9 @@
 """The adaptive policy: of all pairs of workers the one by which the fewest requests miss their objectives.
 
-For a request at workers s (prefill) and t (decode) it adds up, in expected misses:
-
-    ttft     the request's own: what s has queued, the step under way, its prompt in chunks beside s's decodes
-    tpot     the request's own: t's pace with one more output, slowed by the prompts that t gets, and the handover
-    prompt   of the outputs that s decodes, each of which waits while the prompt is computed
-    output   of the outputs that t decodes, each of which is slower with one more beside it
-
-and, to break ties, the seconds that everybody waits longer. All but the handover depends on s alone or on t alone, so
-that the best pair is found in one pass over the workers. Which workers may prefill and decode at all is planned over
-many requests (`role_plan`).
+What a pair costs is in `estimates`; all but the handover depends on one of the two workers alone, so that the best pair
+is found in one pass over the workers. Which of them may prefill and decode at all is planned over many requests
+(`role_plan`). A request that would be late anyhow lets others pass until a worker has nothing better to do, as it costs
+them time and gains nothing by it; not for ever.
 """
 
 from __future__ import annotations
@@ -17,61 +11,42 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from math import exp
+from typing import TYPE_CHECKING
 
 from nanopd_lab.core import Route
+from nanopd_lab.router.estimates import (
+    MEMORY_S,
+    SECONDS_WORTH,
+    TTFT_DOUBT,
+    Ask,
+    Terms,
+    Typical,
+    as_source,
+    as_target,
+    first_token_s,
+    link_cost,
+    terms_of,
+)
 from nanopd_lab.router.explanation import Candidate, Explanation
 from nanopd_lab.router.policy import Decision, JobView, Postponed, Role, WorkerView
 from nanopd_lab.router.replay import Room, StepCosts
-from nanopd_lab.router.role_plan import HOPELESS, Load, PlanSettings, RolePlan
+from nanopd_lab.router.role_plan import HOPELESS, Fleetwide, Load, PlanSettings, RolePlan
 
 if TYPE_CHECKING:
     from nanopd_lab.router.lengths import LengthPredictor
     from nanopd_lab.router.outlook import Outlook
 
-SECONDS_WORTH = 0.02  # misses that count as much as the time that a request takes alone
-TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.08  # how far estimates are off, as a share of the objective
-SURVEYED = 12  # outputs under way that the predictor is told of
 PATIENCE, LONGEST_S = (
     20,
     10.0,
-)  # how long one that is late lets others pass: so many times its objective, at least so long
-MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
-
-
-class Terms(NamedTuple):
-    """What a view says, worked out once for as long as it is the same.
-
-    active: outputs that it decodes now; outputs: that it will decode when the request comes there
-    work_s: to compute the prompts that it has, from the turn of the first on
-    pace_s: a decode step now; next_s: with everybody and one more; more_s: what one more adds
-    wait_s: until a step takes in who comes
-    """
-
-    view: WorkerView
-    active: int
-    outputs: int
-    work_s: float
-    pace_s: float
-    next_s: float
-    more_s: float
-    wait_s: float
-
-
-class Side(NamedTuple):
-    """One worker as a source or as a target: expected misses of the request and of others, and seconds.
-
-    value_s: time to first token, or time per output token
-    """
-
-    value_s: float
-    own: float
-    others: float
-    seconds: float
-
-    @property
-    def cost(self) -> float:
-        return self.own + self.others + self.seconds
+)  # how long a late one lets others pass: so many times its objective, at least so long
+CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
+CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
+SAMPLED = 16  # outputs under way that are looked at
+REFRESH = 16  # ends after which forecasts are asked for anew
+PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
+USUAL = 50  # requests over which means are taken
 
 
 class Adaptive:
@@ -94,304 +69,269 @@ class Adaptive:
         self.slo = outlook.slo
         self.costs = StepCosts(outlook)
         self.plan = RolePlan(self.costs, self.slo, predictor, settings)
-        self._terms: dict[str, Terms] = {}
-        self._busy: dict[str, tuple[float, float]] = {}  # seconds of prompts, decayed, and as of when
-        self._means: dict[int, float] = {}
-        self._mean_prompt, self._mean_output = 512.0, 200.0
-        self._pending: dict[str, Role] = {}
-        # When those under way should have got their first token, by the prompt's length.
-        self._under_way: dict[int, deque[float]] = {}
         link = outlook.transfer
         self._token_s = 0.0 if link is None else outlook.block_bytes / outlook.block_size / link.bytes_per_s
-        self._delay_s = 0.0  # until the first token, of late
-        self._last: tuple[float, int] | None = None
+        self._terms: dict[str, Terms] = {}
+        self._medians: dict[int, float] = {}
+        self._mean_prompt, self._delay_s = 512.0, 0.0
+        self._last = (0.0, 0)  # who came last: when, and its tokens
+        self._gap_s = 0.0  # between arrivals
+        self._slope = 0.0  # misses for each second a token more, where the last request went
+        self._pending: dict[str, Role] = {}  # roles that were decided while a job was put off
+        # When those under way should have got their first token, by the prompt's length.
+        self._under_way: dict[int, deque[float]] = {}
+        self._pace_s = 0.0  # a token, of outputs that have ended of late
+        self._busy: dict[str, tuple[float, float]] = {}  # seconds of prompts, decayed, and as of when
+        self._begun = 0.0
 
     # ------------------------------------------------------------------ events
 
     def finished(self, prompt_tokens: int, output_tokens: int, censored: bool, now: float) -> None:
         """See `Policy`."""
         if came := self._under_way.get(prompt_tokens):
-            came.popleft()  # perhaps another one's, of the same length: what is left is as many
+            begun = came.popleft()  # perhaps another one's, of the same length: what is left is as many
             if not came:
                 del self._under_way[prompt_tokens]
+            if output_tokens > 1 and now > begun:
+                pace_s = (now - begun) / output_tokens
+                self._pace_s += (pace_s - self._pace_s) / 20 if self._pace_s else pace_s
         if output_tokens:
             self.predictor.observe(prompt_tokens, output_tokens, censored)
-            self._means.clear()
-            self.plan.has_ended()
+            if self.plan.ended % REFRESH == 0:
+                self._medians.clear()
+            self.plan.has_ended(output_tokens)
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
         views = list(workers)
+        if not views:
+            return None
+        if not job.postponed and (job.arrival, job.known_tokens) != self._last:  # not asked again in vain
+            self._arrived(job, now)
+        roles = self._roles(views, now)
         if job.avoid:
             views = [view for view in views if view.name not in job.avoid] or views
-        if (
-            not job.postponed and (job.arrival, job.known_tokens) != self._last
-        ):  # it may be asked again, where none was found
-            self._last = job.arrival, job.known_tokens
-            self._mean_prompt += (job.known_tokens - self._mean_prompt) / 50
-            self.plan.arrived(now, job.known_tokens, job.params.max_tokens)
-        roles = self._roles(list(workers), now)
-        if self._pending:  # decided when a job was put off
-            roles, self._pending = {**self._pending, **(roles or {})}, {}
         if roles:
             views = [view._replace(role=roles.get(view.name, view.role)) for view in views]
-        decision = self._best(job, views, now)
-        if isinstance(decision, Postponed):
-            self._pending = {**self._pending, **(roles or {})}
-            return decision
-        if decision is None:
-            if not views:
-                return None
-            roles = {view.name: Role.MIXED for view in views}
-            decision = self._best(job, [view._replace(role=Role.MIXED) for view in views], now)
-            assert isinstance(decision, Decision)
-        if roles:
-            return decision._replace(roles=tuple(roles.items()))
-        return decision
+        answer = self._best(job, views, now)
+        if isinstance(answer, Postponed):
+            self._pending = roles
+            return answer
+        if answer is None:  # nobody may prefill, or nobody decode: then everybody does both
+            roles = {view.name: Role.MIXED for view in workers}
+            answer = self._best(job, [view._replace(role=Role.MIXED) for view in views], now)
+            if not isinstance(answer, Decision):
+                self._pending = roles
+                return answer
+        return answer._replace(roles=tuple(roles.items())) if roles else answer
+
+    def _arrived(self, job: JobView, now: float) -> None:
+        if self._last[1]:
+            self._gap_s += (job.arrival - self._last[0] - self._gap_s) / 20
+        self._last = job.arrival, job.known_tokens
+        self._mean_prompt += (job.known_tokens - self._mean_prompt) / USUAL
+        self.plan.arrived(now, job.known_tokens, job.params.max_tokens)
 
     # ------------------------------------------------------------------ roles
 
-    def _roles(self, views: Sequence[WorkerView], now: float) -> dict[str, Role] | None:
+    def _roles(self, views: Sequence[WorkerView], now: float) -> dict[str, Role]:
         """Roles that change now."""
+        pending, self._pending = self._pending, {}
         if self.plan.due:
             self._begin_plan(views, now)
         wanted = self.plan.think()
         if wanted is None or wanted >= len(views):
-            return None
-        sources = [view for view in views if view.role is Role.PREFILL]
+            return pending
         if wanted == 0:
-            return {view.name: Role.MIXED for view in views if view.role is not Role.MIXED} or None
+            return {view.name: Role.MIXED for view in views if view.role is not Role.MIXED}
+        sources = [view for view in views if view.role is Role.PREFILL]
         others = sorted((view for view in views if view.role is not Role.PREFILL), key=lambda v: v.decoding)
         sources.sort(key=lambda view: -view.prefill_tokens)
         chosen = {view.name for view in [*sources, *others][:wanted]}
         roles = {view.name: Role.PREFILL if view.name in chosen else Role.DECODE for view in views}
-        return {view.name: roles[view.name] for view in views if view.role is not roles[view.name]} or None
+        return {view.name: roles[view.name] for view in views if view.role is not roles[view.name]}
 
     def _begin_plan(self, views: Sequence[WorkerView], now: float) -> None:
-        terms = [self._of(view) for view in views]
-        self._survey(terms, now)
-        prefills = sum(view.role is Role.PREFILL for view in views)
+        terms = [self._of(view, now) for view in views]
+        self._look_at_lengths(terms, now)
         leftovers = [0]
         for active in sorted(each.active for each in terms if each.view.role is not Role.PREFILL):
             leftovers.append(leftovers[-1] + active)
-        decoding = sum(each.active for each in terms)
-        self._mean_output = self.plan.mean_output
-        context = sum(
-            each.view.decode_tokens - each.view.arriving_tokens + each.active * self._mean_output / 2
-            for each in terms
-        )
-        backlog = sum(self._left_s(each, now) for each in terms)
+        decoding = leftovers[-1] + sum(each.active for each in terms if each.view.role is Role.PREFILL)
+        known = sum(view.decode_tokens - view.arriving_tokens for view in views)
+        backlog_s = sum(max(0.0, each.free_at - now) for each in terms if each.view.prefilling)
         view = views[0]
         room = Room(view.max_num_seqs or 1 << 30, view.num_blocks * view.block_size or math.inf)
-        self.plan.begin(len(views), prefills, leftovers, Load(decoding, context, backlog, room))
+        load = Load(decoding, known + decoding * self.plan.lengths.mean / 2, backlog_s, room)
+        prefills = sum(view.role is Role.PREFILL for view in views)
+        prefills = (
+            prefills if prefills < len(views) else 0
+        )  # those that decode are away: all will have to be mixed
+        self.plan.begin(Fleetwide(len(views), prefills, leftovers, load))
 
-    def _survey(self, terms: Sequence[Terms], now: float) -> None:
-        """Tell the predictor of outputs under way, some of them: those that end first are the short ones."""
-        survey = getattr(self.predictor, "survey", None)
+    def _look_at_lengths(self, terms: Sequence[Terms], now: float) -> None:
+        """Have the mean length worked out, with some of the outputs under way."""
         active = sum(each.active for each in terms)
-        if survey is None or not active:
-            return
-        pace_s = (
-            sum(each.active * each.pace_s / (1 - self._share(each.view.name, now)) for each in terms) / active
-        )
-        running = sorted(
-            (begun, prompt) for prompt, times in self._under_way.items() for begun in times if begun < now
-        )
-        step = max(1, len(running) // SURVEYED)
-        told = [(prompt, int((now - begun) / pace_s)) for begun, prompt in running[step // 2 :: step]]
-        # That outputs have not ended long before anybody expects it says little, and would count for much.
-        longest = max((produced for _, produced in told), default=0)
-        survey(told if longest > self._mean_output / 2 else [])
+        pace_s = self._pace_s or sum(
+            each.active * each.pace_s / (1 - self._share(each.view.name, now)) for each in terms
+        ) / max(1, active)
+        ages = sorted(now - begun for times in self._under_way.values() for begun in times if begun < now)
+        step = max(1, len(ages) // SAMPLED)
+        self.plan.lengths.look(len(ages), [age / pace_s for age in ages[step // 2 :: step]] if pace_s else [])
 
     # ------------------------------------------------------------------ one decision
 
+    def _ask(self, job: JobView, now: float) -> Ask:
+        tokens, costs, kind = job.uncached_tokens, self.costs, job.prompt_tokens.bit_length()
+        output = self._medians.get(kind)
+        if output is None:
+            output = self.predictor.predict(job.prompt_tokens, job.params.max_tokens).quantile(0.5)
+            self._medians[kind] = output
+        alone_s, (pull_s, seen_s) = costs.prompt(tokens), costs.pulls(tokens)
+        weight = SECONDS_WORTH / (alone_s + output * costs.decode(1, tokens))
+        return Ask(tokens, alone_s, pull_s, seen_s / max(1.0, output - 1), output, now - job.arrival, weight)
+
     def _best(self, job: JobView, views: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
-        tokens = job.uncached_tokens
-        output = self._mean(job)
-        alone_s = self.costs.prompt(tokens) + output * self.costs.decode(1, tokens)
-        weight = SECONDS_WORTH / alone_s
-        pull_s = self.costs.last_pull(tokens)
-        sources: list[tuple[int, Side]] = []
-        targets: list[tuple[int, Side]] = []
-        moved = pull_s / max(1.0, output - 1)
-        terms = [self._of(view) for view in views]
-        linked: dict[int, float] = {}
-        waited = now - job.arrival
-        for number, each in enumerate(terms):
-            role = each.view.role
-            if role.prefills:
-                sources.append((number, self._source(each, tokens, output, waited, weight, now)))
-            if role.decodes:
-                targets.append((number, self._target(each, tokens, output, moved, weight, now)))
-        if targets and self._token_s:
-            pace = min(side.value_s for _, side in targets)
-            for number, _ in sources:
-                if queue := terms[number].view.leaving_tokens * self._token_s:
-                    link = miss(pace + queue / max(1.0, output - 1), self.slo.tpot_s, TPOT_DOUBT)
-                    link += weight * queue - miss(pace, self.slo.tpot_s, TPOT_DOUBT)
-                    linked[number] = link
-        if not sources or not targets:
-            return None
-        best: tuple[float, int, int] | None = None
-        # The best pair of two takes the best of each side, or the second best of one where they are the same worker.
-        few_sources = sorted(sources, key=lambda side: side[1].cost + linked.get(side[0], 0.0))[:2]
-        few_targets = sorted(targets, key=lambda side: side[1].cost)[:2]
-        for s, source in few_sources:
-            for t, target in few_targets:
-                cost = source.cost + target.cost + linked.get(s, 0.0)
-                if s != t and (best is None or cost < best[0]):
-                    best = cost, s, t
-        if len(sources) + len(targets) > len(terms):
-            own = dict(sources)
-            stays = 0.0
-            for t, _ in targets:
-                if t in own:
-                    each = terms[t]
-                    target = self._target(each, tokens, output, 0.0, weight, now)
-                    stays = own[t].cost + target.cost
-                    if best is None or stays <= best[0]:
-                        best = stays, t, t
-        assert best is not None or len(terms) == 1
-        if best is None:
-            return None
-        cost, s, t = best
-        first = dict(sources)[s]
-        late = waited + first.value_s > HOPELESS * self.slo.ttft_s
-        if late and waited < max(LONGEST_S, PATIENCE * self.slo.ttft_s):
-            idle = sum(not terms[number].view.prefilling for number, _ in sources)
-            if idle < min(2, len(sources)):
-                return Postponed(f"first token in {1e3 * first.value_s:.0f} ms where it does least harm")
-        source_name, target_name = terms[s].view.name, terms[t].view.name
-        if terms[s].view.role is Role.MIXED:
-            self._charge(source_name, self.costs.beside(tokens, terms[s].active), now)
-        self._under_way.setdefault(job.prompt_tokens, deque()).append(now + first.value_s)
-        self._delay_s += (first.value_s - self._delay_s) / 20
-        second = self._target(terms[t], tokens, output, moved if s != t else 0.0, weight, now)
-
-        def explain() -> Explanation:
-            candidates = []
-            for i, a in sources:
-                for j, b in targets:
-                    if i == j:
-                        b = self._target(terms[j], tokens, output, 0.0, weight, now)
-                    candidates.append(
-                        Candidate(
-                            Route(terms[i].view.name, terms[j].view.name),
-                            a.cost + b.cost + (linked.get(i, 0.0) if i != j else 0.0),
-                            {
-                                "misses_by_link": linked.get(i, 0.0) if i != j else 0.0,
-                                "ttft_misses": a.own,
-                                "tpot_misses": b.own,
-                                "misses_by_prompt": a.others,
-                                "misses_by_output": b.others,
-                                "waiting": a.seconds + b.seconds,
-                            },
-                        )
-                    )
-            return Explanation.of(reason, candidates)
-
-        reason = (
-            f"first token in {1e3 * first.value_s:.0f} ms, {1e3 * second.value_s:.1f} ms a token, "
-            f"{cost:.3f} misses in all"
-        )
-        return Decision(Route(source_name, target_name), reason, explainer=explain)
-
-    def _source(
-        self, each: Terms, tokens: int, output: float, waited: float, weight: float, now: float
-    ) -> Side:
-        costs = self.costs
-        if each.active:
-            extra = costs.beside(tokens, each.active)
-            steps = -(-tokens // max(1, costs.budget - each.active))
-            own_s = extra + steps * each.pace_s
-        else:
-            extra, own_s = 0.0, costs.prompt(tokens)
-        ttft_s = self._left_s(each, now) + each.wait_s + own_s
-        if each.view.prefilling:
-            ttft_s += costs.rest_s  # of the step, which whoever comes next fills
-        own = miss(waited + ttft_s, self.slo.ttft_s, TTFT_DOUBT)
-        others = 0.0
-        if each.active:
-            pace = each.pace_s / (1 - self._share(each.view.name, now))
-            later = pace + extra / max(1.0, self._mean_output / 2)
-            others = each.active * (
-                miss(later, self.slo.tpot_s, TPOT_DOUBT) - miss(pace, self.slo.tpot_s, TPOT_DOUBT)
-            )
-        return Side(ttft_s, own, others, weight * (ttft_s + each.active * extra))
-
-    def _target(
-        self, each: Terms, tokens: int, output: float, moved: float, weight: float, now: float
-    ) -> Side:
-        free = 1 - (self._share(each.view.name, now) if each.view.role is Role.MIXED else 0.0)
-        tpot_s = each.next_s / free + moved
-        own = miss(tpot_s, self.slo.tpot_s, TPOT_DOUBT)
-        others = 0.0
-        if each.outputs:
-            pace = (each.next_s - each.more_s) / free
-            others = (
-                0.5
-                * each.outputs
-                * (
-                    miss(each.next_s / free, self.slo.tpot_s, TPOT_DOUBT)
-                    - miss(pace, self.slo.tpot_s, TPOT_DOUBT)
-                )
-            )
-        return Side(tpot_s, own, others, weight * output * (tpot_s + each.outputs * each.more_s))
-
-    # ------------------------------------------------------------------ what a view says
-
-    def _of(self, view: WorkerView) -> Terms:
-        found = self._terms.get(view.name)
-        if found is not None and found.view is view:
-            return found
-        costs = self.costs
-        active = view.decoding - view.arriving
-        produced = self._mean_output / 2
-        context = view.decode_tokens - view.arriving_tokens + active * produced
-        pace_s = costs.decode(active, context) if active else 0.0
-        work_s = 0.0
-        if view.prefilling:
-            mean = max(1, view.prefill_tokens // view.prefilling)
+        ask = self._ask(job, now)
+        costs, slo, known = self.costs, self.slo, self._terms
+        tokens, alone_s, weight, waited_s = ask.tokens, ask.alone_s, ask.weight, ask.waited_s
+        by_token, slope = weight * ask.output, self._slope
+        by_link = slope / max(1.0, ask.output - 1) + weight
+        latest_s, scale = slo.ttft_s - waited_s, TTFT_DOUBT * slo.ttft_s
+        extras: dict[int, float] = {}
+        source: tuple[float, Terms | None] = (math.inf, None)
+        second_source = target = second_target = stays = source
+        least_tpot_s, idle, sources, mixed = math.inf, 0, 0, False
+        decodes = 0.0
+        # As `as_source` and `as_target` say it, without a call for each worker.
+        for view in views:
+            each = known.get(view.name)
+            if each is None or each[0] is not view or now >= each[1]:
+                each = self._of(view, now)
+            (
+                _,
+                _,
+                role,
+                queued,
+                active,
+                room,
+                free_at,
+                wait_s,
+                pace_s,
+                harm,
+                tpot_s,
+                own,
+                _,
+                more,
+                spread,
+                link,
+            ) = each
+            if role is not PREFILL:
+                decodes = own + more + by_token * spread
+                if decodes < target[0]:
+                    target, second_target = (decodes, each), target
+                elif decodes < second_target[0]:
+                    second_target = decodes, each
+                if tpot_s < least_tpot_s:
+                    least_tpot_s = tpot_s
+                if role is DECODE:
+                    continue
+            first_s = wait_s + free_at - now if free_at > now else wait_s
             if active:
-                steps = view.prefill_tokens / max(1, costs.budget - active)
-                work_s = view.prefilling * costs.beside(mean, active) + steps * pace_s
+                extra = extras.get(active)
+                if extra is None:
+                    extra = extras[active] = costs.beside(tokens, active)
+                first_s += extra + pace_s * -(-tokens // room)
+                prefills = harm * extra + weight * (first_s + active * extra)
             else:
-                work_s = view.prefilling * costs.prompt(mean)
-        # When this request decodes, some that do now have ended, and of those on their way not all have come.
-        life_s = self._mean_output * (pace_s or costs.decode(1, self._mean_prompt))
-        stay = max(0.0, 1.0 - self._delay_s / life_s)
-        come = min(1.0, life_s / self._delay_s) if self._delay_s else 1.0
-        outputs = round(active * stay + view.arriving * come)
-        each_tokens = view.decode_tokens / view.decoding + produced if view.decoding else 0.0
-        before_s = costs.decode(outputs, outputs * each_tokens)
-        next_s = costs.decode(outputs + 1, outputs * each_tokens + self._mean_prompt + produced)
-        wait_s = costs.wait_steps * pace_s if active and not view.prefilling else 0.0
-        found = Terms(
-            view,
-            active,
-            outputs,
-            work_s,
-            pace_s,
-            next_s,
-            next_s - before_s if outputs else 0.0,
-            wait_s,
+                first_s += alone_s
+                prefills = weight * first_s
+            if scale < math.inf:
+                z = (first_s - latest_s) / scale
+                prefills += 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + exp(-z))
+            sources += 1
+            idle += not queued
+            if role is MIXED:
+                mixed = True
+                if prefills + decodes < stays[0]:
+                    stays = prefills + decodes, each
+            if link:
+                prefills += link * by_link
+            if prefills < source[0]:
+                source, second_source = (prefills, each), source
+            elif prefills < second_source[0]:
+                second_source = prefills, each
+        cost, s = stays
+        t = s
+        # Where KV takes long to move, the links fill before anybody sees it in a queue.
+        far = ask.pull_s / max(1.0, ask.output - 1) > CLOSE * min(slo.tpot_s, least_tpot_s)
+        for (prefills, a), (decodes, b) in (
+            (source, target),
+            (second_source, target),
+            (source, second_target),
+        ):
+            if a is None or b is None or a is b:
+                continue
+            if mixed and far and a.view.role is Role.MIXED and b.view.role is Role.MIXED:
+                continue
+            apart = prefills + decodes + ask.moved_s * (b.handover_slope + by_token)
+            if apart < cost:
+                cost, s, t = apart, a, b
+        if s is None or t is None:
+            return None
+        first_s, extra = first_token_s(s, ask, costs, now)
+        late = waited_s + first_s > HOPELESS * slo.ttft_s
+        if late and waited_s < max(LONGEST_S, PATIENCE * slo.ttft_s):
+            calm = now - self._last[0] > CALM_GAPS * self._gap_s
+            if idle < (1 if calm else min(2, sources)):
+                return Postponed(f"first token in {1e3 * first_s:.0f} ms where it does least harm")
+        self._slope = t.handover_slope
+        self._delay_s += (first_s - self._delay_s) / 20
+        if s.view.role is Role.MIXED:
+            self._charge(s.view.name, extra or ask.alone_s, now)
+        self._under_way.setdefault(job.prompt_tokens, deque()).append(now + first_s)
+        route = Route(s.view.name, t.view.name)
+        reason = f"first token in {1e3 * first_s:.0f} ms, {1e3 * t.tpot_s:.1f} ms a token, {cost:.3f} misses in all"
+        every = [known[view.name] for view in views]
+        return Decision(
+            route, reason, explainer=lambda: self._explain(route, reason, every, ask, slope, far, now)
         )
+
+    def _explain(
+        self, route: Route, reason: str, every: list[Terms], ask: Ask, slope: float, far: bool, now: float
+    ) -> Explanation:
+        """All pairs that were considered, with the terms of their costs."""
+        candidates = []
+        for s in every:
+            for t in every:
+                roles = s.view.role, t.view.role
+                if roles[0] is Role.DECODE or roles[1] is Role.PREFILL:
+                    continue
+                moves = s is not t
+                if moves and far and roles == (Role.MIXED, Role.MIXED):
+                    continue
+                found = {**as_source(s, ask, self.costs, self.slo, now), **as_target(t, ask, moves)}
+                found["misses_by_link"] = link_cost(s, ask, slope) if moves else 0.0
+                pair = Route(s.view.name, t.view.name)
+                candidates.append(Candidate(pair, math.fsum(found.values()), found))
+        candidates.sort(key=lambda each: each.route != route)  # the first of equals is named first
+        return Explanation.of(reason, candidates)
+
+    # ------------------------------------------------------------------ what is known of a worker
+
+    def _of(self, view: WorkerView, now: float) -> Terms:
+        found = self._terms.get(view.name)
+        if found is not None and found.view is view and now < found.until:
+            return found
+        typical = Typical(max(1, int(self._mean_prompt)), self.plan.lengths.mean, self._delay_s)
+        share = self._share(view.name, now)
+        found = terms_of(view, self.costs, self.slo, typical, share, self._token_s, now)
         self._terms[view.name] = found
         return found
 
-    def _left_s(self, each: Terms, now: float) -> float:
-        if not each.view.prefilling:
-            return 0.0
-        return max(0.0, each.work_s - max(0.0, now - each.view.prefill_since))
-
-    def _mean(self, job: JobView) -> float:
-        kind = job.prompt_tokens.bit_length()
-        found = self._means.get(kind)
-        if found is None:
-            found = self.predictor.predict(job.prompt_tokens, job.params.max_tokens).quantile(0.5)
-            self._means[kind] = found
-        return found
-
     def _charge(self, name: str, seconds: float, now: float) -> None:
+        """A prompt that outputs of the same worker wait for."""
+        if not self._busy:
+            self._begun = now
         total, since = self._busy.get(name, (0.0, now))
         self._busy[name] = total * 0.5 ** ((now - since) / MEMORY_S) + seconds, now
 
@@ -401,12 +341,5 @@ class Adaptive:
         if found is None:
             return 0.0
         total, since = found
-        return min(0.8, total * 0.5 ** ((now - since) / MEMORY_S) * math.log(2) / MEMORY_S)
-
-
-def miss(value: float, objective: float, doubt: float) -> float:
-    """The probability that an objective is missed, where an estimate is off by about `doubt` of it."""
-    if objective == math.inf:
-        return 0.0
-    z = (value / objective - 1) / doubt
-    return 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + math.exp(-z))
+        seen_s = MEMORY_S / math.log(2) * (1 - 0.5 ** ((now - self._begun) / MEMORY_S))
+        return min(0.9, total * 0.5 ** ((now - since) / MEMORY_S) / max(seen_s, total))

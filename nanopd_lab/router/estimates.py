@@ -1,259 +1,199 @@
-"""What a route would cost, and a rule that chooses by it: the small sibling of the adaptive policy.
+"""What one more request would meet and do at a worker, from the worker's view: for the adaptive policy.
 
-Everything is estimated from what the views say now, for each pair of workers, so that it can be read, taken apart and
-exchanged piece by piece (`RouterParts`): how long the first token takes, which pair is chosen, how long an output will
-be. It looks at all pairs, which is for a few workers, and remembers nothing but lengths.
+A request at workers s (prefill) and t (decode) costs, in expected misses of objectives:
+
+    ttft_misses         its own: what s has queued, the step under way, its prompt in chunks beside s's decodes
+    tpot_misses         its own: t's pace with one more output, slowed by the prompts that t gets, and the handover
+    misses_by_prompt    of the outputs that s decodes, each of which waits while the prompt is computed
+    misses_by_output    of the outputs that t decodes, each of which is slower with one more beside it
+    misses_by_link      what waits for s's link already, if the KV has to move
+
+and, to break ties, the seconds that everybody waits longer. All but the handover depends on s alone or on t alone. What
+does not depend on the request is worked out when a view is new (`Terms`); the rest is a few products a worker.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from nanopd_lab.core import Route
-from nanopd_lab.router.explanation import Candidate, Explanation
-from nanopd_lab.router.policy import Decision, JobView, WorkerView
-from nanopd_lab.router.predictor.conjugate import NormalInverseGamma
-from nanopd_lab.router.predictor.log_lengths import FIRST_BELIEF, LogLengths, OneBelief
-from nanopd_lab.router.slo import Slo
+from nanopd_lab.router.policy import Role, WorkerView
 
 if TYPE_CHECKING:
-    from nanopd_lab.router.outlook import Outlook
+    from nanopd_lab.router.replay import StepCosts
+    from nanopd_lab.router.slo import Slo
 
-AIM_TTFT, AIM_TPOT = 0.67, 0.8  # of the objectives: estimates are off, and more requests will come
+SECONDS_WORTH = 0.02  # misses that count as much as the time that a request takes alone
+TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12  # how far estimates are off, as a share of the objective
+MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
+FRESH_S = 0.5  # after so long a view is looked at again though nothing has happened there
 
-StepSeconds = Callable[[int, int], float]
-"""Of a step with so many tokens of prompts beside so many outputs."""
 
+class Terms(NamedTuple):
+    """What a view says of one more request.
 
-class Estimate(NamedTuple):
-    """What a route is expected to do to the request, and to the outputs that its prompt delays.
-
-    ttft_s:   from the request's arrival to its first token
-    tpot_s:   per token behind it, the handover included
-    outputs:  that the source decodes
-    before_s: per token of each of those, without the prompt; after_s: with it
+    until: when it is to be looked at again (s)
+    active: outputs that it decodes now; room: tokens of a prompt that a step takes beside them
+    free_at: when it will have computed the prompts that it has (s)
+    wait_s: from then on until a step takes in who comes, and what others bring into the prompt's last step
+    pace_s: a decode step now
+    prompt_harm: misses of others for each second that a prompt takes beside them
+    tpot_s, tpot_misses: the request's own, without a handover
+    handover_slope: misses for each second a token more
+    output_harm: misses of others by one more output
+    spread_s: what one token more costs, all together
+    link_s: that waits for the worker's link
     """
 
-    ttft_s: float
+    view: WorkerView
+    until: float
+    role: Role
+    prefilling: int
+    active: int
+    room: int
+    free_at: float
+    wait_s: float
+    pace_s: float
+    prompt_harm: float
     tpot_s: float
-    outputs: int = 0
-    before_s: float = 0.0
-    after_s: float = 0.0
-
-    def missed(self, slo: Slo) -> dict[str, int]:
-        """Promises that the route breaks: the request's own, and those of outputs that kept theirs without it."""
-        return {
-            "own_ttft": int(self.ttft_s > slo.ttft_s),
-            "own_tpot": int(self.tpot_s > slo.tpot_s),
-            "others_tpot": self.outputs if self.before_s <= slo.tpot_s < self.after_s else 0,
-        }
+    tpot_misses: float
+    handover_slope: float
+    output_harm: float
+    spread_s: float
+    link_s: float
 
 
-Estimator = Callable[[WorkerView, WorkerView], Estimate]
-"""Of the request that waits for a route, by source and target."""
+class Typical(NamedTuple):
+    """Of the requests of late: tokens of a prompt and of an output, seconds until the first token."""
 
-Rule = Callable[[JobView, Sequence[WorkerView], Estimator, Slo], Route | None]
+    prompt_tokens: int
+    output_tokens: float
+    delay_s: float
 
 
-def time_to_first_token(
-    queued_tokens: int, prompt_tokens: int, outputs: int, budget: int, step_s: StepSeconds
-) -> float:
-    """Seconds until a prompt that comes now is computed.
+class Ask(NamedTuple):
+    """One request.
 
-    The queue's tokens come first, then the prompt's, in steps of `budget` tokens. A step serves the outputs first, one
-    token each, and prompts get the rest of the budget; the last step takes what is left.
+    alone_s, pull_s: its prompt, and all its KV over an idle link
+    moved_s: what of that can be seen, for each token of its output
+    weight: what a second counts in misses
+    """
+
+    tokens: int
+    alone_s: float
+    pull_s: float
+    moved_s: float
+    output: float
+    waited_s: float
+    weight: float
+
+
+def terms_of(
+    view: WorkerView, costs: StepCosts, slo: Slo, typical: Typical, share: float, token_s: float, now: float
+) -> Terms:
+    """Work a view out.
 
     Args:
-        outputs: fewer than `budget`
+        share: of the worker's time that prompts have taken lately, beside outputs
+        token_s: that the link takes for the KV of a token
     """
-    left, seconds = queued_tokens + prompt_tokens, 0.0
-    while left > 0:
-        chunk = min(left, budget - outputs)
-        seconds += step_s(chunk, outputs)
-        left -= chunk
-    return seconds
+    produced = typical.output_tokens / 2
+    active = view.decoding - view.arriving
+    pace_s = 0.0
+    if active:
+        pace_s = costs.decode(active, view.decode_tokens - view.arriving_tokens + active * produced)
+    free_at, wait_s = now, 0.0
+    if view.prefilling:
+        mean = max(1, view.prefill_tokens // view.prefilling)
+        if active:
+            steps = view.prefill_tokens / max(1, costs.budget - active)
+            work_s = view.prefilling * costs.beside(mean, active) + steps * pace_s
+        else:
+            work_s = view.prefilling * costs.prompt(mean)
+        free_at, wait_s = view.prefill_since + work_s, costs.rest_s
+    elif active:
+        wait_s = costs.wait_steps * pace_s
+    # When this request decodes, some that do now have ended, and of those on their way not all have come.
+    life_s = typical.output_tokens * (pace_s or costs.decode(1, typical.prompt_tokens))
+    stay = max(0.0, 1.0 - typical.delay_s / life_s)
+    come = min(1.0, life_s / typical.delay_s) if typical.delay_s else 1.0
+    outputs = round(active * stay + view.arriving * come)
+    each = view.decode_tokens / view.decoding + produced if view.decoding else 0.0
+    before_s = costs.decode(outputs, outputs * each) if outputs else 0.0
+    after_s = costs.decode(outputs + 1, outputs * each + typical.prompt_tokens + produced)
+    free = 1.0 - share
+    tpot_s = after_s / free if view.role is Role.MIXED else after_s
+    own = miss(tpot_s, slo.tpot_s, TPOT_DOUBT)
+    handover_slope = output_harm = prompt_harm = 0.0
+    if slo.tpot_s < math.inf:
+        step = 0.1 * slo.tpot_s
+        handover_slope = (miss(tpot_s + step, slo.tpot_s, TPOT_DOUBT) - own) / step
+        if outputs:
+            output_harm = 0.5 * outputs * (own - miss(tpot_s * before_s / after_s, slo.tpot_s, TPOT_DOUBT))
+        if active:
+            usual_s = costs.beside(typical.prompt_tokens, active)
+            pace = pace_s / free
+            later = miss(pace + usual_s / max(1.0, produced), slo.tpot_s, TPOT_DOUBT)
+            prompt_harm = active * (later - miss(pace, slo.tpot_s, TPOT_DOUBT)) / max(usual_s, 1e-9)
+    spread_s = tpot_s + (outputs * (after_s - before_s) if outputs else 0.0)
+    return Terms(
+        view,
+        now + FRESH_S,
+        view.role,
+        view.prefilling,
+        active,
+        max(1, costs.budget - active),
+        free_at,
+        wait_s,
+        pace_s,
+        prompt_harm,
+        tpot_s,
+        own,
+        handover_slope,
+        output_harm,
+        spread_s,
+        view.leaving_tokens * token_s,
+    )
 
 
-def first_fit(job: JobView, workers: Sequence[WorkerView], estimate: Estimator, slo: Slo) -> Route | None:
-    """The pair that breaks the fewest promises; of equal ones the least excess, and then the order decides.
-
-    None if there is no pair that may; a worker that failed the request before is the last resort.
-
-    Prompts go to the first worker that will do and outputs to the last one. So prompts fill the workers from one end
-    and outputs from the other, as full as promises allow, and where they meet moves with the load: roles that nobody
-    has assigned (first fit, as in bin packing).
-    """
-    best: tuple[bool, int, float, int, int] | None = None
-    route = None
-    for first, source in enumerate(workers):
-        for last, target in enumerate(workers):
-            if not (source.role.prefills and target.role.decodes):
-                continue
-            found = estimate(source, target)
-            failed = bool(job.avoid & {source.name, target.name})
-            excess = max(0.0, found.ttft_s / slo.ttft_s - 1) + max(0.0, found.tpot_s / slo.tpot_s - 1)
-            key = failed, sum(found.missed(slo).values()), excess, first, -last
-            if best is None or key < best:
-                best, route = key, Route(source.name, target.name)
-    return route
+def first_token_s(terms: Terms, ask: Ask, costs: StepCosts, now: float) -> tuple[float, float]:
+    """(time to first token from now, what the prompt takes beside outputs: 0 if there are none)."""
+    left = terms.free_at - now
+    ttft_s = terms.wait_s + (left if left > 0.0 else 0.0)
+    if not terms.active:
+        return ttft_s + ask.alone_s, 0.0
+    extra = costs.beside(ask.tokens, terms.active)
+    return ttft_s + extra + terms.pace_s * -(-ask.tokens // terms.room), extra
 
 
-@dataclass(frozen=True)
-class RouterParts:
-    """What `ByEstimate` is made of; a notebook puts a learner's own in.
-
-    ttft:    see `time_to_first_token`
-    rule:    see `first_fit`
-    lengths: makes a `LogLengths` of a first belief
-    """
-
-    ttft: Callable[[int, int, int, int, StepSeconds], float] = time_to_first_token
-    rule: Rule = first_fit
-    lengths: Callable[[NormalInverseGamma], LogLengths] = LogLengths
+def as_source(terms: Terms, ask: Ask, costs: StepCosts, slo: Slo, now: float) -> dict[str, float]:
+    """What s adds to a pair's cost, by name."""
+    ttft_s, extra = first_token_s(terms, ask, costs, now)
+    return {
+        "ttft_misses": miss(ask.waited_s + ttft_s, slo.ttft_s, TTFT_DOUBT),
+        "misses_by_prompt": terms.prompt_harm * extra,
+        "waiting_for_prompt": ask.weight * (ttft_s + terms.active * extra),
+    }
 
 
-class ByEstimate:
-    """A policy that estimates what each pair of workers would do, and lets a rule choose.
-
-    The rule sees objectives that are stricter than those promised, by AIM_TTFT and AIM_TPOT.
-
-    Args:
-        outlook: what is known before anything has run
-        parts: what it is made of
-
-    Raises:
-        ValueError: no objective for both times, without which there is nothing to keep.
-    """
-
-    name = "by-estimate"
-
-    def __init__(self, outlook: Outlook, parts: RouterParts | None = None) -> None:
-        slo = outlook.slo
-        if max(slo.ttft_s, slo.tpot_s) == math.inf:
-            raise ValueError(
-                f"objectives {str(slo) or 'none'!r}; this policy keeps both a time to first token and a time per "
-                'token, so promise both, as goodput=("ttft:500", "tpot:50")'
-            )
-        self.outlook, self.parts = outlook, parts or RouterParts()
-        self.slo = Slo(AIM_TTFT * slo.ttft_s, AIM_TPOT * slo.tpot_s)
-        self.predictor = outlook.predictor or OneBelief(self.parts.lengths(FIRST_BELIEF))
-
-    def finished(self, prompt_tokens: int, output_tokens: int, censored: bool, now: float) -> None:
-        """See `Policy`."""
-        if output_tokens:
-            self.predictor.observe(prompt_tokens, output_tokens, censored)
-
-    def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
-        views = tuple(workers)
-        output = self.predictor.predict(job.prompt_tokens, job.params.max_tokens).quantile(0.5)
-        asked = _Asked(self, job, output, now)
-        route = self.parts.rule(job, views, asked, self.slo)
-        if route is None:
-            return None
-        chosen, slo = route, self.slo
-
-        def explain() -> Explanation:
-            candidates = []
-            for source in views:
-                for target in views:
-                    if source.role.prefills and target.role.decodes:
-                        found = asked(source, target)
-                        terms = {f"missed_{name}": float(n) for name, n in found.missed(slo).items()}
-                        pair = Route(source.name, target.name)
-                        candidates.append(Candidate(pair, sum(terms.values()), terms))
-            candidates.sort(key=lambda each: (each.route != chosen, each.cost))
-            best, *others = candidates
-            gains = {name: others[0].terms[name] - best.terms[name] for name in best.terms} if others else {}
-            decided = max(gains, key=lambda name: gains[name], default="")
-            return Explanation(chosen, reason, decided if gains.get(decided) else "", tuple(candidates))
-
-        by_name = {view.name: view for view in views}
-        found = asked(by_name[route.prefill], by_name[route.decode])
-        reason = f"first token in {1e3 * found.ttft_s:.0f} ms, {1e3 * found.tpot_s:.1f} ms a token"
-        return Decision(route, reason, explainer=explain)
-
-    # ------------------------------------------------------------------ estimates
-
-    def source(self, job: JobView, view: WorkerView, output: float, now: float) -> Estimate:
-        """What the prompt does at its source: `ttft_s`, and what it does to the outputs there.
-
-        Args:
-            output: expected tokens of an output
-        """
-        outputs, step_s = view.decoding - view.arriving, self._step_s(view, output)
-        room = max(1, self._budget(view) - outputs)
-        queue_s, whole_s = (
-            self.parts.ttft(view.prefill_tokens, tokens, outputs, room + outputs, step_s)
-            for tokens in (0, job.uncached_tokens)
-        )
-        own_s = whole_s - queue_s
-        gone_s = now - view.prefill_since if view.prefilling else 0.0  # of the queue, some is done
-        ttft_s = now - job.arrival + max(own_s, whole_s - gone_s)
-        if not outputs:
-            return Estimate(ttft_s, 0.0)
-        before_s = step_s(0, outputs)
-        late_s = max(0.0, own_s - math.ceil(job.uncached_tokens / room) * before_s)
-        # An output is halfway through, as far as anybody knows.
-        return Estimate(ttft_s, 0.0, outputs, before_s, before_s + late_s / max(1.0, output / 2))
-
-    def target(self, view: WorkerView, output: float) -> float:
-        """Seconds a token beside the outputs of a worker and behind the prompts that it has."""
-        outputs, step_s = view.decoding + 1, self._step_s(view, output)
-        pace_s = step_s(0, outputs)
-        if not view.prefill_tokens:
-            return pace_s
-        room = max(1, self._budget(view) - outputs)
-        with_prompts_s = self.parts.ttft(view.prefill_tokens, 0, outputs, room + outputs, step_s)
-        return pace_s + max(0.0, with_prompts_s - math.ceil(view.prefill_tokens / room) * pace_s) / output
-
-    def handover(self, job: JobView, output: float) -> float:
-        """Seconds a token, for the KV to move."""
-        out = self.outlook
-        blocks = math.ceil(job.known_tokens / out.block_size)
-        seconds = out.transfer.seconds(blocks, blocks * out.block_bytes) if out.transfer else 0.0
-        return seconds / max(1.0, output - 1)
-
-    def _budget(self, view: WorkerView) -> int:
-        return view.max_num_batched_tokens or self.outlook.max_num_batched_tokens
-
-    def _step_s(self, view: WorkerView, output: float) -> StepSeconds:
-        """Of a step at this worker, each output with the context that they have on average there."""
-        from nanopd_lab.cost.iteration import StepFeatures
-
-        model, outputs = self.outlook.iteration, view.decoding - view.arriving
-        known = (view.decode_tokens - view.arriving_tokens) / outputs if outputs else 0.0
-        context = known + output / 2
-
-        def seconds(tokens: int, outputs: int) -> float:
-            of_prompt = tokens * tokens / 2
-            read = round(outputs * (context + 1)) + tokens
-            chunks = outputs + (tokens > 0)
-            return model.of_features(
-                StepFeatures(tokens + outputs, chunks, of_prompt + outputs * context, read, chunks)
-            )
-
-        return seconds
+def as_target(terms: Terms, ask: Ask, moves: bool) -> dict[str, float]:
+    """What t adds to a pair's cost, by name."""
+    moved_s = ask.moved_s if moves else 0.0
+    return {
+        "tpot_misses": terms.tpot_misses + terms.handover_slope * moved_s,
+        "misses_by_output": terms.output_harm,
+        "waiting_for_output": ask.weight * ask.output * (terms.spread_s + moved_s),
+    }
 
 
-class _Asked:
-    """The estimator of one request: what a worker does as a source and as a target is worked out once."""
+def link_cost(source: Terms, ask: Ask, slope: float) -> float:
+    """What the pulls that wait for a source's link already cost a request that comes behind them."""
+    return source.link_s * (slope / max(1.0, ask.output - 1) + ask.weight)
 
-    def __init__(self, policy: ByEstimate, job: JobView, output: float, now: float) -> None:
-        self._policy, self._job, self._output, self._now = policy, job, output, now
-        self._sources: dict[str, Estimate] = {}
-        self._targets: dict[str, float] = {}
-        self._handover_s = policy.handover(job, output)
 
-    def __call__(self, source: WorkerView, target: WorkerView) -> Estimate:
-        found = self._sources.get(source.name)
-        if found is None:
-            found = self._policy.source(self._job, source, self._output, self._now)
-            self._sources[source.name] = found
-        tpot_s = self._targets.get(target.name)
-        if tpot_s is None:
-            tpot_s = self._targets[target.name] = self._policy.target(target, self._output)
-        moved_s = 0.0 if source.name == target.name else self._handover_s
-        return found._replace(tpot_s=tpot_s + moved_s)
+def miss(value: float, objective: float, doubt: float) -> float:
+    """The probability that an objective is missed, where an estimate is off by about `doubt` of it."""
+    if objective == math.inf:
+        return 0.0
+    z = (value / objective - 1) / doubt
+    return 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + math.exp(-z))

@@ -40,13 +40,15 @@ class Fleet(Sequence[WorkerView]):
         if view is old:
             return
         self._slots[place] = view
-        self.num_members += (view is not None) - (old is not None)
         self._members = None
         if old is None or view is None or old.role is not view.role:
+            self.num_members += (view is not None) - (old is not None)
             self._sources = self._targets = None
         if view is not None:
             for key, heap in self._heaps.items():
-                self._push(heap, key, place, view)
+                if (value := key(view)) is not None:
+                    self._pushes += 1  # views have no order of their own
+                    heapq.heappush(heap, (value, place, self._pushes, view))
 
     def of(self, name: str) -> WorkerView | None:
         """The worker of this name, if it can be chosen."""
@@ -61,10 +63,10 @@ class Fleet(Sequence[WorkerView]):
         """
         heap = self._heaps.get(key)
         if heap is None or len(heap) > 16 * len(self._slots) + 64:
-            heap = self._heaps[key] = []
-            for place, view in enumerate(self._slots):
-                if view is not None:
-                    self._push(heap, key, place, view)
+            keyed = [(place, view, key(view)) for place, view in enumerate(self._slots) if view is not None]
+            heap = [(value, place, 0, view) for place, view, value in keyed if value is not None]
+            heapq.heapify(heap)
+            self._heaps[key] = heap
         aside = None
         found = None
         while heap:
@@ -80,13 +82,6 @@ class Fleet(Sequence[WorkerView]):
         if aside is not None:
             heapq.heappush(heap, aside)
         return found
-
-    def _push(
-        self, heap: list[tuple[Any, int, int, WorkerView]], key: Key, place: int, view: WorkerView
-    ) -> None:
-        if (value := key(view)) is not None:
-            self._pushes += 1  # views have no order of their own
-            heapq.heappush(heap, (value, place, self._pushes, view))
 
     # ------------------------------------------------------------------ as a sequence
 

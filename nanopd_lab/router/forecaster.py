@@ -112,7 +112,7 @@ class Forecaster:
         # A decode worker hears of the blocks, and then that they have arrived.
         handover += 2 * self._until_planned(step_s, batch)
         ttft, ttft_met = self._ttft(wait, services, prompts.full, queue[0], 0.0)
-        met, tpot = self._outputs(step_s, growth, variance, 0.0, 0.0, ttft, handover, swing)
+        met, tpot = self._outputs(step_s, growth, variance, 0.0, 0.0, wait, services, handover, swing)
         room = self._room(batch, variance)
         return Forecast(layout, rate, ttft_met, *met, room, ttft, tpot, load, batch, link_load)
 
@@ -151,7 +151,7 @@ class Forecaster:
         each = Service.of(extra)
         squares = each.square_s2 - each.mean_s**2 * (1 - 1 / workers - blind**4)
         squares *= per_worker * crowded
-        met, tpot = self._outputs(step_s, growth, variance, taken, squares, ttft)
+        met, tpot = self._outputs(step_s, growth, variance, taken, squares, wait, services + sync)
         room = self._room(batch, variance)
         return Forecast(layout, rate, ttft_met, *met, room, ttft, tpot, load, batch)
 
@@ -186,7 +186,8 @@ class Forecaster:
         variance: float,
         taken: float,
         squares: float,
-        ttft_s: float,
+        wait: Waiting,
+        first: Array,
         handover: float = 0.0,
         swing: float = 0.0,
     ) -> tuple[tuple[float, float], float]:
@@ -195,6 +196,7 @@ class Forecaster:
         Args:
             step_s, growth, variance: of a decode step; of a step for one sequence more; of the batch
             taken, squares: λE[X] and λE[X²] of the time X that a prompt takes from those that decode
+            wait, first: of prompts, waiting and then the rest of TTFT, `[prompts]`
             handover, swing: from the first token on until the second is begun, and its variance
         """
         slo, gaps = self.outlook.slo, self.times.gaps
@@ -209,8 +211,8 @@ class Forecaster:
         if slo.tpot_s < math.inf:
             tpot_met = mean(np.where(some, sum_below(slo.tpot_s * gaps, expected, spread), 1.0))
         if slo.e2e_s < math.inf:
-            left = np.full_like(gaps, slo.e2e_s - ttft_s)
-            e2e_met = mean(np.where(some, sum_below(left, expected, spread), left > 0))
+            left = slo.e2e_s - np.where(some, expected, 0.0)[:, None] - first[None, :]
+            e2e_met = mean(wait.within(left.ravel()))
         return (tpot_met, e2e_met), tpot_s
 
     def _room(self, batch: float, variance: float) -> float:

@@ -24,7 +24,7 @@ from nanopd_lab.cost.iteration import SHORT_CHUNK, StepFeatures
 if TYPE_CHECKING:
     from nanopd_lab.router.outlook import Outlook
 
-SLICE = 8  # requests between two pauses
+SLICE = 4  # requests between two pauses
 
 
 class ReplayJob(NamedTuple):
@@ -348,7 +348,7 @@ class _Decodes:
             self.add(*self._waiting.popleft())
 
 
-def share(value: float, objective: float, width: float = 0.1) -> float:
+def share(value: float, objective: float, width: float = 0.05) -> float:
     """How surely `value` keeps an objective: 1 well below, 0 well above, a straight line between."""
     if objective == math.inf:
         return 1.0

@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,8 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--policy",
         default="least-loaded",
-        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd",
+        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd, adaptive; or oracle: the best "
+        "routes that can be found, in hindsight, for a --goodput",
     )
     add_workload_options(parser, rate=DEFAULT_RATE)
     add_metric_options(parser)
@@ -71,6 +72,9 @@ def add_machine_options(parser: argparse.ArgumentParser, engine: bool = True) ->
     parser.add_argument("--num-blocks", type=int, help="KV blocks a worker; default: what its memory holds")
     parser.add_argument(
         "--block-bytes", type=int, help="of KV in a block of 16 tokens, for a --cost-model that doesn't say"
+    )
+    parser.add_argument(
+        "--oracle-simulations", type=int, default=50, help="that --policy oracle may make, to find its routes"
     )
     parser.add_argument(
         "--beat", type=float, help="seconds between workers' reports; without: policies see none"
@@ -143,7 +147,10 @@ def run(args: argparse.Namespace) -> int:
     machine = machine_of(args, shared=any(each.shared() for each in workload.requests))
     kills = [Kill.parse(text) for text in args.kill]
     begun = time.perf_counter()
-    result = simulated(machine, workload.requests, args.policy, args.workers, slo, kills)
+    if args.policy == "oracle":
+        result = _hindsight(args, workload.requests, machine, slo)
+    else:
+        result = simulated(machine, workload.requests, args.policy, args.workers, slo, kills)
     seconds = time.perf_counter() - begun
     setting = machine.setting(args.workers, args.policy, args.label)
     record = serving_result(result.records, workload, setting, slo, selection, detailed=args.save_detailed)
@@ -157,6 +164,27 @@ def run(args: argparse.Namespace) -> int:
     if args.trace:
         write_trace(result, args.trace)
     return 0
+
+
+def _hindsight(
+    args: argparse.Namespace, requests: Sequence[SimRequest], machine: Machine, slo: Slo
+) -> SimResult:
+    """The best routes that are found, all arrivals and lengths being known."""
+    from nanopd_lab.router import Role
+    from nanopd_lab.sim.oracle import Instance, Planned, oracle, upper_bound
+    from nanopd_lab.sim.simulator import Simulator
+
+    if args.kill or args.beat is not None:
+        raise ValueError("the oracle knows no --kill and needs no --beat; leave them out")
+    config = replace(machine.config, trace=False)
+    instance = Instance(tuple(requests), args.workers, machine.time, slo, config)
+    found = oracle(instance, machine.outlook(slo), args.oracle_simulations, args.seed)
+    print(
+        f"oracle: {found.met} of {len(instance.requests)} requests served as promised, {found.started} by "
+        f"{found.start}, at most {upper_bound(instance, found.met).met} by any routing; {found.effort:.0f} simulations"
+    )
+    planned, roles = Planned(found.outcome.plan), [Role.MIXED] * args.workers
+    return Simulator(planned, roles, machine.time, requests, machine.config).run()
 
 
 def simulated(

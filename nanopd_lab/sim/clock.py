@@ -13,7 +13,10 @@ from __future__ import annotations
 import enum
 import heapq
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_NEVER = math.inf
 
 
 class Kind(enum.IntEnum):
@@ -27,14 +30,11 @@ class Kind(enum.IntEnum):
     LOOP = 5  # a worker's loop comes round: its step has ended, or something woke it
 
 
-class Event(NamedTuple):
-    """What happens at `time` (seconds). `payload` is for whoever scheduled it; `order` is that of being scheduled."""
+Happen = Callable[[int], None]
+"""What an event does. It is told its order, by which whoever has called it off meanwhile knows it."""
 
-    time: float
-    kind: int
-    rank: int
-    order: int
-    payload: Any
+Event = tuple[float, int, int, int, Happen]
+"""Time in seconds, kind, rank, order of being scheduled, and what happens."""
 
 
 class EventQueue:
@@ -43,37 +43,41 @@ class EventQueue:
     def __init__(self) -> None:
         self.now = 0.0
         self.key: tuple[Any, ...] = (-math.inf,)
-        self.processed = 0
         self._heap: list[Event] = []
         self._order = 0
 
-    def push(self, time: float, kind: Kind, payload: object, rank: int = 0) -> int:
-        """Schedule an event; returns its order.
+    def push(self, time: float, kind: Kind, happen: Happen, rank: int = 0) -> int:
+        """Schedule an event; returns its order, which is above 0.
 
         Raises:
             ValueError: the time is not a number, infinite or in the past.
         """
-        if not self.now <= time < math.inf:
+        if not self.now <= time < _NEVER:
             raise ValueError(f"an event at {time} s; it must be finite and not before now ({self.now} s)")
         self._order = order = self._order + 1
-        heapq.heappush(self._heap, tuple.__new__(Event, (time, kind, rank, order, payload)))
+        heapq.heappush(self._heap, (time, kind, rank, order, happen))
         return order
 
-    def pop(self) -> Event | None:
-        """The next event, None at the end of the world. Moves `now` and `key`."""
-        if not self._heap:
-            return None
-        event = heapq.heappop(self._heap)
-        self.now = event.time
-        # What is scheduled for this very instant can come behind its place; the order of the others has gone further.
-        if event > self.key:
-            self.key = event
-        self.processed += 1
-        return event
+    def run(self) -> Iterator[float]:
+        """Have the events happen until there are none left; stops behind each, with its time. Moves `now` and `key`."""
+        heap, pop = self._heap, heapq.heappop
+        while heap:
+            event = pop(heap)
+            self.now = event[0]
+            # What is scheduled for this very instant can come behind its place; the order of others has gone further.
+            if event > self.key:
+                self.key = event
+            event[4](event[3])
+            yield self.now
 
-    def passed(self, time: float, kind: Kind, rank: int) -> bool:
-        """True if an event with this key would have been taken already."""
-        return (time, kind, rank, math.inf) < self.key
+    @property
+    def processed(self) -> int:
+        """Events that were taken."""
+        return self._order - len(self._heap)
+
+    def passed(self, kind: Kind, rank: int) -> bool:
+        """True if an event of this instant with this key would have been taken already."""
+        return (self.now, kind, rank, _NEVER) < self.key
 
     def __len__(self) -> int:
         return len(self._heap)

@@ -9,8 +9,9 @@ errs to the slow side where shares differ (max-min fairness would redistribute i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
 
 from nanopd_lab.sim.clock import EventQueue, Kind
 
@@ -46,16 +47,17 @@ class Flow:
     payload: object
     rate: float = 0.0
     since: float = 0.0
-    version: int = 0
+    turn: int = 0  # the order of the event at which its setup or its last byte is due
     sending: bool = False
 
 
 @dataclass
 class Links:
-    """All pulls under way. Its events carry a `FlowDue`, which `due` takes back."""
+    """All pulls under way. `ended` is called for each that has been sent."""
 
     model: LinkModel
     queue: EventQueue
+    ended: Callable[[Flow], None]
     leaving: dict[str, dict[Flow, None]] = field(default_factory=dict)  # ordered sets, by worker
     arriving: dict[str, dict[Flow, None]] = field(default_factory=dict)
     flows: dict[Flow, None] = field(default_factory=dict)
@@ -70,15 +72,10 @@ class Links:
             self._call(flow, now + setup_s)
         return flow
 
-    def due(self, event: FlowDue) -> Flow | None:
-        """Take an event; returns the pull if it ends here."""
-        flow = event.flow
-        if flow not in self.flows or event.version != flow.version:
-            return None  # cancelled, or its rate has changed since
-        if self._send(flow):
-            return None
-        self.end(flow)
-        return flow
+    def _due(self, flow: Flow, turn: int) -> None:
+        if turn == flow.turn and not self._send(flow):  # else cancelled, or its rate has changed since
+            self.end(flow)
+            self.ended(flow)
 
     def _send(self, flow: Flow) -> bool:
         """The setup is over: begin to send the bytes. False if they have been sent, or take no time."""
@@ -93,6 +90,7 @@ class Links:
     def end(self, flow: Flow) -> None:
         """Forget a pull, finished or not; the others go faster."""
         del self.flows[flow]
+        flow.turn = 0
         if flow.sending:
             del self.leaving[flow.source][flow]
             del self.arriving[flow.target][flow]
@@ -116,12 +114,4 @@ class Links:
             self._call(flow, now + flow.left_bytes / rate)
 
     def _call(self, flow: Flow, time: float) -> None:
-        flow.version += 1
-        self.queue.push(time, Kind.PULL, FlowDue(flow, flow.version))
-
-
-class FlowDue(NamedTuple):
-    """The setup of a pull is over, or its last byte is there, unless its rate has changed in the meantime."""
-
-    flow: Flow
-    version: int
+        flow.turn = self.queue.push(time, Kind.PULL, partial(self._due, flow))

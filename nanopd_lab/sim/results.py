@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
 
 from nanopd_lab.cluster.accounts import PathReport
 from nanopd_lab.router.slo import Slo
@@ -96,6 +98,22 @@ class WorkerTotals:
     killed: bool = False
 
 
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Of ascending values: linear interpolation between order statistics, as numpy's; nan if there are none.
+
+    Raises:
+        ValueError: `percent` lies outside [0, 100].
+    """
+    if not 0 <= percent <= 100:
+        raise ValueError(f"percentile {percent}; it must lie in [0, 100]")
+    if not values:
+        return math.nan
+    place = (len(values) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (values[high] - values[low]) * (place - low)
+
+
 @dataclass
 class SimResult:
     """See the module. `records` are in order of arrival; `events` is how many the clock has taken.
@@ -110,12 +128,12 @@ class SimResult:
     spans: list[StepSpan] = field(default_factory=list)
     pulls: list[PullSpan] = field(default_factory=list)
 
-    @property
+    @cached_property
     def completed(self) -> list[RequestRecord]:
         """Those that got all of their tokens."""
         return [record for record in self.records if record.ok]
 
-    @property
+    @cached_property
     def duration_s(self) -> float:
         """From the first arrival to the last token."""
         ends = [record.finished for record in self.records if record.finished is not None]
@@ -151,8 +169,7 @@ class SimResult:
 
     def values(self, metric: str) -> list[float]:
         """A property of `RequestRecord` (such as "ttft_s") of all completed requests that have it."""
-        found: Callable[[RequestRecord], float | None] = lambda record: getattr(record, metric)  # noqa: E731
-        return [value for value in map(found, self.completed) if value is not None]
+        return [value for value in map(attrgetter(metric), self.completed) if value is not None]
 
     def mean(self, metric: str) -> float:
         """Mean over completed requests; nan if there is none."""
@@ -165,15 +182,7 @@ class SimResult:
         Raises:
             ValueError: `percent` lies outside [0, 100].
         """
-        if not 0 <= percent <= 100:
-            raise ValueError(f"percentile {percent}; it must lie in [0, 100]")
-        values = sorted(self.values(metric))
-        if not values:
-            return math.nan
-        place = (len(values) - 1) * percent / 100
-        low = math.floor(place)
-        high = min(low + 1, len(values) - 1)
-        return values[low] + (values[high] - values[low]) * (place - low)
+        return percentile(sorted(self.values(metric)), percent)
 
     def problems(self) -> list[str]:
         """What is lost or doesn't add up; empty if nothing is."""

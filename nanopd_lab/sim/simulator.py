@@ -17,9 +17,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from nanopd_lab.cluster.actions import (
-    Action,
     ClusterBusyError,
     ClusterDownError,
     Emit,
@@ -36,13 +36,15 @@ from nanopd_lab.engine.lockstep import LockstepScheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import BlockAllocator, CountedBlocks
 from nanopd_lab.router import Policy, Role
-from nanopd_lab.sim.clock import Event, EventQueue, Kind
+from nanopd_lab.sim.clock import EventQueue, Kind
 from nanopd_lab.sim.links import Flow, LinkModel, Links
 from nanopd_lab.sim.results import PullSpan, RequestRecord, SimResult, WorkerTotals
 from nanopd_lab.sim.timing import StepTime
 from nanopd_lab.sim.worker import TOKEN, Outgoing, SimCore, SimWorker, StepSpan
 from nanopd_lab.sim.workload import Kill, SimRequest, in_order
 from nanopd_lab.transfer import Pull, PullResult, PullStatus
+
+_NEVER = float("inf")
 
 
 @dataclass(frozen=True)
@@ -83,28 +85,6 @@ class _PullUnderWay:
     table: int  # the first block of the one that it is from
 
 
-@dataclass(slots=True)
-class _Delivery:
-    """A message reaches a worker."""
-
-    worker: SimWorker
-    message: ToWorker
-
-
-@dataclass(frozen=True)
-class _Beat:
-    """It is time for a worker's report."""
-
-    worker: SimWorker
-
-
-@dataclass(frozen=True)
-class _Restart:
-    """A worker that died is back."""
-
-    name: str
-
-
 class Simulator:
     """One simulation; `run` it once.
 
@@ -128,7 +108,7 @@ class Simulator:
         self.time = time
         self.requests = in_order(requests)
         self.queue = EventQueue()
-        self.links = Links(self.config.link, self.queue)
+        self.links = Links(self.config.link, self.queue, self._pull_ended)
         self.names = [f"w{number}" for number in range(len(roles))]
         self.controller = Controller(policy, dict(zip(self.names, roles, strict=True)), self.config.limits)
         self.workers: dict[str, SimWorker] = {}
@@ -143,6 +123,7 @@ class Simulator:
             raise ValueError("two requests have the same request_id; each needs its own")
         self._ends: dict[str, Emit] = {}
         self._arrived = 0
+        self._open = len(self.requests)  # neither settled nor refused
         self._totals: list[WorkerTotals] = []
         self._outgoing = Outgoing(self._from_worker, self._start_pull, self._cancel_pull)
         for name in self.names:
@@ -150,7 +131,7 @@ class Simulator:
         for kill in kills:
             if kill.worker not in self.workers:
                 raise ValueError(f"worker {kill.worker!r} is to be killed; there are {', '.join(self.names)}")
-            self.queue.push(kill.time, Kind.FAULT, kill)
+            self.queue.push(kill.time, Kind.FAULT, partial(self._strike, kill))
 
     # ------------------------------------------------------------------ the loop
 
@@ -181,45 +162,18 @@ class Simulator:
 
     def _serve(self) -> None:
         self._schedule_arrival()
-        queue, controller, expected = self.queue, self.controller, len(self.requests)
-        while self._arrived < expected or controller.num_unsettled:
-            event = queue.pop()
-            assert event is not None, f"stalled at {queue.now} s: {controller.num_unsettled} jobs open"
-            self._happen(event)
-
-    def _happen(self, event: Event) -> None:
-        _, kind, _, order, payload = event
-        if kind == Kind.LOOP:
-            payload.loop(order)
-        elif kind == Kind.ARRIVAL:
-            self._arrive()
-        elif kind == Kind.PULL:
-            flow = self.links.due(payload)
-            if flow is not None:
-                self._pull_ended(flow)
-        elif kind == Kind.MESSAGE:
-            self._message(payload)
-        elif isinstance(payload, SimWorker):
-            if self._lives_on(payload):
-                payload.timer()
-        elif isinstance(payload, _Beat):
-            self._beat(payload.worker)
-        elif isinstance(payload, Kill):
-            if payload.worker in self.workers:
-                self._kill(payload.worker, "was killed", payload.restart_after)
-        elif isinstance(payload, _Restart):
-            self._start(payload.name)
-        else:  # a deadline
-            self.controller.tick(self.queue.now)
-            self._collect()
+        for _ in self.queue.run() if self._open else ():
+            if not self._open:
+                return
+        assert not self._open, f"stalled at {self.queue.now} s: {self._open} requests open"
 
     # ------------------------------------------------------------------ callers
 
     def _schedule_arrival(self) -> None:
         if self._arrived < len(self.requests):
-            self.queue.push(self.requests[self._arrived].arrival, Kind.ARRIVAL, None)
+            self.queue.push(self.requests[self._arrived].arrival, Kind.ARRIVAL, self._arrive)
 
-    def _arrive(self) -> None:
+    def _arrive(self, _: int) -> None:
         number, now = self._arrived, self.queue.now
         request = self.requests[number]
         self._arrived += 1
@@ -231,21 +185,27 @@ class Simulator:
             self._records[request.request_id] = RequestRecord(
                 request.request_id, now, request.prompt_tokens, 0, finish_reason="refused", error=str(error)
             )
-        if request.deadline != float("inf"):
-            self.queue.push(max(now, request.deadline), Kind.WAKE, None)
+            self._open -= 1
+        if request.deadline != _NEVER:
+            self.queue.push(max(now, request.deadline), Kind.WAKE, self._deadline)
+        self._collect()
+
+    def _deadline(self, _: int) -> None:
+        self.controller.tick(self.queue.now)
         self._collect()
 
     def _settled(self, settled: Settled) -> None:
         path, end = settled.path, self._ends.pop(settled.request_id)
         last = path.last
         firsts = [attempt.first_token for attempt in path.attempts if attempt.first_token is not None]
+        self._open -= 1
         self._records[settled.request_id] = RequestRecord(
             settled.request_id,
             path.arrival,
             path.prompt_tokens,
             path.output_tokens,
             last.prefill.scheduled if last and last.prefill else None,
-            min(firsts, default=None),
+            min(firsts) if firsts else None,
             path.finished,
             str(end.finish_reason),
             end.error,
@@ -255,37 +215,45 @@ class Simulator:
     # ------------------------------------------------------------------ messages
 
     def _from_worker(self, worker: SimWorker, messages: list[FromWorker]) -> None:
+        name, now = worker.core.name, self.queue.now
         if self.config.message_s:
+            come = partial(self._come, worker)
             for message in messages:
                 worker.in_transit.append(message)
-                self.queue.push(self.queue.now + self.config.message_s, Kind.MESSAGE, worker)
+                self.queue.push(now + self.config.message_s, Kind.MESSAGE, come)
             return
+        controller = self.controller
         for message in messages:
-            self.controller.handle(worker.core.name, message, self.queue.now)
-        self._collect()
+            controller.handle(name, message, now)
+        if controller.actions:
+            self._collect()
 
-    def _message(self, payload: object) -> None:
-        if isinstance(payload, SimWorker):  # from it
-            if self._lives_on(payload):
-                self.controller.handle(payload.core.name, payload.in_transit.popleft(), self.queue.now)
-                self._collect()
-        elif isinstance(payload, _Delivery) and self._lives_on(payload.worker):
-            payload.worker.deliver(payload.message)
+    def _come(self, worker: SimWorker, _: int) -> None:
+        """The controller gets a worker's next message."""
+        if worker.alive:
+            self.controller.handle(worker.core.name, worker.in_transit.popleft(), self.queue.now)
+            self._collect()
 
     def _send(self, name: str, message: ToWorker) -> None:
         worker = self.workers.get(name)
         if worker is None:
             return
         if self.config.message_s:
-            self.queue.push(self.queue.now + self.config.message_s, Kind.MESSAGE, _Delivery(worker, message))
+            deliver = partial(self._deliver, worker, message)
+            self.queue.push(self.queue.now + self.config.message_s, Kind.MESSAGE, deliver)
         else:
+            worker.deliver(message)
+
+    @staticmethod
+    def _deliver(worker: SimWorker, message: ToWorker, _: int) -> None:
+        if worker.alive:
             worker.deliver(message)
 
     def _collect(self) -> None:
         """Carry out what the controller has decided."""
-        while self.controller.actions:
-            actions: list[Action]
-            actions, self.controller.actions = self.controller.actions, []
+        controller = self.controller
+        while actions := controller.actions:
+            controller.actions = []
             for action in actions:
                 if isinstance(action, Send):
                     self._send(action.worker, action.message)
@@ -341,7 +309,7 @@ class Simulator:
 
     # ------------------------------------------------------------------ workers
 
-    def _start(self, name: str) -> None:
+    def _start(self, name: str, _: int = 0) -> None:
         config = self.config
         self._lives += 1  # as hosts do: what an earlier life of a worker published is never valid again
         options = {
@@ -379,8 +347,12 @@ class Simulator:
         )
         self.controller.handle(name, Hello(capacity), self.queue.now)
         if config.beat_s is not None:
-            self.queue.push(self.queue.now + config.beat_s, Kind.WAKE, _Beat(worker))
+            self.queue.push(self.queue.now + config.beat_s, Kind.WAKE, partial(self._beat, worker))
         self._collect()
+
+    def _strike(self, kill: Kill, _: int) -> None:
+        if kill.worker in self.workers:
+            self._kill(kill.worker, "was killed", kill.restart_after)
 
     def _kill(self, name: str, reason: str, restart_after: float | None) -> None:
         worker, now = self.workers.pop(name), self.queue.now
@@ -397,7 +369,7 @@ class Simulator:
                 self._pull_ended(flow, "the source is gone")
         self.controller.worker_down(name, reason, now, restarting=restart_after is not None)
         if restart_after is not None:
-            self.queue.push(now + restart_after, Kind.FAULT, _Restart(name))
+            self.queue.push(now + restart_after, Kind.FAULT, partial(self._start, name))
         self._collect()
 
     def _close(self, name: str, worker: SimWorker, killed: bool) -> None:
@@ -417,12 +389,9 @@ class Simulator:
             )
         )
 
-    def _beat(self, worker: SimWorker) -> None:
+    def _beat(self, worker: SimWorker, _: int) -> None:
         assert self.config.beat_s is not None
-        if self._lives_on(worker):
+        if worker.alive:
             worker.beat_due = True
             worker.wake()
-            self.queue.push(self.queue.now + self.config.beat_s, Kind.WAKE, _Beat(worker))
-
-    def _lives_on(self, worker: SimWorker) -> bool:
-        return self.workers.get(worker.core.name) is worker
+            self.queue.push(self.queue.now + self.config.beat_s, Kind.WAKE, partial(self._beat, worker))

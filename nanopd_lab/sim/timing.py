@@ -128,36 +128,37 @@ class RunClock:
         total_context: int,
         contexts: Callable[[], Sequence[int]],
     ) -> None:
-        self._start = start
-        self._seconds: Callable[[int], float] | None = None
+        self.start = start
+        self.end: Callable[[int], float]  # when so many steps are over; `end(0)` is the start
         if (decode_run := getattr(time, "decode_run", None)) is not None:
-            self._seconds = decode_run(batch, total_context)
-            return
-        self._time, self._contexts = time, contexts()
-        self._ends = [start]  # as far as somebody has asked
+            seconds = decode_run(batch, total_context)
+            self.end = lambda steps: start + seconds(steps)
+            self._even = True
+        else:
+            self._time, self._contexts = time, contexts()
+            self._ends = [start]  # as far as somebody has asked
+            self.end = self._added_up
+            self._even = False
 
-    def end(self, steps: int) -> float:
-        """When the `steps`-th step ends; `end(0)` is the start."""
-        if self._seconds is not None:
-            return self._start + self._seconds(steps) if steps else self._start
+    def _added_up(self, steps: int) -> float:
         ends = self._ends
         while len(ends) <= steps:
             done = len(ends) - 1
             ends.append(ends[-1] + self._time.seconds([(context + done, 1) for context in self._contexts]))
         return ends[steps]
 
-    def count(self, most: int, over: Callable[[float], bool], now: float) -> int:
-        """How many steps are over, of `most` of which the last one is not. `over` says whether a time has passed, and
-        `now` is the clock's."""
-        low, high = (
-            0,
-            most - 1,
-        )  # the answer lies in between; steps are nearly alike, so a guess is nearly right
-        guess = int((now - self._start) / (self.end(1) - self._start)) if self._seconds else 0
-        reach = 1
+    def count(self, most: int, now: float, inclusive: bool) -> int:
+        """How many steps are over at `now`, of `most` of which the last one is not. `inclusive`: those too that end
+        just then."""
+        if most == 1:
+            return 0
+        # The answer lies in between; steps are nearly alike, so a guess is nearly right.
+        low, high, reach, start = 0, most - 1, 1, self.start
+        guess = int((now - start) / (self.end(1) - start)) if self._even else 0
         while low < high:
             middle = min(max(guess, low + 1), high)
-            if over(self.end(middle)):
+            end = self.end(middle)
+            if end < now or (inclusive and end == now):
                 low, guess = middle, middle + reach
             else:
                 high, guess = middle - 1, middle - reach

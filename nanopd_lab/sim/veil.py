@@ -40,7 +40,16 @@ class Veiled:
             self.finished = finished
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
-        return self.policy.choose(job._replace(params=self._params), workers, now)
+        shown = JobView(
+            job.prompt_tokens,
+            job.known_tokens,
+            self._params,
+            job.arrival,
+            job.avoid,
+            job.cached_tokens,
+            job.postponed,
+        )
+        return self.policy.choose(shown, workers, now)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)

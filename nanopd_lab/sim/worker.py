@@ -12,10 +12,11 @@ from collections import deque
 from collections.abc import Callable, Container
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import filterfalse
 
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
-from nanopd_lab.cluster.worker import WorkerCore, missing_blocks
+from nanopd_lab.cluster.worker import Try, WorkerCore
 from nanopd_lab.core import SampledToken, Sequence, StepPlan
 from nanopd_lab.engine.decode_run import taken_by_then
 from nanopd_lab.engine.handover import HandoverScheduler
@@ -49,11 +50,13 @@ class SimCore(WorkerCore):
 
     def start_run(self, most: int) -> int:
         """See `WorkerCore`."""
-        if self.lockstep is None:
+        lockstep = self.lockstep
+        if lockstep is None:
             return super().start_run(most)
-        self._reserve()
-        steps = self.lockstep.run_length(most)
-        if steps and self.lockstep.newcomers and self._note_newcomers(self.lockstep):
+        if self.scheduler.expected:
+            self._reserve()
+        steps = lockstep.run_length(most)
+        if steps and lockstep.newcomers and self._note_newcomers(lockstep):
             return 1  # somebody's first token, which is told at once
         return steps
 
@@ -66,21 +69,28 @@ class SimCore(WorkerCore):
                 awaited |= self._tries[sequence.request.request_id].usage.adopted is None
         return awaited
 
-    def run_done(self, steps: int, first: float) -> None:
-        """As `finish_run`; `first` is when the first of the steps was over."""
-        scheduler = self.lockstep
-        if scheduler is None:
+    def run_done(self, steps: int, run: RunClock) -> None:
+        """As `finish_run`, of the first `steps` steps of `run`."""
+        lockstep = self.lockstep
+        if lockstep is None:
             self.finish_run(steps, TOKEN)
             return
-        newcomers = scheduler.newcomers
-        told = scheduler.advance(steps)
+        newcomers = lockstep.newcomers
+        told = lockstep.advance(steps)
         for sequence in newcomers:
             if sequence in self._unsampled:
                 each = self._tries[sequence.request.request_id]
                 if each.usage.adopted is not None:
-                    self._note_sampled(each, first)
+                    self._note_sampled(each, run.end(1))
         for sequence in told:
-            self._report(self._tries[sequence.request.request_id])
+            if sequence.finish_reason or sequence in self._unsampled:
+                self._report(self._tries[sequence.request.request_id])
+
+    def _report(self, each: Try) -> None:
+        usage = each.usage
+        if self.lockstep is not None and usage.sampled is None and usage.adopted is None:
+            self.lockstep.write_down(each.sequence)
+        super()._report(each)
 
     def report_all(self) -> None:
         """See `WorkerCore`."""
@@ -90,8 +100,9 @@ class SimCore(WorkerCore):
 
     @staticmethod
     def missing(offered: int, arrived: Container[int], under_way: Container[int]) -> list[int]:
-        """See `missing_blocks`; mostly nothing has come yet, and there is nothing to look up."""
-        return missing_blocks(offered, arrived, under_way) if arrived or under_way else list(range(offered))
+        """See `missing_blocks`; without a loop of Python's."""
+        left = filterfalse(arrived.__contains__, range(offered))
+        return list(filterfalse(under_way.__contains__, left) if under_way else left)
 
     def generations(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """See `WorkerCore`; a counted block never gets a second one."""
@@ -154,6 +165,7 @@ class SimWorker:
     spans: list[StepSpan] | None = None
     inbox: deque[tuple[float, ToWorker | PullResult]] = field(default_factory=deque)  # with when it came
     in_transit: deque[FromWorker] = field(default_factory=deque)  # on their way to the controller
+    alive: bool = True
     beat_due: bool = False
     busy_s: float = 0.0
     steps_done: int = 0
@@ -161,8 +173,7 @@ class SimWorker:
     _run: RunClock | None = None
     _steps: int = 0  # of the run, as far as it is known to go
     _began: float = 0.0
-    _loop_at: float | None = None  # when the loop comes round next
-    _turn: int = 0
+    _turn: int = 0  # the order of the event at which the loop comes round next, 0 if there is none
     _wake_at: float = -math.inf  # the last one asked for
 
     # ------------------------------------------------------------------ being called
@@ -174,64 +185,82 @@ class SimWorker:
             self.inbox.append((now, message))
             self.wake()
             return
-        over = run.count(self._steps, self._passed, now)
+        over = self._over(run)
         # A worker that plans ahead has planned one step more, and looks behind it.
         seen = over + 2 if self.ahead and run.end(over) < now else over + 1
-        core = self.core
-        waits = isinstance(message, Expect) and not core.scheduler.blocks.caching
-        if waits and seen <= self._steps and not self.inbox:
-            # It waits for its source and stops nobody, unless the cache could have it: no need to cut the run short.
-            core.handle(message, run.end(seen))  # type: ignore[arg-type]
-            self._watch()
-            if core.outbox:  # refused
-                self._cut(seen)
-            return
+        if isinstance(message, Expect) and seen <= self._steps and not self.inbox:
+            core = self.core
+            if not core.scheduler.blocks.caching:
+                # It waits for its source and stops nobody: no need to cut the run short.
+                core.handle(message, run.end(seen))
+                self._watch()
+                if core.outbox:  # refused
+                    self._cut(run, seen)
+                return
         self.inbox.append((now, message))
-        self._cut(seen)
+        self._cut(run, seen)
 
     def wake(self) -> None:
         """Let the loop come round as soon as it can: now, or after the step under way."""
-        if self._run is not None:
-            self._cut(self._run.count(self._steps, self._passed, self.queue.now) + 1)
-        elif self._plan is None and self._loop_at is None:
-            self._call(self.queue.now)
+        if (run := self._run) is not None:
+            self._cut(run, self._over(run) + 1)
+        elif self._plan is None and not self._turn:
+            self._turn = self.queue.push(self.queue.now, Kind.LOOP, self._loop, self.rank)
 
-    def _cut(self, steps: int) -> None:
+    def _over(self, run: RunClock) -> int:
+        """How many steps of the run under way are over."""
+        return run.count(self._steps, self.queue.now, self.queue.passed(Kind.LOOP, self.rank))
+
+    def _cut(self, run: RunClock, steps: int) -> None:
         """Let the run end after so many steps, if it would go on."""
-        assert self._run is not None
         if steps < self._steps:
             self._steps = steps
-            self._call(self._run.end(steps))
+            self._turn = self.queue.push(run.end(steps), Kind.LOOP, self._loop, self.rank)
 
-    def timer(self) -> None:
+    def _timer(self, _: int) -> None:
         """Something may be due by now, unless it has been settled since."""
+        if not self.alive:
+            return
         if (due := self.core.next_wakeup()) is not None and due <= self.queue.now:
             self.wake()
         else:
             self._watch()
 
-    def loop(self, turn: int) -> None:
+    def _loop(self, turn: int) -> None:
         """The loop comes round: take in what has come, start the next step. `turn` is the event's order."""
         if turn != self._turn:
             return  # called off
-        self._loop_at = None
-        core, now = self.core, self.queue.now
+        self._turn = 0
+        core, now, run, plan = self.core, self.queue.now, self._run, self._plan
         core.now = now
-        seen = self._planned_at() if self.ahead else now
-        self._finish_step(now)
-        self._send()
-        self._take_in(seen)
+        if run is not None:
+            self._run = None
+            self._note(now, self._steps)
+            core.run_done(self._steps, run)
+        elif plan is not None:
+            self._plan = None
+            self._note(now, 1, plan)
+            core.complete(plan, [_ONE if chunk.samples else _NONE for chunk in plan.chunks])
+        if core.outbox:
+            self._send()
+        if self.inbox:
+            seen = now
+            if self.ahead:  # what had come when this step was planned, as the last one began
+                seen = run.end(self._steps - 1) if run else self._began if plan else now
+            self._take_in(seen)
         if core.timed and self._wake_at <= now:
             core.tick(now)
+            self._send()
         if self.beat_due:
             self.beat_due = False
             core.outbox.append(core.beat())
-        self._send()
+            self._send()
         self._start_step(now)
         if self.inbox and self._plan is None and self._run is None:  # idle: it need not wait
             self._take_in(now)
             self._start_step(now)
-        self._send()
+        if core.outbox or core.pulls:
+            self._send()
         if core.timed:
             self._watch()
 
@@ -244,23 +273,17 @@ class SimWorker:
                 core.pull_ended(message, now)
             else:
                 core.handle(message, now)
-            if core.outbox or core.pulls or core.cancelled_pulls:
-                self._send()
-
-    def _planned_at(self) -> float:
-        """When the step that is to start now was planned, in an engine that works ahead: as the last one started."""
-        if self._run is not None:
-            return self._run.end(self._steps - 1)
-        return self.queue.now if self._plan is None else self._began
+            self._send()
 
     def stop(self) -> list[FromWorker]:
         """It dies now. Returns what it has told so far and the controller does not know yet."""
-        if self._run is not None:
-            done = self._run.count(self._steps, self._passed, self.queue.now)
+        if (run := self._run) is not None:
+            done = self._over(run)
             if done:
-                self.core.run_done(done, self._run.end(1))
-            self._note(self._run.end(done), done)
+                self.core.run_done(done, run)
+            self._note(run.end(done), done)
         self._turn = 0
+        self.alive = False
         self.core.report_all()
         return [*self.in_transit, *self.core.outbox]
 
@@ -268,23 +291,28 @@ class SimWorker:
 
     def _start_step(self, now: float) -> None:
         core = self.core
+        if core.idle:
+            return
         steps = core.start_run(1 if self.inbox else _LONGEST_RUN) if self.skip else 0
         if steps:
             if (lockstep := core.lockstep) is not None:
-                self._run = RunClock(
+                run = RunClock(
                     self.time, now, lockstep.lockstepping, lockstep.total_context, lockstep.contexts
                 )
             else:
                 contexts = [each.num_computed for each in core.scheduler.running]
-                self._run = RunClock(self.time, now, len(contexts), sum(contexts), lambda: contexts)
-            self._steps, self._began = steps, now
-            self._call_after_step(self._run.end(steps))
+                run = RunClock(self.time, now, len(contexts), sum(contexts), lambda: contexts)
+            self._run, self._steps, end = run, steps, run.end(steps)
+        elif (plan := core.schedule()) is not None:
+            self._plan, end = plan, now + self._seconds(plan)
+        else:
             return
-        plan = core.schedule()
-        if plan is None:
-            return
-        self._plan, self._began = plan, now
-        self._call_after_step(now + self._seconds(plan))
+        if not end > now:
+            raise ValueError(
+                f"a step of {core.name} from {now} to {end} s; the cost model must give seconds > 0"
+            )
+        self._began = now
+        self._turn = self.queue.push(end, Kind.LOOP, self._loop, self.rank)
 
     def _seconds(self, plan: StepPlan) -> float:
         chunks = [(chunk.start, chunk.count) for chunk in plan.chunks]
@@ -295,16 +323,6 @@ class SimWorker:
             seconds: float = mixed(decodes, lockstep.total_context, chunks)
             return seconds
         return self.time.seconds([*((context, 1) for context in lockstep.contexts()), *chunks])
-
-    def _finish_step(self, now: float) -> None:
-        if self._run is not None:
-            self._note(now, self._steps)
-            run, self._run = self._run, None
-            self.core.run_done(self._steps, run.end(1))
-        elif self._plan is not None:
-            plan, self._plan = self._plan, None
-            self._note(now, 1, plan)
-            self.core.complete(plan, [_ONE if chunk.samples else _NONE for chunk in plan.chunks])
 
     def _note(self, end: float, steps: int, plan: StepPlan | None = None) -> None:
         self.busy_s += end - self._began
@@ -324,7 +342,7 @@ class SimWorker:
         """
         core, planned = self.core, 0
         if self._run is not None:
-            planned = min(self._steps, self._run.count(self._steps, self._passed, self.queue.now) + 1)
+            planned = min(self._steps, self._over(self._run) + 1)
         if (lockstep := core.lockstep) is not None:
             return lockstep.pool.reused(table, pull.source_blocks, lockstep.blocks_taken(planned))
         blocks, allocator = pull.source_blocks, core.scheduler.allocator
@@ -336,17 +354,6 @@ class SimWorker:
 
     # ------------------------------------------------------------------ small parts
 
-    def _call_after_step(self, time: float) -> None:
-        if not time > self.queue.now:
-            raise ValueError(
-                f"a step of {self.core.name} from {self.queue.now} to {time} s; the cost model must give seconds > 0"
-            )
-        self._call(time)
-
-    def _call(self, time: float) -> None:
-        self._loop_at = time
-        self._turn = self.queue.push(time, Kind.LOOP, self, self.rank)
-
     def _watch(self) -> None:
         """Be called when the core has something to do by itself, or before: `timer` then looks again."""
         now = self.queue.now
@@ -355,15 +362,10 @@ class SimWorker:
         # What begins to be waited for after now is not due before then, so that nobody need look at it meanwhile.
         due = min(due, now + self.core.terms.shortest)
         self._wake_at = max(due, math.nextafter(now, math.inf))
-        self.queue.push(self._wake_at, Kind.WAKE, self)
-
-    def _passed(self, time: float) -> bool:
-        return self.queue.passed(time, Kind.LOOP, self.rank)
+        self.queue.push(self._wake_at, Kind.WAKE, self._timer)
 
     def _send(self) -> None:
         core = self.core
-        if not (core.outbox or core.pulls or core.cancelled_pulls):
-            return
         while core.pulls or core.cancelled_pulls:
             pulls, core.pulls = core.pulls, []
             for pull in pulls:

@@ -16,7 +16,7 @@ from nanopd_lab.cost.iteration import IterationModel
 from nanopd_lab.cost.nanopd import NanoPDModel
 from nanopd_lab.cost.transfer_time import TransferModel
 from nanopd_lab.router import Explanation, JobView, Outlook, Role, Slo, WorkerView
-from nanopd_lab.router.estimates import ByEstimate, Estimate, RouterParts
+from nanopd_lab.router.pair_rule import ByEstimate, Estimate, RouterParts
 from nanopd_lab.sim.results import RequestRecord
 from nanopd_lab.viz.style import (
     ALERT,

@@ -33,6 +33,7 @@ MACHINE = Machine(
         link=LinkModel(H100.transfer.setup_s, 0.0, H100.transfer.bytes_per_s),
         ahead=True,
     ),
+    H100.iteration,
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nanopd_lab.bench.regret.cells import MIXES, SHAPES, Cell, requests_of, work_s
-from nanopd_lab.bench.regret.contenders import ConstantLengths, ToldLengths, contender, is_static, statics
+from nanopd_lab.bench.regret.contenders import ConstantLengths, ToldLengths, contender
 from nanopd_lab.bench.regret.grid import Bench, Settings, oracle_met, run_unit
 from nanopd_lab.bench.regret.knee import ATTAINED, SEEDS, knee
 from nanopd_lab.bench.regret.runner import Grid, load, run_grid, write
@@ -30,6 +30,7 @@ from nanopd_lab.core import SamplingParams
 from nanopd_lab.cost.hardware import load_model
 from nanopd_lab.router import JobView, Role, WorkerView
 from nanopd_lab.sim import SimRequest
+from nanopd_lab.sim.oracle import is_static, statics
 from nanopd_lab.sim.veil import Veiled
 
 COST = load_model("h100-qwen3-8b")
@@ -269,6 +270,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     record = load(path)
     assert str(tmp_path) not in path.read_text()
     assert len(record["units"]) == 4
+    assert main([*command, "--again", "round-robin"]) == 0
+    capsys.readouterr()
+    again = load(path)
+    assert again["units"] == record["units"]
+    assert len(again["provenance"]) == 2
     assert main(["regret", "--table", str(path)]) == 0
     assert capsys.readouterr().out.strip() in printed
     assert main(["regret", "--links", "fast"]) == 2

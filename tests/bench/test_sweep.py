@@ -121,10 +121,10 @@ def test_rows_have_the_means_over_seeds() -> None:
     json.loads(json.dumps([row.as_json() for row in rows.values()]), parse_constant=pytest.fail)
 
 
-@given(st.floats(0.01, 1e4), st.floats(0.01, 1e4), st.floats(0.01, 0.5))
+@given(st.floats(0.01, 1e4), st.floats(0.01, 1e4), st.floats(0.01, 0.5), st.floats(1.01, 2.0))
 @settings(deadline=None, max_examples=100)
 def test_the_search_brackets_where_a_falling_share_crosses_the_target(
-    limit: float, start: float, tolerance: float
+    limit: float, start: float, tolerance: float, step: float
 ) -> None:
     asked: list[float] = []
 
@@ -132,7 +132,7 @@ def test_the_search_brackets_where_a_falling_share_crosses_the_target(
         asked.append(rate)
         return 1.0 if rate <= limit else 0.5
 
-    found = find_capacity(share, 0.9, start, tolerance)
+    found = find_capacity(share, 0.9, start, tolerance, step)
     assert found.rate <= limit < found.above <= found.rate * (1 + tolerance) * (1 + 1e-12)
     assert len(asked) == len(set(asked))
     assert found.attainment == 1.0
@@ -146,6 +146,19 @@ def test_a_search_that_has_no_end_says_so() -> None:
         find_capacity(lambda rate: 1.0, 1.5)
     with pytest.raises(ValueError, match="positive tolerance"):
         find_capacity(lambda rate: 1.0, 0.9, tolerance=0.0)
+    with pytest.raises(ValueError, match=r"steps of 3"):
+        find_capacity(lambda rate: 1.0, 0.9, step=3.0)
+
+
+def test_a_good_guess_saves_asking() -> None:
+    asked: list[float] = []
+
+    def share(rate: float) -> float:
+        asked.append(rate)
+        return 1.0 if rate <= 10.4 else 0.5
+
+    find_capacity(share, 0.9, 10.0, 0.02, step=1.07)
+    assert len(asked) <= 4
 
 
 def test_the_search_finds_the_capacity_of_a_queue_that_theory_knows() -> None:

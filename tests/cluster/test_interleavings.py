@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from nanopd_lab.cluster.actions import ClusterBusyError, ClusterDownError, Limits, State
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.core import FinishReason, SamplingParams
-from nanopd_lab.router import Role, create_policy
+from nanopd_lab.cost.iteration import IterationModel
+from nanopd_lab.router import Outlook, Role, Slo, create_policy
 from tests.cluster.symbolic import Harness, Sizes
 from tests.engine.symbolic import rollout
 
@@ -28,7 +29,12 @@ POLICIES = {
     "disaggregated": 3,
     "round-robin": 3,
     "least-loaded": 3,
+    "threshold-8": 4,
+    "nanopd-h20": 3,
+    "adaptive": 3,
 }
+# As slow as the turns of these tests, and with objectives that some miss, so that they are put off.
+OUTLOOK = Outlook(IterationModel(0.01, 0.0, 1e-3, 0.0, 0.0, 0.0), Slo(0.3, 0.05), max_num_batched_tokens=8)
 
 
 @dataclass
@@ -52,7 +58,7 @@ class Simulation:
         self.rng = rng = random.Random(seed)
         self.rates = rates
         policy_name = rng.choice(list(POLICIES))
-        policy, roles = create_policy(policy_name, POLICIES[policy_name])
+        policy, roles = create_policy(policy_name, POLICIES[policy_name], OUTLOOK)
         sizes = Sizes(
             num_blocks=rng.choice([12, 24, 64]),
             budget=rng.choice([3, 8, 32]),

@@ -11,7 +11,7 @@ from nanopd_lab import Cluster, ClusterConfig, SamplingParams, lab
 from nanopd_lab.cost.hardware import load_model
 from nanopd_lab.lab import Session, Status
 from nanopd_lab.router import Outlook, Role, Slo
-from nanopd_lab.router.estimates import ByEstimate, RouterParts
+from nanopd_lab.router.pair_rule import ByEstimate, RouterParts
 from nanopd_lab.sim import CostTime, SimConfig, Simulator, Veiled
 from nanopd_lab.sim.workload import AZURE_LIKE, poisson_arrivals
 from tests.lab.wrong_versions import RIGHT, WRONG

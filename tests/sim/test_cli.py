@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -169,3 +170,22 @@ def test_goodput_is_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureF
     assert f"{slo['attainment']:.1%}" in out
     assert result(tmp_path)["request_goodput"] is None
     assert simulate("--goodput", "ttft:soon") != 0
+
+
+def test_the_oracle_is_not_behind_a_policy_and_says_what_no_routing_exceeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dataset-name", "azure-like", "--request-rate", "80", "--goodput", "ttft:300", "tpot:12"]
+    flags += ["--cost-model", "h100-qwen3-8b", "--oracle-simulations", "5"]
+    shares = {
+        name: result(tmp_path, *flags, "--policy", name)["pd"]["slo"]["attainment"]
+        for name in ("collocated", "1p3d", "2p2d", "3p1d", "oracle")
+    }
+    assert shares["oracle"] == max(shares.values())
+    printed = re.search(r"oracle: (\d+) of 60 .* at most (\d+) by any", capsys.readouterr().out)
+    assert printed is not None
+    assert int(printed[1]) / 60 == pytest.approx(shares["oracle"])
+    assert int(printed[1]) <= int(printed[2]) <= 60
+    assert simulate("--policy", "oracle") == 2
+    assert "objectives 'none'" in capsys.readouterr().err
+    assert simulate(*flags, "--policy", "oracle", "--kill", "w0@1") == 2

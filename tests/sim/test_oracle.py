@@ -118,11 +118,12 @@ def test_plans_without_repetition(workers: int) -> None:
     names = tuple(f"w{number}" for number in range(workers))
     for count in range(4):
         every = list(plans(names, count, symmetric=False))
-        assert len(every) == len(set(every)) == workers ** (2 * count)
+        assert len(every) == len(set(every)) == (workers**2 + 1) ** count
         classes = set()
         for plan in every:
-            order = list(dict.fromkeys(name for route in plan for name in route))
-            classes.add(tuple(Route(*(names[order.index(name)] for name in route)) for route in plan))
+            order = list(dict.fromkeys(name for route in plan if route for name in route))
+            alike = [route and Route(*(names[order.index(name)] for name in route)) for route in plan]
+            classes.add(tuple(alike))
         assert set(plans(names, count)) == classes
         assert count_plans(workers, count) == len(classes)
 
@@ -231,18 +232,28 @@ def test_the_bound_knows_what_a_tight_tpot_costs() -> None:
 
 
 def test_triage_gives_the_dearest_up_for_the_others() -> None:
-    """Prompts of 60 ms come every 40 ms to two workers, and some of 600 ms: those are given up, and all others met."""
-    requests = [SimRequest(f"r{number}", 0.04 * number, 500, 1) for number in range(40)]
-    requests += [SimRequest(f"dear{number}", 0.2 + 0.2 * number, 3000, 1) for number in range(6)]
+    """Prompts of 60 ms come every 25 ms to three workers, and some that can't be met: those wait."""
+    requests = [SimRequest(f"r{number}", 0.025 * number, 500, 1) for number in range(40)]
+    requests += [SimRequest(f"dear{number}", 0.1 + 0.1 * number, 3000, 1) for number in range(6)]
     instance = Instance(tuple(requests), 3, LinearTime(0.01, 1e-4), Slo(ttft_s=0.15), CONFIG)
     collocated = instance.outcome(instance.simulate(*create_policy("collocated", 3)).records)
     found = triage(instance, [0, 1, 2, 3], [0.0, 6 / 46])
-    assert list(found) == ["2 collocated without 13%", "1p1d without 13%"]
+    assert list(found) == [f"{name} without 13%" for name in ("collocated", "1p2d", "2p1d")]
     given_up = {number for number, each in enumerate(instance.requests) if each.request_id.startswith("dear")}
     for outcome in found.values():
-        assert {n for n, route in enumerate(outcome.plan) if route == Route("w2", "w2")} == given_up
-    assert found["2 collocated without 13%"].score.met == 40 > collocated.score.met
+        assert {number for number, route in enumerate(outcome.plan) if route is None} == given_up
+        others = [each for number, each in enumerate(outcome.records) if number not in given_up]
+        last = max(each.finished or 0.0 for each in others)
+        for number in given_up:  # when all others have ended
+            assert (outcome.records[number].scheduled or 0.0) >= last
+        assert all(each.ok for each in outcome.records)
+    assert found["collocated without 13%"].score.met == 40 > collocated.score.met
     assert upper_bound(instance) == (40, 40)
+    again = instance.follow(found["collocated without 13%"].plan)
+    assert again.score.met == 40
+    assert [each.finished for each in again.records] == [
+        each.finished for each in found["collocated without 13%"].records
+    ]
 
 
 def test_what_is_no_instance_is_refused() -> None:

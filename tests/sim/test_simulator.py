@@ -24,7 +24,7 @@ from nanopd_lab.sim import (
     poisson_arrivals,
 )
 from nanopd_lab.sim.clock import EventQueue, Kind
-from nanopd_lab.sim.links import FlowDue, Links
+from nanopd_lab.sim.links import Links
 from tests.cluster.symbolic import Harness, Sizes
 
 MODEL = LinearTime(0.01, 1e-4, 1e-7, 1e-4)
@@ -81,37 +81,35 @@ def test_one_hand_over_by_hand() -> None:
 
 def test_events_of_one_instant_have_an_order() -> None:
     queue = EventQueue()
-    queue.push(1.0, Kind.LOOP, "second worker", rank=2)
-    queue.push(1.0, Kind.LOOP, "first worker", rank=1)
-    queue.push(1.0, Kind.MESSAGE, "message")
-    queue.push(0.5, Kind.WAKE, "earlier")
-    found = [event.payload for _ in range(4) if (event := queue.pop())]
-    assert found == ["earlier", "message", "first worker", "second worker"]
+    found: list[int] = []
+    second = queue.push(1.0, Kind.LOOP, found.append, rank=2)
+    first = queue.push(1.0, Kind.LOOP, found.append, rank=1)
+    message = queue.push(1.0, Kind.MESSAGE, found.append)
+    earlier = queue.push(0.5, Kind.WAKE, found.append)
+    assert list(queue.run()) == [0.5, 1.0, 1.0, 1.0]
+    assert found == [earlier, message, first, second]
     # What is scheduled for now by the last of them happens now, and turns nothing back that has happened.
-    queue.push(1.0, Kind.LOOP, "woken", rank=0)
-    assert queue.pop()
-    assert queue.passed(1.0, Kind.LOOP, 1)
-    assert not queue.passed(1.0, Kind.LOOP, 3)
+    woken = queue.push(1.0, Kind.LOOP, found.append, rank=0)
+    assert list(queue.run()) == [1.0]
+    assert found[-1] == woken
+    assert queue.processed == 5
+    assert queue.passed(Kind.LOOP, 1)
+    assert not queue.passed(Kind.LOOP, 3)
     with pytest.raises(ValueError, match="not before now"):
-        queue.push(0.9, Kind.WAKE, "too late")
+        queue.push(0.9, Kind.WAKE, found.append)
 
 
 def test_pulls_that_share_a_link_take_twice_as_long() -> None:
     queue = EventQueue()
-    links = Links(LinkModel(bytes_per_s=100.0), queue)
     ends: dict[object, float] = {}
+    links = Links(LinkModel(bytes_per_s=100.0), queue, lambda flow: ends.update({flow.payload: queue.now}))
     links.start("a", "b", 1, 100, "first")
     links.start("a", "c", 1, 100, "shares its source")
     links.start("d", "e", 1, 100, "alone")
-    queue.push(1.5, Kind.FAULT, "late")
-    while (event := queue.pop()) is not None:
-        if event.payload == "late":
-            links.start("x", "b", 1, 50, "shares the target of the first")
-            continue
-        assert isinstance(event.payload, FlowDue)
-        flow = links.due(event.payload)
-        if flow is not None:
-            ends[flow.payload] = queue.now
+    late = "shares the target of the first"
+    queue.push(1.5, Kind.FAULT, lambda _: links.start("x", "b", 1, 50, late) and None)
+    for _ in queue.run():
+        pass
     assert ends["alone"] == pytest.approx(1.0)
     assert ends["shares its source"] == pytest.approx(2.0)
     assert ends["first"] == pytest.approx(2.0)

@@ -21,7 +21,7 @@ from nanopd_lab.cost.transfer_time import TransferModel
 from nanopd_lab.model.shapes import shape_config
 from nanopd_lab.resources import data_dir
 from nanopd_lab.router import JobView, Outlook, Role, Slo, WorkerView, create_policy
-from nanopd_lab.router.estimates import ByEstimate, RouterParts
+from nanopd_lab.router.pair_rule import ByEstimate, RouterParts
 from nanopd_lab.router.predictor import BucketedMean
 from nanopd_lab.router.predictor.evaluation import LEVELS, Learning, replay
 from nanopd_lab.router.predictor.log_lengths import OneBelief

@@ -81,6 +81,9 @@ def register(subparsers: _Subparsers) -> None:
         help="of a cell, that the oracle may make; 0: it is the best policy",
     )
     parser.add_argument("--num-blocks", type=int, default=20_000, help="KV blocks a worker")
+    parser.add_argument(
+        "--again", nargs="+", default=[], metavar="NAME", help="policies that the result has, to be run anew"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument(
         "--result-filename",
@@ -104,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
     bench, trace = _bench(args)
     path: Path | None = args.result_filename
     before = load(path) if path is not None and path.is_file() else None
+    for unit in (before or {}).get("units", []):
+        unit["met"] = {name: met for name, met in unit["met"].items() if name not in args.again}
     provenance = [*(before or {}).get("provenance", []), _provenance(args)]
     begun = time.perf_counter()
 
@@ -159,8 +164,8 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
 
 def _grid(args: argparse.Namespace) -> Any:
     from nanopd_lab.bench.regret.cells import TRACE, Cell
-    from nanopd_lab.bench.regret.contenders import statics
     from nanopd_lab.bench.regret.runner import Grid
+    from nanopd_lab.sim.oracle import statics
 
     links = [None if text == "own" else _bandwidth(text) for text in args.links]
     cells: list[Cell] = [

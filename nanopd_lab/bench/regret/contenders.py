@@ -64,13 +64,3 @@ def contender(name: str, num_workers: int, outlook: Outlook) -> tuple[Policy, Se
         outlook = replace(outlook, predictor=PREDICTORS[predictor]())
     policy, roles = create_policy(base, num_workers, outlook)
     return policy if predictor == TRUTH else Veiled(policy), roles
-
-
-def statics(num_workers: int) -> list[str]:
-    """What an operator would choose from once and for all: collocated, and every xPyD."""
-    return ["collocated", *(f"{count}p{num_workers - count}d" for count in range(1, num_workers))]
-
-
-def is_static(name: str) -> bool:
-    """True if it is one of `statics` for some number of workers."""
-    return name == "collocated" or (name[:1].isdigit() and name.endswith("d"))

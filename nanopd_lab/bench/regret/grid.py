@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nanopd_lab.bench.regret.cells import Cell, requests_of
-from nanopd_lab.bench.regret.contenders import contender, is_static
+from nanopd_lab.bench.regret.contenders import contender
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.router import Outlook, Slo
 from nanopd_lab.sim.links import LinkModel
-from nanopd_lab.sim.oracle import Instance, Outcome, search_routes, triage, upper_bound
-from nanopd_lab.sim.oracle.bound import work_of
+from nanopd_lab.sim.oracle import Instance, Outcome, best_routes, upper_bound
 from nanopd_lab.sim.simulator import SimConfig
 from nanopd_lab.sim.timing import CostTime
 from nanopd_lab.sim.workload import SimRequest
@@ -123,11 +121,8 @@ def _oracle(bench: Bench, instance: Instance, outcomes: Mapping[str, Outcome], s
     record: dict[str, Any] = {}
     known = max(each.score.met for each in outcomes.values())
     if bench.settings.simulations:
-        begun, starts = time.perf_counter(), _best(outcomes)
-        most = sum(seconds < math.inf for seconds in work_of(instance))
-        if known < most:
-            starts |= triage(instance, _prefills(outcomes, bench.settings.workers))
-        found = search_routes(instance, starts, bench.settings.simulations, seed, most)
+        begun = time.perf_counter()
+        found = best_routes(instance, outcomes, bench.settings.simulations, seed)
         known = found.met
         record |= {"found": found.met, "start": found.start, "started": found.started}
         record |= {"simulations": round(found.effort, 1), "search_s": round(time.perf_counter() - begun, 2)}
@@ -139,19 +134,6 @@ def _oracle(bench: Bench, instance: Instance, outcomes: Mapping[str, Outcome], s
         "bound_s": round(time.perf_counter() - begun, 2),
     }
     return record
-
-
-def _best(outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
-    return dict(sorted(outcomes.items(), key=lambda each: -each[1].score.met)[:BEST_STARTS])
-
-
-def _prefills(outcomes: Mapping[str, Outcome], num_workers: int) -> list[int]:
-    """Numbers of prefill workers, 0 for none, that suit all workers but one where the best static policy suits all."""
-    best = next((name for name in _best({n: p for n, p in outcomes.items() if is_static(n)})), "collocated")
-    if best == "collocated":
-        return [0, (num_workers - 1) // 2]
-    count = int(best.partition("p")[0])
-    return sorted({max(1, count - 1), min(count, num_workers - 2)})
 
 
 def oracle_met(unit: Mapping[str, Any]) -> int:

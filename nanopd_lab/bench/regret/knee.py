@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from nanopd_lab.bench.regret.cells import Cell
-from nanopd_lab.bench.regret.contenders import statics
 from nanopd_lab.bench.regret.grid import Bench
+from nanopd_lab.sim.oracle import statics
 from nanopd_lab.sim.oracle.bound import work_of
 
 SEEDS = (1_000_003, 1_000_033, 1_000_037)  # none of those that are judged

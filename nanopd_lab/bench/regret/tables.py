@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from nanopd_lab.bench.regret.cells import Cell
-from nanopd_lab.bench.regret.contenders import is_static
 from nanopd_lab.bench.regret.grid import oracle_met
+from nanopd_lab.sim.oracle import is_static
 
 Unit = dict[str, Any]
 CONFIDENCE = 0.95

@@ -15,7 +15,7 @@ from nanopd_lab.core import Route, SamplingParams
 from nanopd_lab.lab.checking import Steps, call, expect
 from nanopd_lab.lab.registry import Exercise
 from nanopd_lab.router import JobView, Role, Slo, WorkerView, legal_routes
-from nanopd_lab.router.estimates import (
+from nanopd_lab.router.pair_rule import (
     Estimate,
     Rule,
     StepSeconds,

@@ -28,21 +28,27 @@ def plans(names: tuple[str, ...], count: int, symmetric: bool = True) -> Iterato
             after = max(used, source + 1)
             for target in range(min(after + 1, len(names)) if symmetric else len(names)):
                 yield from extend((*plan, Route(names[source], names[target])), max(after, target + 1))
+        yield from extend((*plan, None), used)
 
     return extend((), 0)
 
 
 def count_plans(num_workers: int, count: int) -> int:
     """How many `plans` has, without making them."""
-    ways = {0: 1}  # by the number of workers in use
-    for _ in range(2 * count):
+
+    def one_worker(ways: dict[int, int]) -> dict[int, int]:
         after: dict[int, int] = {}
         for used, number in ways.items():
             if used:
                 after[used] = after.get(used, 0) + used * number
             if used < num_workers:
                 after[used + 1] = after.get(used + 1, 0) + number
-        ways = after
+        return after
+
+    ways = {0: 1}  # by the number of workers in use
+    for _ in range(count):
+        given_up, ways = ways, one_worker(one_worker(ways))
+        ways = {used: ways.get(used, 0) + given_up.get(used, 0) for used in {*ways, *given_up}}
     return sum(ways.values())
 
 
@@ -53,7 +59,7 @@ def enumerate_routes(instance: Instance, symmetric: bool = True) -> Outcome:
         ValueError: there are more than MOST_PLANS plans.
     """
     count = len(instance.requests)
-    number = count_plans(instance.num_workers, count) if symmetric else instance.num_workers ** (2 * count)
+    number = count_plans(instance.num_workers, count) if symmetric else (instance.num_workers**2 + 1) ** count
     if number > MOST_PLANS:
         raise ValueError(
             f"{count} requests on {instance.num_workers} workers have {number:,} plans, more than {MOST_PLANS:,}; use "

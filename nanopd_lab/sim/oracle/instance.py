@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanopd_lab.core import Route
-from nanopd_lab.router import Decision, JobView, LeastLoaded, Policy, Role, Slo, WorkerView
+from nanopd_lab.router import Decision, JobView, LeastLoaded, Policy, Postponed, Role, Slo, WorkerView
 from nanopd_lab.sim.results import RequestRecord, SimResult
 from nanopd_lab.sim.simulator import SimConfig, Simulator
 from nanopd_lab.sim.timing import StepTime
 from nanopd_lab.sim.workload import SimRequest, in_order
 
-Plan = tuple[Route, ...]
-"""A route for every request, in order of arrival."""
+Plan = tuple[Route | None, ...]
+"""A route for every request, in order of arrival; None: it is given up, and waits until all others have ended."""
 
 
 class Score(NamedTuple):
@@ -38,19 +38,39 @@ class Planned:
 
     name = "planned"
 
-    def __init__(self, plan: Sequence[Route]) -> None:
+    def __init__(self, plan: Sequence[Route | None]) -> None:
         self._plan = plan
         self._next = 0
-        self._retries = LeastLoaded()
+        self._last = LastOnes()
 
-    def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | None:
-        if job.avoid:
-            return self._retries.choose(job, workers, now)
+    def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
+        if job.avoid or job.postponed:
+            return self._last.choose(job, workers, self._next == len(self._plan))
         route = self._plan[self._next]
-        if not {route.prefill, route.decode} <= {worker.name for worker in workers}:
+        if route is None:
+            self._next += 1
+            return Postponed("given up")
+        if not {*route} <= {worker.name for worker in workers}:
             return None  # one of them is full: it waits for it
         self._next += 1
         return Decision(route, "planned")
+
+
+class LastOnes:
+    """Routes for retries at once, and for those given up when nobody else is left: where there are the fewest jobs."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._policy = LeastLoaded()
+
+    def choose(
+        self, job: JobView, workers: Sequence[WorkerView], all_routed: bool
+    ) -> Decision | Postponed | None:
+        """`all_routed`: no other request is to come."""
+        self._begun |= all_routed and not any(worker.jobs for worker in workers)
+        if job.postponed and not self._begun:
+            return Postponed("given up")
+        return self._policy.choose(job, workers, 0.0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Instance:
-    """Requests and a cluster of equal workers; a route is any ordered pair of them. Workers are named w0, w1, …
+    """Requests and a cluster of equal workers, named w0, w1, …; a route is any ordered pair of them.
 
     Raises:
         ValueError: no request, worker or objective; a prefix cache, for which bounds do not hold; a request that every
@@ -105,22 +125,27 @@ class Instance:
         roles = roles or [Role.MIXED] * self.num_workers
         return Simulator(policy, roles, self.time, self.requests, self.config).run()
 
-    def follow(self, plan: Sequence[Route]) -> Outcome:
+    def follow(self, plan: Sequence[Route | None]) -> Outcome:
         """What a plan makes of it.
 
         Raises:
             ValueError: the plan has not a route for every request, or names a worker that there is not.
         """
-        if len(plan) != len(self.requests) or not {name for route in plan for name in route} <= {*self.names}:
+        if len(plan) != len(self.requests) or not {name for route in plan if route for name in route} <= {
+            *self.names
+        }:
             raise ValueError(
                 f"a plan of {len(plan)} routes for {len(self.requests)} requests on {', '.join(self.names)}; give one "
                 "for each, over these workers"
             )
-        return self.outcome(self.simulate(Planned(plan)).records)
+        return self.outcome(self.simulate(Planned(plan)).records, plan)
 
-    def outcome(self, records: Sequence[RequestRecord]) -> Outcome:
-        """Of a simulation of it, by whatever policy; the plan is the routes that requests took at first."""
-        return Outcome(plan_of(records), records, self.score(records), self.missed(records))
+    def outcome(
+        self, records: Sequence[RequestRecord], plan: Sequence[Route | None] | None = None
+    ) -> Outcome:
+        """Of a simulation of it, by whatever policy; the plan, if not given, is the routes that requests took first."""
+        plan = plan_of(records) if plan is None else tuple(plan)
+        return Outcome(plan, records, self.score(records), self.missed(records))
 
     def missed(self, records: Sequence[RequestRecord]) -> tuple[int, ...]:
         """Which did not get what they were promised."""
@@ -140,7 +165,7 @@ class Instance:
         return min(1.0, max(0.0, worst - 1.0))
 
 
-def plan_of(records: Sequence[RequestRecord]) -> Plan:
+def plan_of(records: Sequence[RequestRecord]) -> tuple[Route, ...]:
     """The routes that requests took at first; one that was refused has the route of the one before it."""
     found: list[Route] = []
     for record in records:

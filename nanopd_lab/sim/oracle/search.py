@@ -1,9 +1,10 @@
 """Good routes of an instance that is too large to try all: local search, which starts from what policies did.
 
 A step takes a request that was missed and changes one thing that could help it: its own route, the route of one that
-was in its way, the two routes exchanged, the routes of all requests around it, which another start had, or some other
-route near by; now and then several at once, so that there is a way from any plan to any other. New workers are those
-with little to do at that time, in the simulation as it is. The change stays if the score is not worse.
+was in its way (which may be given up), the two routes exchanged, the routes of all requests around it, which another
+start had, or some other route near by; now and then several at once, so that there is a way from any plan to any
+other. New workers are those with little to do at that time, in the simulation as it is. The change stays if the score
+is not worse.
 
 Where there are many requests it rolls over windows of them: steps simulate those of a window, the ones that were under
 way when it begins, and some behind it. Whether what was found there stays is decided by a simulation of everything, so
@@ -22,6 +23,7 @@ from nanopd_lab.sim.oracle.instance import Instance, Outcome, Plan
 
 KINDS = ("own", "other", "exchange", "splice", "any")
 WEIGHTS = (4.0, 5.0, 1.0, 1.0, 1.0)
+GIVE_UP = 0.15  # how often a request that is moved is given up
 MORE = 0.25  # how often a change is followed by another one before it is judged
 REACH = (4, 8, 16, 32)  # requests of a splice
 WINDOW = 96  # requests that a window has, without those under way
@@ -131,16 +133,17 @@ class _Search:
                 picture = _Picture.of(self.instance, self.best)
 
     def roll(self, window: int) -> None:
-        """Climb in windows, which overlap by half, from front to back, again and again."""
-        count = len(self.instance.requests)
+        """Climb in windows, which overlap by half, again and again; where most are missed comes first."""
+        count, left = len(self.instance.requests), set[int]()
         while not self.over:
-            before = self.effort
-            for first in range(0, count - window // 2, max(1, window // 2)):
-                last = min(count, first + window)
-                if not self.over and any(first <= number < last for number in self.best.missed):
-                    self.visit(first, last, last + window // 4)
-            if self.effort == before:
-                return  # nobody can be helped
+            left = left or {*range(0, count - window // 2, max(1, window // 2))}
+            missed = {first: sum(first <= n < first + window for n in self.best.missed) for first in left}
+            first = max(sorted(left), key=lambda each: missed[each])
+            left.remove(first)
+            if missed[first]:
+                self.visit(first, min(count, first + window), first + window + window // 4)
+            else:
+                left.clear()  # none of the others has any either
 
     def visit(self, first: int, last: int, seen: int) -> None:
         """Climb among the requests `[first, last)`, with those up to `seen` behind them."""
@@ -194,6 +197,8 @@ class _Picture:
         causes: dict[int, tuple[str, float, float]] = {}
         late = {*outcome.missed}
         for number, (record, route) in enumerate(zip(outcome.records, outcome.plan, strict=True)):
+            if route is None:
+                continue  # in nobody's way, and needs a route more than anything else
             arrival = record.arrival
             first = record.first_token if record.first_token is not None else arrival
             finished = record.finished if record.finished is not None else first
@@ -234,7 +239,7 @@ def _neighbour(
 
 
 def _change(
-    plan: list[Route],
+    plan: list[Route | None],
     instance: Instance,
     best: Outcome,
     picture: _Picture,
@@ -243,7 +248,6 @@ def _change(
 ) -> None:
     near = [1.05 - instance.excess(best.records[number]) for number in best.missed]
     number = rng.choices(best.missed, near)[0]  # those that miss by little are easier to help
-    worker, begin, end = picture.causes[number]
     kind = rng.choices(KINDS, WEIGHTS)[0]
     if kind == "splice" and others:
         reach = rng.choice(REACH)
@@ -253,7 +257,8 @@ def _change(
     moved = number
     if kind == "any":
         moved = rng.randrange(max(0, number - REACH[-1]), min(len(plan), number + REACH[0]))
-    if kind in ("other", "exchange"):
+    if kind in ("other", "exchange") and number in picture.causes:
+        worker, begin, end = picture.causes[number]
         spans = [span for span in picture.around(worker, begin, end) if span.request != number]
         if spans:
             moved = rng.choices(spans, [span.weight for span in spans])[0].request
@@ -264,12 +269,18 @@ def _change(
 
 
 def _route(
-    instance: Instance, best: Outcome, picture: _Picture, moved: int, old: Route, rng: random.Random
-) -> Route:
-    """Another route for a request: one of its workers changes, or both; less loaded ones are likelier."""
+    instance: Instance, best: Outcome, picture: _Picture, moved: int, old: Route | None, rng: random.Random
+) -> Route | None:
+    """Another route for a request: one of its workers changes, or both; less loaded ones are likelier. Or it is given
+    up, or taken up again."""
     record, names = best.records[moved], instance.names
     first = record.first_token if record.first_token is not None else record.arrival
     finished = record.finished if record.finished is not None else first
+    if old is None:
+        late = max(0.0, first - record.arrival - instance.slo.ttft_s)  # it would come sooner
+        first, finished = first - late, finished - late
+    elif rng.random() < GIVE_UP:
+        return None
 
     def pick(begin: float, end: float, now: str) -> str:
         """The less loaded of two that are drawn, as often as not: the best one may be the wrong one."""
@@ -280,11 +291,12 @@ def _route(
         return min(drawn, key=lambda name: picture.load(name, begin, end, moved))
 
     what = rng.random()
-    if what < 0.3:
+    if old is not None and what < 0.3:
         return Route(pick(record.arrival, first, old.prefill), old.decode)
-    if what < 0.6:
+    if old is not None and what < 0.6:
         return Route(old.prefill, pick(first, finished, old.decode))
-    if what < 0.85:
-        worker = pick(record.arrival, finished, old.prefill if old.collocated else "")
+    if what < 0.8:
+        worker = pick(record.arrival, finished, old.prefill if old and old.collocated else "")
         return Route(worker, worker)
-    return Route(pick(record.arrival, first, old.prefill), pick(first, finished, old.decode))
+    before, after = old or ("", "")
+    return Route(pick(record.arrival, first, before), pick(first, finished, after))

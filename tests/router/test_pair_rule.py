@@ -12,7 +12,7 @@ from nanopd_lab.core import Route, SamplingParams
 from nanopd_lab.cost.iteration import IterationModel
 from nanopd_lab.cost.transfer_time import TransferModel
 from nanopd_lab.router import JobView, Outlook, Role, Slo, WorkerView, create_policy, legal_routes
-from nanopd_lab.router.estimates import (
+from nanopd_lab.router.pair_rule import (
     AIM_TPOT,
     AIM_TTFT,
     ByEstimate,

@@ -1,23 +1,22 @@
-"""`nanopd-lab demo`: several people ask at once, one engine answers."""
+"""Several people ask at once: one engine answers (`nanopd-lab chat`), or a cluster of them."""
 
 from __future__ import annotations
 
-import json
 import statistics
 import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from nanopd_lab.core import SamplingParams
+from nanopd_lab.demo import load_prompts
 from nanopd_lab.engine.llm import LLM
 from nanopd_lab.engine.outputs import RequestOutput
-from nanopd_lab.resources import data_dir
+
+if TYPE_CHECKING:
+    from nanopd_lab.cluster.cluster import Cluster
 
 
-def load_prompts() -> list[str]:
-    """The questions in `data/prompts.json`, short and long."""
-    return json.loads((data_dir() / "prompts.json").read_text())["chat"]
-
-
-def run_demo(llm: LLM, max_tokens: int = 48) -> None:
+def run_chat(llm: LLM, max_tokens: int = 48) -> None:
     """Answer the prompts in `data/prompts.json` concurrently; print answers and what the engine did."""
     prompts = load_prompts()
     engine = llm.engine
@@ -28,14 +27,14 @@ def run_demo(llm: LLM, max_tokens: int = 48) -> None:
     start = engine.clock()
     before = engine.stats().computed_tokens
     for number, prompt in enumerate(prompts):
-        engine.add_request(f"demo-{number}", llm.render_chat([{"role": "user", "content": prompt}]), params)
+        engine.add_request(f"chat-{number}", llm.render_chat([{"role": "user", "content": prompt}]), params)
     finished: list[RequestOutput] = []
     peak_running = 0
     while engine.has_unfinished:
         for output in engine.step():
             if output.finished:
                 finished.append(output)
-                _show(prompts[int(output.request_id.removeprefix("demo-"))], output)
+                _show(prompts[int(output.request_id.removeprefix("chat-"))], output)
         peak_running = max(peak_running, engine.stats().running)
     seconds = engine.clock() - start
 
@@ -69,3 +68,17 @@ def _show(prompt: str, output: RequestOutput) -> None:
     asked = textwrap.shorten(prompt, 90, placeholder=" …")
     answer = textwrap.fill(" ".join(sample.text.split()), 96, initial_indent="  ", subsequent_indent="  ")
     print(f"> {asked}\n{answer}\n  [{len(sample.token_ids)} tokens, {sample.finish_reason}]\n")
+
+
+def ask(cluster: Cluster, say: Callable[[str], None], count: int = 3, max_tokens: int = 24) -> None:
+    """A few of the questions at once, through the workers: so that it is seen that a model answers. A model without a
+    tokenizer has nothing to say."""
+    if cluster.tokenizer is None:
+        return
+    questions = sorted(load_prompts(), key=len)[:count]
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    conversations = [[{"role": "user", "content": each}] for each in questions]
+    for question, output in zip(questions, cluster.chat(conversations, params, use_tqdm=False), strict=True):
+        route = output.paths[0].route if output.paths else "?"
+        answer = textwrap.shorten(output.outputs[0].text, 90, placeholder=" …")
+        say(f"  > {question}\n    {answer}  [{route}]")

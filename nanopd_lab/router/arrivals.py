@@ -1,0 +1,96 @@
+"""The arrivals of the last while as what is to come: again and again, with output lengths as they are forecast.
+
+A pure function of the window, the predictor and the mean length: instead of random numbers there are multiples of the
+golden ratio, which fill an interval evenly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from nanopd_lab.router.replay import ReplayJob, Running
+
+if TYPE_CHECKING:
+    from nanopd_lab.router.lengths import LengthPredictor
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+STRATA = 8  # output lengths that a forecast is replaced by
+SLICE = 16  # requests between two pauses
+
+
+class Arrival(NamedTuple):
+    """When a request came (s), and tokens: of its prompt, and that its output may have."""
+
+    time: float
+    prompt_tokens: int
+    max_tokens: int
+
+
+class Arrivals:
+    """See the module.
+
+    Args:
+        window: at least two
+        stress: they come so much faster
+    """
+
+    def __init__(self, window: Sequence[Arrival], stress: float) -> None:
+        begun = window[0].time
+        self.window = window
+        self.span = max((window[-1].time - begun) * len(window) / (len(window) - 1), 1e-6) / stress
+        self._times = [(each.time - begun) / stress for each in window]
+        self._lengths: dict[int, list[int]] = {}
+        self._common: list[int] = []
+        self._jobs: dict[int, ReplayJob] = {}
+
+    def forecast(self, predictor: LengthPredictor, mean: float, ended: int) -> Generator[None, None, None]:
+        """Have lengths: the shape is the predictor's, and the mean over all is `mean`."""
+        # As long as little has ended, the tail of a forecast is that of doubt, not of lengths.
+        surely = (2 + ended) / (20 + ended)
+        kinds: dict[int, int] = {}
+        shapes: dict[int, list[float]] = {}
+        for _, prompt, most in self.window:
+            kind = prompt.bit_length()
+            kinds[kind] = kinds.get(kind, 0) + 1
+            if kind not in shapes:
+                ahead = predictor.predict(prompt, most)
+                shapes[kind] = [
+                    ahead.quantile(0.5 + surely * ((number + 0.5) / STRATA - 0.5)) for number in range(STRATA)
+                ]
+                yield
+        total = sum(count * sum(shapes[kind]) for kind, count in kinds.items())
+        scale = mean * STRATA * len(self.window) / total
+        self._lengths = {
+            kind: [max(1, round(length * scale)) for length in shape] for kind, shape in shapes.items()
+        }
+        self._common = self._lengths[max(kinds, key=lambda kind: kinds[kind])]
+
+    def jobs(self, total: int, sharers: float) -> Generator[None, None, list[ReplayJob]]:
+        """What of the first `total` requests comes to one of so many that share them, each of which gets one in turn,
+        but not the same place of every turn."""
+        found, size = [], len(self.window)
+        for number in range(int(total / sharers)):
+            index = int((number + number * GOLDEN % 1.0) * sharers)
+            job = self._jobs.get(index)
+            if job is None:
+                turn, place = divmod(index, size)
+                prompt = self.window[place].prompt_tokens
+                output = self._lengths[prompt.bit_length()][int((index + 1) * GOLDEN % 1.0 * STRATA)]
+                job = self._jobs[index] = ReplayJob(turn * self.span + self._times[place], prompt, output)
+            found.append(job)
+            if number % SLICE == SLICE - 1:
+                yield
+        return found
+
+    def running(self, count: int, context: float) -> list[Running]:
+        """So many outputs under way, with so many tokens in the cache each; long ones are met more often."""
+        lengths, total = self._common, sum(self._common)
+        found, place, below = [], 0, lengths[0]
+        for number in range(count):
+            while below < (number + 0.5) / count * total:
+                place += 1
+                below += lengths[place]
+            found.append(Running(context, max(1.0, lengths[place] * ((number + 1) * GOLDEN % 1.0))))
+        return found
