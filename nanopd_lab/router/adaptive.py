@@ -43,6 +43,7 @@ PATIENCE, LONGEST_S = (
 )  # how long a late one lets others pass: so many times its objective, at least so long
 CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
+QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
 SAMPLED = 16  # outputs under way that are looked at
 REFRESH = 16  # ends after which forecasts are asked for anew
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -105,9 +106,10 @@ class Adaptive:
         views = list(workers)
         if not views:
             return None
+        begins = not self._last[1]
         if not job.postponed and (job.arrival, job.known_tokens) != self._last:  # not asked again in vain
             self._arrived(job, now)
-        roles = self._roles(views, now)
+        roles = self._first_roles(job, views) if begins else self._roles(views, now)
         if job.avoid:
             views = [view for view in views if view.name not in job.avoid] or views
         if roles:
@@ -132,6 +134,18 @@ class Adaptive:
         self.plan.arrived(now, job.known_tokens, job.params.max_tokens)
 
     # ------------------------------------------------------------------ roles
+
+    def _first_roles(self, job: JobView, views: Sequence[WorkerView]) -> dict[str, Role]:
+        """Until there is a plan: halves, if hand-overs are cheap.
+
+        To go on from halves costs little; outputs that run on mixed workers would be held up by the first change.
+        """
+        ask, half = self._ask(job, job.arrival), len(views) // 2
+        if not half or ask.pull_s > QUICK * ask.alone_s or self.slo.tpot_s == math.inf:
+            return {}
+        if any(view.role is not Role.MIXED or view.jobs for view in views):
+            return {}
+        return {view.name: PREFILL if number < half else DECODE for number, view in enumerate(views)}
 
     def _roles(self, views: Sequence[WorkerView], now: float) -> dict[str, Role]:
         """Roles that change now."""

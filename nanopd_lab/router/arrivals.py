@@ -33,14 +33,13 @@ class Arrivals:
 
     Args:
         window: at least two
-        stress: they come so much faster
     """
 
-    def __init__(self, window: Sequence[Arrival], stress: float) -> None:
+    def __init__(self, window: Sequence[Arrival]) -> None:
         begun = window[0].time
         self.window = window
-        self.span = max((window[-1].time - begun) * len(window) / (len(window) - 1), 1e-6) / stress
-        self._times = [(each.time - begun) / stress for each in window]
+        self.span = max((window[-1].time - begun) * len(window) / (len(window) - 1), 1e-6)
+        self._times = [each.time - begun for each in window]
         self._lengths: dict[int, list[int]] = {}
         self._common: list[int] = []
         self._jobs: dict[int, ReplayJob] = {}

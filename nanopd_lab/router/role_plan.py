@@ -42,10 +42,11 @@ class PlanSettings(NamedTuple):
     window: arrivals that are looked at
     first, every: arrivals before the first plan, and between two later ones at most (it doubles in between)
     replayed: requests of a replay, over all workers; the first `warm` of them are not looked at
-    margin: of goodput, as a share of all requests, that a change has to gain
+    margin: of goodput, as a share of all requests, that a change has to gain; doubt: before as many have ended as
+        there were arrivals before the first plan
     least: that a layout must be worth to be changed to
     horizon: arrivals for which a change is to pay
-    stress: the replay's arrivals come so much faster, so that layouts that all do well differ by what they could do
+    stress: arrivals at mixed workers come so much faster, as they meet more evenly in the replay than they will
     haste, pace: parts of a plan that each decision works on, before as many outputs have ended as a window has, and
         later
     """
@@ -56,9 +57,10 @@ class PlanSettings(NamedTuple):
     replayed: int = 256
     warm: int = 64
     margin: float = 0.03
+    doubt: float = 0.25
     least: float = 0.3
     horizon: int = 200
-    stress: float = 1.05
+    stress: float = 1.1
     haste: int = 12
     pace: int = 2
 
@@ -154,9 +156,9 @@ class RolePlan:
 
     def _plan(self, fleet: Fleetwide) -> Generator[None, None, int]:
         settings, workers, now = self.settings, fleet.workers, fleet.prefills
-        arrivals = Arrivals(list(self._arrivals), settings.stress)
+        arrivals, ended = Arrivals(list(self._arrivals)), self.ended
         yield
-        yield from arrivals.forecast(self.predictor, self.lengths.mean, self.ended)
+        yield from arrivals.forecast(self.predictor, self.lengths.mean, ended)
         worth = self.worth = {now: (yield from self._worth(arrivals, fleet, now))}
         if worth[now] + settings.margin >= 1 + LATENCY_WORTH / 2 and self.slo.given:
             return now  # it cannot get better by more than the margin
@@ -182,10 +184,14 @@ class RolePlan:
                     break
                 stride //= 2
             place = best
-        best = max(worth, key=lambda each: (worth[each], -each))
+        # Of those that are about as good, the one that is nearest: to come from or to mixed workers changes all.
+        most = max(worth.values()) - settings.margin / 2
+        near = [layout for layout, value in worth.items() if value >= most]
+        best = min(near, key=lambda each: abs(each - now) if each and now else workers * (each != now))
         added = max(0, best - now)
         lost = fleet.leftovers[min(added, len(fleet.leftovers) - 1)] * worth[now] / settings.horizon
-        gains = worth[best] >= settings.least and worth[best] - worth[now] > settings.margin + lost
+        margin = settings.margin if ended >= settings.first else settings.doubt
+        gains = worth[best] >= settings.least and worth[best] - worth[now] > margin + lost
         return best if gains else now
 
     def _worth(self, arrivals: Arrivals, fleet: Fleetwide, prefills: int) -> Generator[None, None, float]:
@@ -199,6 +205,7 @@ class RolePlan:
         backlog_s = load.backlog_s / (now or fleet.workers)
         jobs = yield from arrivals.jobs(total, decodes)
         if prefills == 0:
+            jobs = [job._replace(arrival=job.arrival / settings.stress) for job in jobs]
             times = yield from mixed_times(costs, jobs, running, load.room, backlog_s, self.latest_s)
             rows = [(first, 0.0, rest) for first, rest in times]
         else:

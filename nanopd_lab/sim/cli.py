@@ -136,6 +136,13 @@ class Machine:
 
 def run(args: argparse.Namespace) -> int:
     """Simulate, print a summary, write the files asked for."""
+    from nanopd_lab.sim.simulator import uncollected
+
+    with uncollected():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from nanopd_lab.bench.metrics_cli import selection_of, slo_of
     from nanopd_lab.bench.report import serving_result, summary
     from nanopd_lab.bench.workload_cli import workload_of

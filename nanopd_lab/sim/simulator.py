@@ -15,7 +15,8 @@ dies had sampled is kept, and is not computed again.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -85,6 +86,18 @@ class _PullUnderWay:
     table: int  # the first block of the one that it is from
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: it walks over all that lives, again and again, and finds no cycles."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class Simulator:
     """One simulation; `run` it once.
 
@@ -141,13 +154,8 @@ class Simulator:
         Raises:
             AssertionError: nothing is left to happen, and requests are not served: a bug.
         """
-        collects = gc.isenabled()
-        gc.disable()  # a walk over all that lives, again and again; there are no cycles to find
-        try:
+        with uncollected():
             self._serve()
-        finally:
-            if collects:
-                gc.enable()
         for name, worker in self.workers.items():
             self._close(name, worker, killed=False)
         records = [self._records[request.request_id] for request in self.requests]

@@ -258,7 +258,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "1.1",
         "--slos",
         "ttft:500 tpot:12",
-        "--varying",
+        "--more",
         "chat/bursts",
         "--simulations",
         "8",

@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-POLICIES = ("least-loaded", "round-robin", "threshold", "nanopd")
+POLICIES = ("least-loaded", "round-robin", "threshold", "nanopd", "adaptive")
+PREDICTORS = ("adaptive:mean", "adaptive:constant", "adaptive:truth")
 SLOS = ("ttft:500 tpot:12", "ttft:1500 tpot:8")
-VARYING = ("chat/ramp", "chat/bursts", "prefill-heavy>decode-heavy/steady")
+MORE = (
+    "chat/ramp",
+    "chat/bursts",
+    "prefill-heavy>decode-heavy/steady",
+    "chat/steady/12.5",
+    "prefill-heavy/steady/12.5",
+)
 QUICK = {
     "workers": 4,
     "num_prompts": 120,
@@ -40,13 +47,13 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--cost-model", default="h100-qwen3-8b", help="a name in data/hardware, or a file of `fit`"
     )
-    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--num-prompts", type=int, default=400, help="requests of a cell, for each seed")
     parser.add_argument("--seeds", type=int, default=3, help="so many, from 0 on")
     parser.add_argument(
         "--policies",
         nargs="+",
-        default=list(POLICIES),
+        default=[*POLICIES, *PREDICTORS],
         metavar="NAME[:PREDICTOR]",
         help="beside all static ones; with a predictor of bayesian, mean, constant or truth",
     )
@@ -55,7 +62,7 @@ def register(subparsers: _Subparsers) -> None:
         "--slos", nargs="+", default=list(SLOS), metavar="'NAME:MS ...'", help="each as of --goodput"
     )
     parser.add_argument(
-        "--links", nargs="+", default=["own", "12.5"], help="GB/s of a worker's card; own: the cost model's"
+        "--links", nargs="+", default=["own"], help="GB/s of a worker's card; own: the cost model's"
     )
     parser.add_argument(
         "--loads",
@@ -65,11 +72,12 @@ def register(subparsers: _Subparsers) -> None:
         help="arrival rates, by the highest at which a static policy serves 90 %% of requests as promised",
     )
     parser.add_argument(
-        "--varying",
+        "--more",
         nargs="*",
-        default=list(VARYING),
-        metavar="MIX/SHAPE",
-        help="cells in which load varies (ramp, bursts, one mix>another), with the first SLO and link",
+        default=list(MORE),
+        metavar="MIX/SHAPE[/LINK]",
+        help="further cells, with the first of --slos and --links: load that varies (ramp, bursts), a mix that shifts "
+        "(one>another), steady with another link",
     )
     parser.add_argument(
         "--trace", type=Path, help="recorded requests: a cell more, with their bursts and lengths"
@@ -77,7 +85,7 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--simulations",
         type=int,
-        default=50,
+        default=15,
         help="of a cell, that the oracle may make; 0: it is the best policy",
     )
     parser.add_argument("--num-blocks", type=int, default=20_000, help="KV blocks a worker")
@@ -103,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         for name, value in QUICK.items():
             setattr(args, name, value)
-        args.slos, args.varying = args.slos[:1], args.varying[:1]
+        args.slos, args.more = args.slos[:1], args.more[:1]
     bench, trace = _bench(args)
     path: Path | None = args.result_filename
     before = load(path) if path is not None and path.is_file() else None
@@ -167,19 +175,23 @@ def _grid(args: argparse.Namespace) -> Any:
     from nanopd_lab.bench.regret.runner import Grid
     from nanopd_lab.sim.oracle import statics
 
-    links = [None if text == "own" else _bandwidth(text) for text in args.links]
+    links = [_bandwidth(text) for text in args.links]
     cells: list[Cell] = [
         Cell(mix, "steady", slo, link, load)
         for mix, slo, link, load in product(args.mixes, args.slos, links, args.loads)
     ]
-    for each in [*args.varying, *([f"{TRACE}/steady"] if args.trace else [])]:
-        mix, _, shape = each.partition("/")
-        cells += [Cell(mix, shape or "steady", args.slos[0], links[0], load) for load in args.loads]
+    for each in [*args.more, *([f"{TRACE}/steady"] if args.trace else [])]:
+        mix, *parts = each.split("/")
+        shape = parts[0] if parts else "steady"
+        link = _bandwidth(parts[1]) if len(parts) > 1 else links[0]
+        cells += [Cell(mix, shape, args.slos[0], link, load) for load in args.loads]
     policies = tuple(dict.fromkeys([*statics(args.workers), *args.policies]))
     return Grid(tuple(dict.fromkeys(cells)), policies, tuple(range(args.seeds)))
 
 
-def _bandwidth(text: str) -> float:
+def _bandwidth(text: str) -> float | None:
+    if text == "own":
+        return None
     try:
         value = float(text)
     except ValueError:
