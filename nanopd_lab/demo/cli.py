@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,8 @@ def register(subparsers: _Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it; 130 after an interrupt, 1 if a cluster was lost."""
+    if missing := [name for name in ("matplotlib", "PIL") if find_spec(name) is None]:
+        raise ValueError(f"the report's figures need {missing[0]}: pip install 'nanopd-lab[lab]'")
     from nanopd_lab.demo.chat import ask
     from nanopd_lab.demo.session import REPORT, run_demo
     from nanopd_lab.viz.strategies import look_of

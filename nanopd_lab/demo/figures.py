@@ -8,6 +8,7 @@ from pathlib import Path
 from nanopd_lab.bench.request_table import RequestTable
 from nanopd_lab.demo.outcome import Outcome
 from nanopd_lab.demo.page import Shown
+from nanopd_lab.viz.race import recorded_regret, regret_view
 from nanopd_lab.viz.serving import (
     attainment_by_scale,
     goodput_bars,
@@ -105,7 +106,7 @@ def model_figures(outcome: Outcome) -> Iterator[Shown]:
         pays = outcome.pays
         yield Shown(
             "pays", "When disaggregation pays", MODELLED,
-            "How many points more (purple) or fewer (blue) requests are in time with "
+            "How many points more (blue) or fewer (orange) requests are in time with "
             f"{pays.split} than collocated, on the same workers, for other rates and lengths; promises stay as they "
             "are. Each cell is one simulation: differences of a few points are chance.",
             pays_map(
@@ -113,6 +114,20 @@ def model_figures(outcome: Outcome) -> Iterator[Shown]:
                 ("collocated", pays.split),
             ),
         )  # fmt: skip
+
+
+def regret_figure() -> Iterator[Shown]:
+    """How far strategies stay behind hindsight, from a record; nothing if there is none."""
+    if (record := recorded_regret()) is None:
+        return
+    date = record["provenance"][-1]["date"][:10]
+    cost, workers = record["settings"]["cost_model"], record["settings"]["workers"]
+    yield Shown(
+        "regret", "How good could any routing be?", f"modelled, recorded {date}",
+        f"Not of this machine: {workers} workers with the cost model {cost}, other requests and promises in each cell. "
+        "The oracle knows every request beforehand; what a strategy lacks to its goodput is its regret.",
+        regret_view(record, f"{workers} workers, {cost} (modelled)"),
+    )  # fmt: skip
 
 
 def save_figures(figures: list[Shown], folder: Path) -> None:

@@ -13,7 +13,7 @@ from nanopd_lab.cost.files import CostModel
 from nanopd_lab.cost.hardware import load_model, model_names
 from nanopd_lab.cost.roofline import ChunkShape
 from nanopd_lab.demo.calibrate import ProfileJob, measure_cost_model
-from nanopd_lab.demo.figures import measured_figures, model_figures, save_figures
+from nanopd_lab.demo.figures import measured_figures, model_figures, regret_figure, save_figures
 from nanopd_lab.demo.measure import Progress, Workers, measure, write_json
 from nanopd_lab.demo.outcome import Outcome
 from nanopd_lab.demo.plan import (
@@ -166,7 +166,7 @@ def plan(config: DemoConfig, machine: Machine) -> Outcome:
 
 def write_report(outcome: Outcome, folder: Path) -> None:
     """`report.html`, `demo.json`, `figures/` and the simulated requests."""
-    measured, modelled = list(measured_figures(outcome)), list(model_figures(outcome))
+    measured, modelled = list(measured_figures(outcome)), [*model_figures(outcome), *regret_figure()]
     (folder / REPORT).write_text(report(outcome, measured, modelled), encoding="utf-8")
     write_json(folder / SUMMARY, outcome.as_json())
     for result in outcome.simulated:

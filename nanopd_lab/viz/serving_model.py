@@ -1,4 +1,4 @@
-"""What the simulator says of a run beside what was measured, and how far strategies stay behind hindsight."""
+"""What the simulator says of a run beside what was measured, and of what was not run."""
 
 from __future__ import annotations
 
@@ -116,44 +116,4 @@ def pays_map(
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0, labelsize=10)
     fig.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
-    return fig
-
-
-def regret(shares: Mapping[str, Sequence[float]], oracle: Sequence[float]) -> LabFigure:
-    """How many points of requests in time each strategy lacks to the best routes in hindsight, cell by cell; modelled.
-
-    Args:
-        shares: attainment of each strategy in each cell, the same cells in one order
-        oracle: of the oracle in each cell
-
-    Raises:
-        ValueError: not a share for each cell.
-    """
-    if wrong := [name for name, each in shares.items() if len(each) != len(oracle)]:
-        raise ValueError(
-            f"{wrong[0]} has {len(shares[wrong[0]])} cells, the oracle {len(oracle)}; give the same cells"
-        )
-    fig = figure(9.6, 1.5 + 0.5 * len(shares))
-    ax = fig.add_subplot()
-    rng = np.random.default_rng(0)
-    for row, policy in enumerate(order := in_order(list(shares))):
-        look = look_of(policy)
-        values = 100 * (np.asarray(oracle) - np.asarray(shares[policy]))
-        ax.plot(
-            values, row + rng.uniform(-0.2, 0.2, len(values)), linestyle="none", marker=look.marker, markersize=5,
-            color=look.colour, alpha=0.6, markeredgewidth=0,
-        )  # fmt: skip
-        mean = float(values.mean())
-        ax.plot([mean, mean], [row - 0.36, row + 0.36], color=INK, linewidth=2.5)
-        ax.annotate(
-            f"{mean:.1f}", (mean, row - 0.36), textcoords="offset points", xytext=(4, 1), fontsize=9.5
-        )
-    ax.set_yticks(range(len(order)), [look_of(policy).label for policy in order])
-    ax.set_ylim(len(order) - 0.4, -0.6)
-    ax.axvline(0, color=INK, linewidth=1)
-    ax.set_xlabel("regret: points of requests in time fewer than the oracle's")
-    tidy(ax, "x")
-    fig.suptitle(
-        f"{len(oracle)} cells, a mark each; bar: mean (modelled)", fontsize=11, color=INK, x=0.01, ha="left"
-    )
     return fig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from nanopd_lab.viz.style import FAINT, INK
+from nanopd_lab.viz.style import strategy_colour
 
 
 class Look(NamedTuple):
@@ -18,29 +18,30 @@ class Look(NamedTuple):
 
 
 _LOOKS = {
-    "collocated": Look("#56B4E9", "s", "-", "collocated"),
-    "disaggregated": Look("#CC79A7", "o", "--", "disaggregated"),
-    "adaptive": Look("#009E73", "D", "-.", "adaptive"),
-    "round-robin": Look("#E69F00", "^", ":", "round-robin"),
-    "least-loaded": Look("#0072B2", "v", "-", "least-loaded"),
-    "threshold": Look("#D55E00", "P", "--", "threshold"),
-    "nanopd": Look("#7F7F7F", "X", "-.", "nanoPD's rule"),
-    "oracle": Look(INK, "*", ":", "oracle (hindsight)"),
+    "collocated": ("s", "-", "collocated"),
+    "disaggregated": ("o", "--", "disaggregated"),
+    "adaptive": ("D", "-.", "adaptive"),
+    "round-robin": ("^", ":", "round-robin"),
+    "least-loaded": ("v", "-", "least-loaded"),
+    "threshold": ("P", "--", "threshold"),
+    "nanopd": ("X", "-.", "nanoPD's rule"),
+    "oracle": ("*", ":", "oracle (hindsight)"),
 }
 _SHAPE = re.compile(r"(\d+)p(\d+)d")
 
 
 def look_of(policy: str) -> Look:
     """Of a policy by name. All xPyD are disaggregated: one colour, and a label that says the numbers."""
+    colour = strategy_colour(policy)
     if match := _SHAPE.fullmatch(policy):
-        look = _LOOKS["disaggregated"]
-        return look._replace(label=f"disaggregated {match[1]}P{match[2]}D")
+        marker, line, _ = _LOOKS["disaggregated"]
+        return Look(colour, marker, line, f"disaggregated {match[1]}P{match[2]}D")
     base = policy.split(":")[0]
-    if base in _LOOKS:
-        look = _LOOKS[base]
-        return look if base == policy else look._replace(label=policy)
-    family = next((name for name in _LOOKS if base.startswith(name + "-")), None)
-    return _LOOKS[family]._replace(label=policy) if family else Look(FAINT, "h", ":", policy)
+    family = next((name for name in _LOOKS if base == name or base.startswith(name + "-")), None)
+    if family is None:
+        return Look(colour, "h", ":", policy)
+    marker, line, label = _LOOKS[family]
+    return Look(colour, marker, line, label if policy == family else policy)
 
 
 def disaggregates(policy: str) -> bool:

@@ -28,7 +28,7 @@ from nanopd_lab.viz.serving import (
     words,
 )
 from nanopd_lab.viz.serving_explorer import VIEWS, slo_explorer
-from nanopd_lab.viz.serving_model import differences, pays_map, regret, simulated_vs_measured
+from nanopd_lab.viz.serving_model import differences, pays_map, simulated_vs_measured
 from nanopd_lab.viz.serving_rates import attainment_by_rate, pareto, percentile_by_rate
 from nanopd_lab.viz.serving_requests import request_timeline, slo_plane, winners
 from nanopd_lab.viz.strategies import in_order, look_of
@@ -200,13 +200,6 @@ def test_the_band_counts_what_is_inside(results: list[dict[str, Any]]) -> None:
 def test_the_map_says_every_number() -> None:
     fig = pays_map([1, 2], ["short", "long"], [[-0.2, 0.1], [0, 0.33]], "modelled", ("collocated", "1p1d"))
     assert {text.get_text() for text in fig.axes[0].texts} == {"-20", "+10", "+0", "+33"}
-
-
-def test_regret_is_what_is_lacking() -> None:
-    fig = regret({"collocated": [0.5, 0.7], "adaptive": [0.9, 0.8]}, [0.9, 0.9])
-    assert {text.get_text() for text in fig.axes[0].texts} == {"30.0", "5.0"}
-    with pytest.raises(ValueError, match="give the same cells"):
-        regret({"collocated": [0.5]}, [0.9, 0.9])
 
 
 def test_nobody_draws_nothing() -> None:
