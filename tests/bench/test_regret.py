@@ -28,6 +28,7 @@ from nanopd_lab.bench.regret.tables import (
 from nanopd_lab.cli import main
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.cost.hardware import load_model
+from nanopd_lab.resources import data_dir
 from nanopd_lab.router import JobView, Role, WorkerView
 from nanopd_lab.sim import SimRequest
 from nanopd_lab.sim.oracle import is_static, statics
@@ -283,3 +284,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path.write_text("{}")
     assert main(["regret", "--table", str(path)]) == 2
     assert "run the grid anew" in capsys.readouterr().err
+
+
+def test_no_policy_of_the_record_exceeds_the_proven_bound() -> None:
+    """Policies and bounds of the recorded grid come from different code: one simulates, the other proves."""
+    (path,) = (data_dir() / "recorded").glob("regret-*.json")
+    record = load(path)
+    assert len(record["units"]) == 72
+    for unit in record["units"]:
+        assert oracle_met(unit) <= unit["oracle"]["bound"] <= unit["oracle"]["possible"] <= unit["requests"]
+    assert "adaptive:truth" in summary_table(record)
