@@ -94,14 +94,11 @@ def _settings(args: argparse.Namespace, cost: CostModel) -> SimConfig:
     from nanopd_lab.engine.config import EngineConfig
     from nanopd_lab.sim import LinkModel, SimConfig
 
-    link = LinkModel()
-    if cost.transfer is not None:
-        link = LinkModel(cost.transfer.setup_s, cost.transfer.block_s, cost.transfer.bytes_per_s)
     return SimConfig(
         num_blocks=args.kv_blocks,
         max_num_seqs=EngineConfig(args.model).max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_bytes=cost.fit["block_bytes"],
-        link=link,
+        link=cost.transfer or LinkModel(),
         ahead=bool(cost.fit.get("ahead", False)),
     )

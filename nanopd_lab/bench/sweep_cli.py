@@ -161,7 +161,10 @@ def _workload(args: argparse.Namespace, point: Point, tokenizer: str | None = No
 
 @contextmanager
 def _measuring(args: argparse.Namespace) -> Iterator[Measure]:
-    """What measures a point: a simulation, or a cluster that is started when its policy is first asked for."""
+    """What measures a point: a simulation, or a cluster that is started when it is first asked for.
+
+    Without a prefix cache one cluster serves all policies; else each has its own.
+    """
     slo, selection = slo_of(args), selection_of(args)
     if args.simulate:
         yield _simulation(args)
@@ -176,8 +179,11 @@ def _measuring(args: argparse.Namespace) -> Iterator[Measure]:
 
         def measure(point: Point) -> Result:
             nonlocal current
+            if current is not None and current[0] != point.policy and not args.enable_prefix_caching:
+                current[1].use_policy(point.policy)  # to start GPUs anew takes most of a minute
+                current = point.policy, current[1]
             if current is None or current[0] != point.policy:
-                stack.close()  # the one before it
+                stack.close()  # the one before it: its caches know the prompts that come again
                 cluster = stack.enter_context(Cluster(serving_cli.cluster_config(args, point.policy)))
                 current = point.policy, cluster
             workload = _workload(args, point, tokenizer)

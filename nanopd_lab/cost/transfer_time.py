@@ -24,9 +24,9 @@ class TransferModel:
         ValueError: a time that is negative or not finite, or a bandwidth that is not positive (infinite is allowed).
     """
 
-    setup_s: float
-    block_s: float
-    bytes_per_s: float
+    setup_s: float = 0.0
+    block_s: float = 0.0
+    bytes_per_s: float = math.inf
 
     def __post_init__(self) -> None:
         for name in ("setup_s", "block_s"):

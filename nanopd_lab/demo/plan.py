@@ -33,15 +33,12 @@ class Machine:
     @classmethod
     def of(cls, cost: CostModel, workers: int, config: SimConfig) -> Machine:
         """`config` with what the cost model knows of blocks and links."""
-        link = LinkModel()
-        if cost.transfer is not None:
-            link = LinkModel(cost.transfer.setup_s, cost.transfer.block_s, cost.transfer.bytes_per_s)
         known = replace(
             config,
             block_bytes=int(cost.fit["block_bytes"]),
             block_size=int(cost.fit["block_size"]),
             ahead=bool(cost.fit.get("ahead", False)),
-            link=link,
+            link=cost.transfer or LinkModel(),
         )
         return cls(cost, workers, known)
 

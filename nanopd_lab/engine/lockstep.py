@@ -155,13 +155,13 @@ class LockstepScheduler(HandoverScheduler):
         return self._done(steps)
 
     def _done(self, steps: int) -> list[Sequence]:
-        self._step += steps
+        self._step = step = self._step + steps
         self.total_context += steps * self.lockstepping
-        newcomers = self.newcomers
+        newcomers, ends = self.newcomers, self._ends
         if newcomers:
             self.newcomers = []
-        ends, ended = self._ends, []
-        while ends and ends[0][0] <= self._step:
+        ended: list[Sequence] = []
+        while ends and ends[0][0] <= step:
             sequence = heapq.heappop(ends)[2]
             if sequence in self._joined:
                 self.finish(sequence, FinishReason.LENGTH)

@@ -136,11 +136,14 @@ class Forecaster:
         blind = blindness(batch, workers)
         queue = queued_services(per_worker, services, prompts.full)
         uneven = 1 / workers + (1 - 1 / workers) * blind**2 / 3
+        service = Service.of(services)
+        # A long prompt slows the worker's decodes down, so that jobs end elsewhere and requests follow them there.
+        shunned = (1 - 1 / workers) * (1 - service.mean_s**2 / service.square_s2)
         wait = waiting(
             1,
             load,
-            Service.of(services),
-            probability=load * blind,
+            service,
+            probability=load * blind * (1 - shunned),
             queued=queue,
             unevenness=uneven,
         )

@@ -111,14 +111,12 @@ class Machine:
 
     def outlook(self, slo: Slo | None = None) -> Outlook:
         """What policies that estimate are told of it."""
-        from nanopd_lab.cost.transfer_time import TransferModel
         from nanopd_lab.router import Outlook, Slo
 
-        link = self.config.link
         return Outlook(
             self.iteration,
             slo or Slo(),
-            TransferModel(link.setup_s, link.block_s, link.bytes_per_s),
+            self.config.link,
             self.config.block_bytes,
             self.config.block_size,
             self.config.max_num_batched_tokens,
@@ -269,21 +267,19 @@ def _fitted(args: argparse.Namespace) -> Machine:
     from nanopd_lab.cost.hardware import load_model
     from nanopd_lab.sim.links import LinkModel
 
-    cost, transfer = load_model(args.cost_model), LinkModel()
+    cost = load_model(args.cost_model)
     block_bytes = args.block_bytes or cost.fit.get("block_bytes")
-    if cost.transfer is not None:
-        transfer = LinkModel(cost.transfer.setup_s, cost.transfer.block_s, cost.transfer.bytes_per_s)
-        if not block_bytes:
-            raise ValueError(
-                f"{args.cost_model} has a link that moves {cost.transfer.bytes_per_s / 1e9:.1f} GB/s; say how large a "
-                "block of 16 tokens is: --block-bytes (737280 for smollm2 in float32)"
-            )
+    if cost.transfer is not None and not block_bytes:
+        raise ValueError(
+            f"{args.cost_model} has a link that moves {cost.transfer.bytes_per_s / 1e9:.1f} GB/s; say how large a "
+            "block of 16 tokens is: --block-bytes (737280 for smollm2 in float32)"
+        )
     return _machine(
         args,
         cost.device,
         cost.model,
         cost.iteration,
-        transfer,
+        cost.transfer or LinkModel(),
         args.num_blocks or 4096,
         block_bytes or 0,
         bool(cost.fit.get("ahead", False)),

@@ -13,27 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from nanopd_lab.cost.transfer_time import TransferModel
 from nanopd_lab.sim.clock import EventQueue, Kind
 
-
-@dataclass(frozen=True)
-class LinkModel:
-    """`setup_s + blocks * block_s + bytes / bytes_per_s`: seconds a pull and a block, bytes per second of a card.
-
-    Raises:
-        ValueError: a negative time, or a bandwidth that is not positive.
-    """
-
-    setup_s: float = 0.0
-    block_s: float = 0.0
-    bytes_per_s: float = float("inf")
-
-    def __post_init__(self) -> None:
-        if self.setup_s < 0 or self.block_s < 0 or not self.bytes_per_s > 0:
-            raise ValueError(
-                f"setup_s is {self.setup_s}, block_s {self.block_s}, bytes_per_s {self.bytes_per_s}; times must "
-                "not be negative and the bandwidth must be positive"
-            )
+LinkModel = TransferModel
+"""A pull's time over idle cards; `bytes_per_s` is that of each card and direction."""
 
 
 @dataclass(eq=False, slots=True)

@@ -25,7 +25,6 @@ from nanopd_lab.viz.style import (
     INK,
     KV,
     PREFILL,
-    REQUESTS,
     STRATEGIES,
     WAITING,
     LabFigure,
@@ -181,8 +180,9 @@ def explanation_view(explanation: Explanation, title: str, unit: str = "expected
     candidates = explanation.candidates[:9]
     fig = figure(9.6, 1.5 + 0.34 * len(candidates))
     ax = fig.add_subplot()
-    names = list(dict.fromkeys(name for each in candidates for name in each.terms))
-    colours = [PREFILL, DECODE, ALERT, KV, "#CC79A7", WAITING, *REQUESTS]
+    names = list(dict.fromkeys(name for each in candidates for name, value in each.terms.items() if value))
+    colours = [PREFILL, DECODE, KV, ALERT, "#CC79A7", "#56B4E9", WAITING, FAINT]
+    assert len(names) <= len(colours), f"{len(names)} terms, and {len(colours)} colours to tell them apart"
     for row, each in enumerate(candidates):
         left = 0.0
         for name, colour in zip(names, colours, strict=False):
@@ -201,7 +201,7 @@ def explanation_view(explanation: Explanation, title: str, unit: str = "expected
         for name, colour in zip(names, colours, strict=False)
     ]
     fig.legend(
-        handles=handles, loc="outside lower center", ncols=min(6, len(names)), frameon=False, fontsize=9.5
+        handles=handles, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9.5
     )
     ax.spines[["top", "right"]].set_visible(False)
     return fig

@@ -68,11 +68,8 @@ class Bench:
         """What policies that estimate are told."""
         from dataclasses import replace
 
-        from nanopd_lab.cost.transfer_time import TransferModel
-
-        link = self._link(cell)
         told = Outlook.of(self.cost, Slo.parse(cell.slo.split()), self.settings.max_num_batched_tokens)
-        return replace(told, transfer=TransferModel(link.setup_s, link.block_s, link.bytes_per_s))
+        return replace(told, transfer=self._link(cell))
 
     def serve(self, instance: Instance, cell: Cell, name: str) -> Outcome:
         """What a policy makes of it.
