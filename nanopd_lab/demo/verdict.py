@@ -79,6 +79,8 @@ def sentence(found: Comparison, source: str = "measured") -> str:
     better, than = look_of(found.better).label, look_of(found.than).label
     value, low, high = (100 * each for each in found.gain)
     numbers = f"{value:+.0f} points of requests in time ({source}; 95 % interval {low:+.0f} to {high:+.0f})"
+    if found.gain == Bounds(0.0, 0.0, 0.0):
+        return f"{better} and {than} had the same requests in time ({source}); tighter promises or more load may tell."
     if not found.decided:
         return f"{better} and {than} cannot be told apart here: {numbers}."
     if value > 0:
@@ -91,6 +93,8 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     split = next((c for c in comparisons if disaggregates(c.better) and c.than == "collocated"), None)
     if split is None:
         return "Nothing was measured of both collocated and disaggregated serving."
+    if split.gain == Bounds(0.0, 0.0, 0.0):
+        return "No difference here: collocated and disaggregated have the same requests in time."
     points = f"{100 * split.gain.value:+.0f} points of requests in time"
     if not split.decided:
         return f"Too close to call: with these requests and promises, disaggregation changes {points}."
@@ -112,8 +116,9 @@ def reasons(tables: Mapping[str, RequestTable], slo: Slo) -> list[str]:
             f"{gaps[1][0]:,.0f} and {gaps[1][1]:,.0f} ms."
         )
     queues = [_mean(table, "queue", "prefill_queue") for table in (both, split)]
+    longer = "so prompts wait longer" if queues[1] > queues[0] else "yet prompts did not wait longer here"
     found.append(
-        "Waiting for prefill. Fewer workers prefill when some only decode, so prompts wait longer: "
+        f"Waiting for prefill. Fewer workers prefill when some only decode, {longer}: "
         f"{queues[1]:,.0f} ms on average, {queues[0]:,.0f} ms collocated."
     )
     moved = _mean(split, "transfer_visible")

@@ -50,9 +50,12 @@ def percentile_by_rate(
         ax.set_title(f"p{percent:g}", loc="left", fontsize=11, color=INK)
         if slo is not None and np.isfinite(limit := getattr(slo, f"{metric}_s")):
             ax.axhline(1e3 * limit, color=INK, linewidth=1, linestyle="--")
-    low, high = panels[0].get_ylim()  # shared
-    for ax in panels:
-        logarithmic(ax, "y", (max(low, high / 1e4), 1.1 * high))
+    drawn = np.concatenate(
+        [np.asarray(line.get_ydata(), float).ravel() for ax in panels for line in ax.lines]
+    )
+    drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+    for ax in panels if len(drawn) else []:
+        logarithmic(ax, "y", (0.7 * drawn.min(), 1.4 * drawn.max()))
     panels[0].set_ylabel(f"{TITLES[metric]} (ms)")
     _legend(fig, tables)
     return fig
