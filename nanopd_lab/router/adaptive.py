@@ -43,6 +43,7 @@ PATIENCE, LONGEST_S = (
 )  # how long a late one lets others pass: so many times its objective, at least so long
 CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
+TIGHT = 4  # a time per token of no more than so many lone decode steps is tight
 QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
 REFRESH = 16  # ends after which forecasts are asked for anew
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -135,12 +136,13 @@ class Adaptive:
     # ------------------------------------------------------------------ roles
 
     def _first_roles(self, job: JobView, views: Sequence[WorkerView]) -> dict[str, Role]:
-        """Until there is a plan: halves, if hand-overs are cheap.
+        """Until there is a plan: halves, if the time per token is tight and hand-overs are cheap.
 
         To go on from halves costs little; outputs that run on mixed workers would be held up by the first change.
         """
         ask, half = self._ask(job, job.arrival), len(views) // 2
-        if not half or ask.pull_s > QUICK * ask.alone_s or self.slo.tpot_s == math.inf:
+        loose = self.slo.tpot_s > TIGHT * self.costs.decode(1, ask.tokens)
+        if not half or loose or ask.pull_s > QUICK * ask.alone_s:
             return {}
         if any(view.role is not Role.MIXED or view.jobs for view in views):
             return {}
