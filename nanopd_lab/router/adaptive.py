@@ -43,8 +43,8 @@ PATIENCE, LONGEST_S = (
 )  # how long a late one lets others pass: so many times its objective, at least so long
 CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
+TIGHT = 4  # a time per token of no more than so many lone decode steps is tight
 QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
-SAMPLED = 16  # outputs under way that are looked at
 REFRESH = 16  # ends after which forecasts are asked for anew
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 USUAL = 50  # requests over which means are taken
@@ -100,7 +100,7 @@ class Adaptive:
             self.predictor.observe(prompt_tokens, output_tokens, censored)
             if self.plan.ended % REFRESH == 0:
                 self._medians.clear()
-            self.plan.has_ended(output_tokens)
+            self.plan.has_ended(prompt_tokens, output_tokens)
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
         views = list(workers)
@@ -136,12 +136,13 @@ class Adaptive:
     # ------------------------------------------------------------------ roles
 
     def _first_roles(self, job: JobView, views: Sequence[WorkerView]) -> dict[str, Role]:
-        """Until there is a plan: halves, if hand-overs are cheap.
+        """Until there is a plan: halves, if the time per token is tight and hand-overs are cheap.
 
         To go on from halves costs little; outputs that run on mixed workers would be held up by the first change.
         """
         ask, half = self._ask(job, job.arrival), len(views) // 2
-        if not half or ask.pull_s > QUICK * ask.alone_s or self.slo.tpot_s == math.inf:
+        loose = self.slo.tpot_s > TIGHT * self.costs.decode(1, ask.tokens)
+        if not half or loose or ask.pull_s > QUICK * ask.alone_s:
             return {}
         if any(view.role is not Role.MIXED or view.jobs for view in views):
             return {}
@@ -166,7 +167,6 @@ class Adaptive:
 
     def _begin_plan(self, views: Sequence[WorkerView], now: float) -> None:
         terms = [self._of(view, now) for view in views]
-        self._look_at_lengths(terms, now)
         leftovers = [0]
         for active in sorted(each.active for each in terms if each.view.role is not Role.PREFILL):
             leftovers.append(leftovers[-1] + active)
@@ -175,22 +175,25 @@ class Adaptive:
         backlog_s = sum(max(0.0, each.free_at - now) for each in terms if each.view.prefilling)
         view = views[0]
         room = Room(view.max_num_seqs or 1 << 30, view.num_blocks * view.block_size or math.inf)
-        load = Load(decoding, known + decoding * self.plan.lengths.mean / 2, backlog_s, room)
+        load = Load(decoding, known + decoding * self.plan.mean_output / 2, backlog_s, room)
         prefills = sum(view.role is Role.PREFILL for view in views)
         prefills = (
             prefills if prefills < len(views) else 0
         )  # those that decode are away: all will have to be mixed
-        self.plan.begin(Fleetwide(len(views), prefills, leftovers, load))
+        self.plan.begin(Fleetwide(len(views), prefills, leftovers, load, self._ages(terms, now)))
 
-    def _look_at_lengths(self, terms: Sequence[Terms], now: float) -> None:
-        """Have the mean length worked out, with some of the outputs under way."""
+    def _ages(self, terms: Sequence[Terms], now: float) -> dict[int, list[float]]:
+        """Tokens that outputs under way should have produced, by the bits of their prompt's length."""
         active = sum(each.active for each in terms)
         pace_s = self._pace_s or sum(
             each.active * each.pace_s / (1 - self._share(each.view.name, now)) for each in terms
         ) / max(1, active)
-        ages = sorted(now - begun for times in self._under_way.values() for begun in times if begun < now)
-        step = max(1, len(ages) // SAMPLED)
-        self.plan.lengths.look(len(ages), [age / pace_s for age in ages[step // 2 :: step]] if pace_s else [])
+        found: dict[int, list[float]] = {}
+        if pace_s:
+            for prompt, times in self._under_way.items():
+                ages = [(now - begun) / pace_s for begun in times if begun < now]
+                found.setdefault(prompt.bit_length(), []).extend(ages)
+        return found
 
     # ------------------------------------------------------------------ one decision
 
@@ -336,7 +339,7 @@ class Adaptive:
         found = self._terms.get(view.name)
         if found is not None and found.view is view and now < found.until:
             return found
-        typical = Typical(max(1, int(self._mean_prompt)), self.plan.lengths.mean, self._delay_s)
+        typical = Typical(max(1, int(self._mean_prompt)), self.plan.mean_output, self._delay_s)
         share = self._share(view.name, now)
         found = terms_of(view, self.costs, self.slo, typical, share, self._token_s, now)
         self._terms[view.name] = found

@@ -7,16 +7,18 @@ golden ratio, which fill an interval evenly.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanopd_lab.router.replay import ReplayJob, Running
 
 if TYPE_CHECKING:
     from nanopd_lab.router.lengths import LengthPredictor
+    from nanopd_lab.router.mean_length import MeanLengths
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 STRATA = 8  # output lengths that a forecast is replaced by
+SAMPLED = 8  # outputs under way of a kind that are looked at
 SLICE = 16  # requests between two pauses
 
 
@@ -39,32 +41,51 @@ class Arrivals:
         begun = window[0].time
         self.window = window
         self.span = max((window[-1].time - begun) * len(window) / (len(window) - 1), 1e-6)
+        self.mean_output = 0.0  # tokens, as forecast
         self._times = [each.time - begun for each in window]
         self._lengths: dict[int, list[int]] = {}
         self._common: list[int] = []
         self._jobs: dict[int, ReplayJob] = {}
 
-    def forecast(self, predictor: LengthPredictor, mean: float, ended: int) -> Generator[None, None, None]:
-        """Have lengths: the shape is the predictor's, and the mean over all is `mean`."""
-        # As long as little has ended, the tail of a forecast is that of doubt, not of lengths.
-        surely = (2 + ended) / (20 + ended)
+    def forecast(
+        self, predictor: LengthPredictor, lengths: MeanLengths, ages: Mapping[int, Sequence[float]]
+    ) -> Generator[None, None, None]:
+        """Have output lengths: the shapes are the predictor's, the means those of `lengths`.
+
+        Args:
+            ages: tokens that outputs under way have produced, by the bits of their prompt's length
+        """
         kinds: dict[int, int] = {}
-        shapes: dict[int, list[float]] = {}
         for _, prompt, most in self.window:
             kind = prompt.bit_length()
             kinds[kind] = kinds.get(kind, 0) + 1
-            if kind not in shapes:
+            if kind not in self._lengths:
+                own = sorted(ages.get(kind, ()))
+                step = max(1, len(own) // SAMPLED)
+                mean = lengths.look(kind, len(own), own[step // 2 :: step])
+                # As long as little has ended, the tail of a forecast is that of doubt, not of lengths.
+                ended = lengths.of(kind).ends
+                surely = (2 + ended) / (20 + ended)
                 ahead = predictor.predict(prompt, most)
-                shapes[kind] = [
+                shape = [
                     ahead.quantile(0.5 + surely * ((number + 0.5) / STRATA - 0.5)) for number in range(STRATA)
                 ]
+                scale = mean * STRATA / sum(shape)
+                self._lengths[kind] = [max(1, min(most, round(length * scale))) for length in shape]
                 yield
-        total = sum(count * sum(shapes[kind]) for kind, count in kinds.items())
-        scale = mean * STRATA * len(self.window) / total
-        self._lengths = {
-            kind: [max(1, round(length * scale)) for length in shape] for kind, shape in shapes.items()
-        }
+        running = [age for each in ages.values() for age in each]
+        step = max(1, len(running) // SAMPLED)
+        lengths.all.look(len(running), sorted(running)[step // 2 :: step])
         self._common = self._lengths[max(kinds, key=lambda kind: kinds[kind])]
+        self.mean_output = sum(count * lengths.of(kind).mean for kind, count in kinds.items()) / len(
+            self.window
+        )
+        yield
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens that an output has in the cache, half of its own among them."""
+        return sum(each.prompt_tokens for each in self.window) / len(self.window) + self.mean_output / 2
 
     def jobs(self, total: int, sharers: float) -> Generator[None, None, list[ReplayJob]]:
         """What of the first `total` requests comes to one of so many that share them, each of which gets one in turn,

@@ -10,11 +10,11 @@ as it is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanopd_lab.router.arrivals import Arrival, Arrivals
-from nanopd_lab.router.mean_length import MeanLength
+from nanopd_lab.router.mean_length import MeanLengths
 from nanopd_lab.router.replay import (
     ReplayJob,
     Room,
@@ -62,7 +62,7 @@ class PlanSettings(NamedTuple):
     horizon: int = 200
     stress: float = 1.1
     haste: int = 12
-    pace: int = 2
+    pace: int = 4
 
 
 class Load(NamedTuple):
@@ -82,6 +82,7 @@ class Fleetwide(NamedTuple):
     """Where a plan begins.
 
     workers, prefills: in all, and that now only prefill; 0: all are mixed
+    ages: tokens that outputs under way have produced, by the bits of their prompt's length
     leftovers: outputs that would be left on workers that are to prefill, by the number of these
     """
 
@@ -89,6 +90,7 @@ class Fleetwide(NamedTuple):
     prefills: int
     leftovers: Sequence[int]
     load: Load
+    ages: Mapping[int, Sequence[float]]
 
 
 class RolePlan:
@@ -108,7 +110,8 @@ class RolePlan:
         self.settings = settings or PlanSettings()
         self.latest_s = HOPELESS * slo.ttft_s
         self.plans = self.ended = 0
-        self.lengths = MeanLength()
+        self.lengths = MeanLengths()
+        self.mean_output = self.lengths.all.mean  # tokens, as forecast for the last plan
         self.worth: dict[int, float] = {}  # of the last plan: by number of prefill workers, 0 for mixed
         self._arrivals: deque[Arrival] = deque(maxlen=self.settings.window)
         self._count = 0
@@ -120,11 +123,10 @@ class RolePlan:
         self._arrivals.append(Arrival(now, prompt_tokens, max_tokens))
         self._count += 1
 
-    def has_ended(self, output_tokens: int) -> None:
+    def has_ended(self, prompt_tokens: int, output_tokens: int) -> None:
         """A request has ended."""
         self.ended += 1
-        self.lengths.ended(output_tokens)
-        if self.ended in LEARNT:
+        if self.lengths.ended(prompt_tokens.bit_length(), output_tokens) in LEARNT:
             self._next, self._thinking = min(self._next, self._count), None
 
     @property
@@ -158,7 +160,8 @@ class RolePlan:
         settings, workers, now = self.settings, fleet.workers, fleet.prefills
         arrivals, ended = Arrivals(list(self._arrivals)), self.ended
         yield
-        yield from arrivals.forecast(self.predictor, self.lengths.mean, ended)
+        yield from arrivals.forecast(self.predictor, self.lengths, fleet.ages)
+        self.mean_output = arrivals.mean_output
         worth = self.worth = {now: (yield from self._worth(arrivals, fleet, now))}
         if worth[now] + settings.margin >= 1 + LATENCY_WORTH / 2 and self.slo.given:
             return now  # it cannot get better by more than the margin
@@ -187,7 +190,14 @@ class RolePlan:
         # Of those that are about as good, the one that is nearest: to come from or to mixed workers changes all.
         most = max(worth.values()) - settings.margin / 2
         near = [layout for layout, value in worth.items() if value >= most]
-        best = min(near, key=lambda each: abs(each - now) if each and now else workers * (each != now))
+        best = min(
+            near,
+            key=lambda each: (
+                abs(each - now) if each and now else workers * (each != now),
+                # What its neighbours are worth as well is not on an edge.
+                -worth[each] - worth.get(each - 1, 0.0) - worth.get(each + 1, 0.0),
+            ),
+        )
         added = max(0, best - now)
         lost = fleet.leftovers[min(added, len(fleet.leftovers) - 1)] * worth[now] / settings.horizon
         margin = settings.margin if ended >= settings.first else settings.doubt
@@ -201,7 +211,11 @@ class RolePlan:
         total = max(settings.replayed, 16 * fleet.workers)
         # What runs or is queued stays where it is.
         sharers = max(decodes, fleet.workers - now)
-        running = arrivals.running(round(load.decoding / sharers), load.context / max(1, load.decoding))
+        count = round(load.decoding / sharers)
+        if self.ended >= settings.window:  # what a replay is too short to see, once lengths are known
+            count = max(count, self._steady(arrivals, decodes, prefills == 0, load.room))
+        context = load.context / load.decoding if load.decoding else arrivals.mean_context
+        running = arrivals.running(count, context)
         backlog_s = load.backlog_s / (now or fleet.workers)
         jobs = yield from arrivals.jobs(total, decodes)
         if prefills == 0:
@@ -224,6 +238,20 @@ class RolePlan:
             jobs = [jobs[place] for place in places]
         skipped = settings.warm * len(rows) // settings.replayed
         return (yield from self._mean(rows[skipped:], jobs[skipped:]))
+
+    def _steady(self, arrivals: Arrivals, workers: int, mixed: bool, room: Room) -> int:
+        """Outputs that a worker will decode at once if it goes on like this (Little's law), as far as it has room."""
+        rate = len(arrivals.window) / arrivals.span / workers
+        free = 1.0
+        if mixed:
+            prompts = sum(self.costs.prompt(each.prompt_tokens) for each in arrivals.window)
+            free = max(0.2, 1 - prompts / arrivals.span / workers)
+        most = min(room.max_num_seqs, room.kv_tokens / arrivals.mean_context)
+        batch = 1.0
+        for _ in range(4):
+            pace_s = self.costs.decode(max(1, round(batch)), batch * arrivals.mean_context) / free
+            batch = min(most, rate * arrivals.mean_output * pace_s)
+        return int(batch)
 
     def _mean(
         self, times: Sequence[tuple[float, float, float]], jobs: Sequence[ReplayJob]
