@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, NamedTuple
 
 from nanopd_lab.viz.svg import inline_svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLE = """
 :root { --paper: #fff; --ink: #1f2328; --faint: #59636e; --grid: #d1d9e0; --card: #f6f8fa; --line: #d1d9e0;

@@ -24,6 +24,7 @@ from nanopd_lab.cost.iteration import SHORT_CHUNK, StepFeatures
 if TYPE_CHECKING:
     from nanopd_lab.router.outlook import Outlook
 
+JOINING_STEPS = 3.5  # of a decode worker, from when the KV could be there until its first step with it
 SLICE = 4  # requests between two pauses
 
 
@@ -194,6 +195,8 @@ def decode_times(
     found = [0.0] * len(jobs)
     for number, job in enumerate(jobs):
         worker.run_until(job.arrival, found)
+        if worker.batch:
+            worker.run_until(job.arrival + JOINING_STEPS * worker.pace(), found)
         worker.add(number, job.prompt_tokens + 1, job.output_tokens - 1)
         if number % SLICE == SLICE - 1:
             yield
@@ -348,7 +351,7 @@ class _Decodes:
             self.add(*self._waiting.popleft())
 
 
-def share(value: float, objective: float, width: float = 0.05) -> float:
+def share(value: float, objective: float, width: float = 0.1) -> float:
     """How surely `value` keeps an objective: 1 well below, 0 well above, a straight line between."""
     if objective == math.inf:
         return 1.0

@@ -54,15 +54,15 @@ class PlanSettings(NamedTuple):
     window: int = 128
     first: int = 12
     every: int = 64
-    replayed: int = 256
-    warm: int = 64
+    replayed: int = 128
+    warm: int = 32
     margin: float = 0.03
     doubt: float = 0.25
     least: float = 0.3
     horizon: int = 200
     stress: float = 1.1
     haste: int = 12
-    pace: int = 4
+    pace: int = 8
 
 
 class Load(NamedTuple):
@@ -188,7 +188,8 @@ class RolePlan:
                 stride //= 2
             place = best
         # Of those that are about as good, the one that is nearest: to come from or to mixed workers changes all.
-        most = max(worth.values()) - settings.margin / 2
+        # Before anything has ended there is nothing to stay near to.
+        most = max(worth.values()) - (settings.margin / 2 if ended >= settings.first else 0.0)
         near = [layout for layout, value in worth.items() if value >= most]
         best = min(
             near,
