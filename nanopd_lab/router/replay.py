@@ -24,7 +24,7 @@ from nanopd_lab.cost.iteration import SHORT_CHUNK, StepFeatures
 if TYPE_CHECKING:
     from nanopd_lab.router.outlook import Outlook
 
-# Of a decode worker, from when the KV could be there until its first step with it: 3.3 to 3.9 in busy simulated clusters.
+# Of a decode worker, from when the KV could be there until its first step with it: 3.3 to 3.9 in busy simulations.
 JOINING_STEPS = 3.5
 SLICE = 4  # requests between two pauses
 
