@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 WHOLE_SIZES = (64, 128, 256, 384, 512)
-PIECE_SIZES = (768, 1024, 1536, 2048)
+PIECE_SIZES = (640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
 
 
 def sizes_up_to(sizes: Iterable[int], largest: int) -> list[int]:
