@@ -17,9 +17,9 @@ from nanopd_lab.demo.predict import MAP_RATES, VARIANTS, pays_map, predicted, st
 from nanopd_lab.demo.strategies import cluster_policy, default_policies
 from nanopd_lab.router import Slo
 from nanopd_lab.router.registry import ESTIMATING
+from nanopd_lab.router.veil import Veiled
 from nanopd_lab.sim import SimConfig
 from nanopd_lab.sim.arrivals import Arrivals
-from nanopd_lab.sim.veil import Veiled
 
 ERRORS = {"held_out": {"mean": 0.05, "maximum": 0.1, "count": 4}}
 
