@@ -10,8 +10,8 @@ import pytest
 from nanopd_lab.bench.workload import Uniform, Workload, random_workload
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.cost.iteration import IterationModel
+from nanopd_lab.cost.measure import merged
 from nanopd_lab.cost.transfer_time import TransferModel
-from nanopd_lab.demo.calibrate import merged
 from nanopd_lab.demo.plan import Machine, Unloaded, best_split, busy_rate
 from nanopd_lab.demo.predict import MAP_RATES, VARIANTS, pays_map, predicted, stretched
 from nanopd_lab.demo.strategies import cluster_policy, default_policies
