@@ -355,10 +355,14 @@ class Controller:
             )
         if gone := [name for name, worker in self._workers.items() if worker.state is State.GONE]:
             raise ValueError(f"worker {gone[0]} is gone, and the policy is for all; make a new cluster")
-        self.policy = policy
-        self._finished = getattr(policy, "finished", None)
+        self.exchange(policy)
         for name, role in roles.items():
             self.set_role(name, role, now)
+
+    def exchange(self, policy: Policy) -> None:
+        """Ask this one from now on: one that is around the policy so far, or was in it. Jobs and roles stay."""
+        self.policy = policy
+        self._finished = getattr(policy, "finished", None)
 
     def explain(self, request_id: str, index: int = 0) -> Explanation:
         """Why a request is, or was, where it is: of its last route.

@@ -11,8 +11,8 @@ from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cluster.config import ClusterConfig
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.cost.hardware import load_model, model_names
+from nanopd_lab.cost.measure import ProfileJob, measure_cost_model
 from nanopd_lab.cost.roofline import ChunkShape
-from nanopd_lab.demo.calibrate import ProfileJob, measure_cost_model
 from nanopd_lab.demo.figures import measured_figures, model_figures, regret_figure, save_figures
 from nanopd_lab.demo.measure import Progress, Workers, measure, write_json
 from nanopd_lab.demo.outcome import Outcome

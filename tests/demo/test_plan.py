@@ -10,16 +10,16 @@ import pytest
 from nanopd_lab.bench.workload import Uniform, Workload, random_workload
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.cost.iteration import IterationModel
+from nanopd_lab.cost.measure import merged
 from nanopd_lab.cost.transfer_time import TransferModel
-from nanopd_lab.demo.calibrate import merged
 from nanopd_lab.demo.plan import Machine, Unloaded, best_split, busy_rate
 from nanopd_lab.demo.predict import MAP_RATES, VARIANTS, pays_map, predicted, stretched
 from nanopd_lab.demo.strategies import cluster_policy, default_policies
 from nanopd_lab.router import Slo
 from nanopd_lab.router.registry import ESTIMATING
+from nanopd_lab.router.veil import Veiled
 from nanopd_lab.sim import SimConfig
 from nanopd_lab.sim.arrivals import Arrivals
-from nanopd_lab.sim.veil import Veiled
 
 ERRORS = {"held_out": {"mean": 0.05, "maximum": 0.1, "count": 4}}
 
