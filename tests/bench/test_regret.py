@@ -152,7 +152,9 @@ def test_the_knee_lies_between_what_static_policies_can_and_what_they_cannot() -
 
 
 def test_the_knee_by_formula_is_near_the_simulated_one() -> None:
-    assert 0.5 < planned_knee(BENCH, CELL) / knee(BENCH, CELL) < 2  # 60 requests say little of what goes on for ever
+    assert (
+        0.5 < planned_knee(BENCH, CELL) / knee(BENCH, CELL) < 2
+    )  # 60 requests say little of what goes on for ever
     assert planned_knee(BENCH, CELL._replace(slo="ttft:1 tpot:1")) == 0
     # A shift to the same mix is none.
     assert planned_knee(BENCH, CELL._replace(mix="chat>chat")) == pytest.approx(planned_knee(BENCH, CELL))
