@@ -396,6 +396,16 @@ class Cluster:
                 taken[name], host.steps = host.steps or [], []
             return taken
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt with its output that a worker takes.
+
+        Raises:
+            ClusterDownError: no worker is left.
+        """
+        with self._lock:
+            return self.controller.longest
+
     def check_integrity(self) -> None:
         """Raise AssertionError if a worker has lost a block, or holds one although nothing runs."""
         with self._lock:

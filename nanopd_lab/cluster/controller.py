@@ -189,6 +189,16 @@ class Controller:
 
     # ------------------------------------------------------------------ the caller's side
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence that the largest worker takes.
+
+        Raises:
+            ClusterDownError: no worker is left.
+        """
+        self._check_alive()
+        return int(self._any_takes)
+
     def validate(self, prompt: Seq[int], params: SamplingParams) -> None:
         """Refuse what no worker could ever hold.
 

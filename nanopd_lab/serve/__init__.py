@@ -1,0 +1,10 @@
+"""A server that OpenAI's clients talk to: `nanopd-lab serve`, in front of a `Cluster`.
+
+    schema     what a client sends, checked, as `SamplingParams`
+    replies    what it gets, in OpenAI's shapes
+    bridge     between the cluster's thread and asyncio
+    telemetry  what Prometheus reads
+    app        the endpoints
+
+It needs the extra `serve`.
+"""

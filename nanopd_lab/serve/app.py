@@ -1,0 +1,254 @@
+"""The endpoints: OpenAI's completions and chat, and what operators ask for.
+
+POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from nanopd_lab.cluster.actions import ClusterBusyError, ClusterDownError
+from nanopd_lab.cluster.cluster import Cluster, ClusterOutput
+from nanopd_lab.core import SamplingParams
+from nanopd_lab.engine.prompts import Prompt, render_chat, tokenize
+from nanopd_lab.errors import InvalidRequestError
+from nanopd_lab.serve.bridge import Bridge
+from nanopd_lab.serve.replies import Reply, error_body
+from nanopd_lab.serve.schema import ChatRequest, CompletionRequest, Sampled
+from nanopd_lab.serve.telemetry import Telemetry
+
+RETRY_AFTER_S = 1
+GONE = 499  # nginx's "client closed request"; nobody reads it
+T = TypeVar("T")
+
+
+class _Unauthorized(Exception):  # noqa: N818
+    pass
+
+
+def create_app(cluster: Cluster, name: str | None = None, api_key: str | None = None) -> FastAPI:
+    """The server in front of a cluster, which the caller closes.
+
+    Args:
+        name: that clients call the model by; default: the cluster's
+        api_key: that clients must send as `Authorization: Bearer …`; None: anybody may ask
+
+    Raises:
+        ValueError: see `Bridge`.
+    """
+    name = name or cluster.config.model
+    telemetry = Telemetry()
+    bridge = Bridge(cluster, telemetry.ended)
+    telemetry.watch(bridge)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        bridge.close()
+
+    app = FastAPI(title="nanopd_lab", lifespan=lifespan)
+
+    def refuse(status: int, message: str, kind: str, param: str | None = None) -> JSONResponse:
+        telemetry.refused(status)
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+        return JSONResponse(error_body(message, kind, status, param), status, headers)
+
+    def answer_for(error: Exception) -> JSONResponse:
+        if isinstance(error, ClusterBusyError):
+            return refuse(503, str(error), "overloaded_error")
+        if isinstance(error, ClusterDownError):
+            return refuse(503, str(error), "service_unavailable_error")
+        if isinstance(error, InvalidRequestError):
+            return refuse(400, str(error), "invalid_request_error")
+        return refuse(500, str(error), "server_error")
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = error.errors()[0]
+        place = ".".join(str(part) for part in found["loc"] if part != "body") or None
+        return refuse(
+            400, f"{place}: {found['msg']}" if place else found["msg"], "invalid_request_error", place
+        )
+
+    @app.exception_handler(_Unauthorized)
+    async def unauthorized(request: Request, error: _Unauthorized) -> JSONResponse:
+        return refuse(401, str(error), "authentication_error")
+
+    def guard(request: Request) -> None:
+        if api_key is None:
+            return
+        sent = request.headers.get("Authorization", "").encode()
+        if not hmac.compare_digest(sent, f"Bearer {api_key}".encode()):
+            raise _Unauthorized("the API key is missing or wrong; send Authorization: Bearer KEY")
+
+    def wrong_model(asked: Sampled) -> JSONResponse | None:
+        if asked.model in (None, name):
+            return None
+        return refuse(
+            404, f"model {asked.model!r} is not served here; ask for {name!r}", "not_found_error", "model"
+        )
+
+    async def serve(
+        request: Request, asked: Sampled, prompts: Sequence[Prompt], params: SamplingParams, chat: bool
+    ) -> Response:
+        reply = Reply(
+            f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", name, chat, params.logprobs or 0
+        )
+        if asked.stream:
+            with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+            events = _events(bridge, reply, prompts, params, with_usage)
+            try:
+                first = await anext(events)  # what is refused is refused with a status
+            except Exception as error:
+                return answer_for(error)
+            return StreamingResponse(_following(first, events), media_type="text/event-stream")
+        try:
+            work = asyncio.gather(*(bridge.result(prompt, params) for prompt in prompts))
+            outputs = await _unless_gone(request, work)
+        except Exception as error:
+            return answer_for(error)
+        if outputs is None:
+            return Response(status_code=GONE)
+        if failed := [sample.error for output in outputs for sample in output.outputs if sample.error]:
+            return refuse(500, failed[0], "server_error")
+        return JSONResponse(reply.whole(outputs))
+
+    @app.post("/v1/completions", dependencies=[Depends(guard)])
+    async def completions(request: Request, asked: CompletionRequest) -> Response:
+        if refusal := wrong_model(asked):
+            return refusal
+        try:
+            return await serve(request, asked, asked.prompts(), asked.sampling(), chat=False)
+        except InvalidRequestError as error:
+            return answer_for(error)
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(guard)])
+    async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+        if refusal := wrong_model(asked):
+            return refusal
+        try:
+            messages = [message.rendered() for message in asked.messages]
+            prompt = await asyncio.to_thread(render_chat, messages, cluster.tokenizer, name)
+            room = cluster.longest - len(tokenize(prompt, cluster.tokenizer, cluster.vocab_size, name)[1])
+            return await serve(request, asked, [prompt], asked.sampling(room), chat=True)
+        except (InvalidRequestError, ClusterDownError) as error:
+            return answer_for(error)
+
+    @app.get("/v1/models", dependencies=[Depends(guard)])
+    async def models() -> dict[str, Any]:
+        card = {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "nanopd_lab",
+            "max_model_len": cluster.longest,
+        }
+        return {"object": "list", "data": [card]}
+
+    @app.get("/health")
+    async def health() -> Response:
+        try:
+            workers = cluster.workers()
+            cluster.longest  # noqa: B018 - asks whether anybody is left
+        except (RuntimeError, ValueError) as error:
+            return JSONResponse(error_body(str(error), "service_unavailable_error", 503), 503)
+        return JSONResponse({"status": "ok", "workers": {view.name: view.role.value for view in workers}})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(telemetry.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+async def _unless_gone(request: Request, work: asyncio.Future[T]) -> T | None:
+    """The result, or None if the client has gone, which cancels the work."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watcher = asyncio.create_task(gone())
+    try:
+        both: list[asyncio.Future[Any]] = [work, watcher]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        return await work if work.done() else None
+    finally:
+        for task in (work, watcher):
+            if not task.done():
+                task.cancel()
+        await asyncio.gather(work, watcher, return_exceptions=True)
+
+
+async def _following(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The rest behind the first; closed with it, so that a client's going cancels its requests."""
+    async with aclosing(events):  # type: ignore[type-var]
+        yield first
+        async for event in events:
+            yield event
+
+
+async def _events(
+    bridge: Bridge, reply: Reply, prompts: Sequence[Prompt], params: SamplingParams, with_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events of all prompts' samples as they grow; the last is `[DONE]`."""
+    queue: asyncio.Queue[tuple[int, ClusterOutput | Exception]] = asyncio.Queue()
+
+    async def read(number: int, prompt: Prompt) -> None:
+        try:
+            async with aclosing(bridge.outputs(prompt, params)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    queue.put_nowait((number, output))
+        except Exception as error:
+            queue.put_nowait((number, error))
+
+    readers = [asyncio.create_task(read(number, prompt)) for number, prompt in enumerate(prompts)]
+    latest: dict[int, ClusterOutput] = {}
+    seen: dict[int, tuple[int, int, bool]] = {}  # of a choice: characters and tokens that went out, ended
+    begun = False
+    try:
+        while sum(output.finished for output in latest.values()) < len(prompts):
+            number, found = await queue.get()
+            if isinstance(found, Exception):
+                if not begun:
+                    raise found
+                yield _event(error_body(str(found), "server_error", 500))
+                return
+            if reply.chat and not begun:
+                for index in range(params.n):
+                    yield _event(reply.first(index))
+            begun = True
+            latest[number] = found
+            for sample in found.outputs:
+                choice = number * params.n + sample.index
+                characters, tokens, ended = seen.get(choice, (0, 0, False))
+                if sample.error:
+                    yield _event(error_body(sample.error, "server_error", 500))
+                    return
+                text, new = sample.text[characters:], len(sample.token_ids) > tokens
+                if ended or not (text or sample.finished or (new and sample.logprobs is not None)):
+                    continue  # tokens that make no text yet
+                yield _event(reply.more(choice, sample, text, tokens))
+                seen[choice] = len(sample.text), len(sample.token_ids), sample.finished
+        if with_usage:
+            yield _event(reply.totals([latest[number] for number in sorted(latest)]))
+        yield "data: [DONE]\n\n"
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
