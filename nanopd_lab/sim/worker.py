@@ -265,7 +265,7 @@ class SimWorker:
             self._watch()
 
     def _take_in(self, seen: float) -> None:
-        """Handle what had come by then: messages first, as the host does, which then looks for pulls that have ended."""
+        """Handle what had come by then: messages first, as the host does, which then looks for ended pulls."""
         core, now, inbox = self.core, self.queue.now, self.inbox
         while inbox and inbox[0][0] <= seen:
             ended: list[PullResult] = []

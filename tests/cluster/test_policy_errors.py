@@ -24,7 +24,8 @@ SPLIT = Decision(Route("w0", "w1"))
 
 
 def raises(job: JobView) -> Decision:
-    return {}[job.prompt_tokens]
+    routes: dict[int, Decision] = {}
+    return routes[job.prompt_tokens]
 
 
 WRONG: dict[str, tuple[Callable[[JobView], Any], str]] = {

@@ -1,5 +1,5 @@
-"""The cluster that really runs, in virtual time: controller, hosts, loops of steps, schedulers, allocators, and a model of
-symbols. Only time is made up, by the cost model, the links and the delay of the simulator, to be laid beside it.
+"""The cluster that really runs, in virtual time: controller, hosts, loops of steps, schedulers, allocators, and a model
+of symbols. Only time is made up, by the cost model, the links and the delay of the simulator, to be laid beside it.
 
 A host's turn is computed when it begins, and what it has to say is delivered when its step ends. Nobody sees the
 difference, as hosts speak through messages and pulled blocks only.
@@ -261,7 +261,9 @@ class VirtualCluster:
             self._later(Kind.WAKE, due - self.queue.now, partial(self._wake, name))
 
     def _pull_ended(self, flow: Flow) -> None:
-        transport, pull = flow.payload  # type: ignore[misc]
+        assert isinstance(flow.payload, tuple)
+        transport, pull = flow.payload
+        assert isinstance(transport, LinkTransport)
         transport.arrived(pull, flow.started)
         self._wake(transport.worker)
 
