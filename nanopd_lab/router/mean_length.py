@@ -4,8 +4,8 @@ A policy has to plan before it has seen many ends, and the first to end are the 
 density, what is under way by the probability of coming so far, of a log-normal length whose median is looked for on a
 grid (maximum likelihood with censoring, averaged over a prior). As ends outnumber what is under way, all tokens that
 have been produced, by the ends, take over: what is under way are the long ones, so that the mean of those that have
-ended would be too short. Prompts whose lengths have as many bits are of one kind; what a kind is believed to be before it has been
-seen is what all of them are.
+ended would be too short. Prompts whose lengths have as many bits are of one kind; what a kind is believed to be before
+it has been seen is what all of them are.
 """
 
 from __future__ import annotations
