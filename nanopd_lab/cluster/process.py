@@ -99,6 +99,7 @@ def worker_main(connection: Connection, spec: WorkerSpec, environment: Mapping[s
         return
     try:
         connection.send([host.hello()])
+        host.post = connection.send
         _serve(connection, host)
     except (EOFError, OSError, KeyboardInterrupt):
         pass  # the controller is gone

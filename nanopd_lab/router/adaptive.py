@@ -46,6 +46,7 @@ CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
 TIGHT = 4  # a time per token of no more than so many lone decode steps is tight
 QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
+FULL = 0.9  # of the KV blocks: those that run need room to grow
 REFRESH = 16  # ends after which forecasts are asked for anew
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 USUAL = 50  # requests over which means are taken
@@ -175,7 +176,7 @@ class Adaptive:
         known = sum(view.decode_tokens - view.arriving_tokens for view in views)
         backlog_s = sum(max(0.0, each.free_at - now) for each in terms if each.view.prefilling)
         view = views[0]
-        room = Room(view.max_num_seqs or 1 << 30, view.num_blocks * view.block_size or math.inf)
+        room = Room(view.max_num_seqs or 1 << 30, FULL * view.num_blocks * view.block_size or math.inf)
         load = Load(decoding, known + decoding * self.plan.mean_output / 2, backlog_s, room)
         prefills = sum(view.role is Role.PREFILL for view in views)
         prefills = (
