@@ -30,8 +30,8 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--simulate-with",
         type=Path,
-        help="another cost model for the simulated steps, as of a profile made afterwards: all rounds are simulated anew "
-        "with it, and policies go by --cost-model as before",
+        help="another cost model for the simulated steps, as of a profile made afterwards: all rounds are simulated "
+        "anew with it, and policies go by --cost-model as before",
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
