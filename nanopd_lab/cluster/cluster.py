@@ -25,6 +25,7 @@ from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.host import StepRecord
 from nanopd_lab.cluster.inline import InlineLauncher
 from nanopd_lab.cluster.process import ProcessLauncher, WorkerSpec
+from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.core import FinishReason, Logprob, SamplingParams
 from nanopd_lab.engine.detokenizer import Detokenizer
 from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -121,6 +122,7 @@ class Cluster:
         if config.launcher == "inline":
             self.launcher = self._start_inline()
         else:
+            process_context(map(str, config.worker_devices()))  # imports beside the tokenizer's loading
             self.tokenizer, self.vocab_size = _vocabulary(config.model)
             self.launcher = self._start_processes()
             self._thread = threading.Thread(target=self._drive, name="nanopd-controller", daemon=True)

@@ -30,8 +30,9 @@ from nanopd_lab.router.estimates import (
 )
 from nanopd_lab.router.explanation import Candidate, Explanation
 from nanopd_lab.router.policy import Decision, JobView, Postponed, Role, WorkerView
-from nanopd_lab.router.replay import Room, StepCosts
+from nanopd_lab.router.replay_worker import Room
 from nanopd_lab.router.role_plan import HOPELESS, Fleetwide, Load, PlanSettings, RolePlan
+from nanopd_lab.router.step_costs import StepCosts
 
 if TYPE_CHECKING:
     from nanopd_lab.router.lengths import LengthPredictor
@@ -45,6 +46,7 @@ CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
 TIGHT = 4  # a time per token of no more than so many lone decode steps is tight
 QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
+FULL = 0.9  # of the KV blocks: those that run need room to grow
 REFRESH = 16  # ends after which forecasts are asked for anew
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 USUAL = 50  # requests over which means are taken
@@ -174,7 +176,7 @@ class Adaptive:
         known = sum(view.decode_tokens - view.arriving_tokens for view in views)
         backlog_s = sum(max(0.0, each.free_at - now) for each in terms if each.view.prefilling)
         view = views[0]
-        room = Room(view.max_num_seqs or 1 << 30, view.num_blocks * view.block_size or math.inf)
+        room = Room(view.max_num_seqs or 1 << 30, FULL * view.num_blocks * view.block_size or math.inf)
         load = Load(decoding, known + decoding * self.plan.mean_output / 2, backlog_s, room)
         prefills = sum(view.role is Role.PREFILL for view in views)
         prefills = (
@@ -205,14 +207,16 @@ class Adaptive:
             self._medians[kind] = output
         alone_s, (pull_s, seen_s) = costs.prompt(tokens), costs.pulls(tokens)
         weight = SECONDS_WORTH / (alone_s + output * costs.decode(1, tokens))
-        return Ask(tokens, alone_s, pull_s, seen_s / max(1.0, output - 1), output, now - job.arrival, weight)
+        gaps = max(1.0, output - 1)
+        return Ask(tokens, alone_s, pull_s, seen_s, gaps, output, now - job.arrival, weight)
 
     def _best(self, job: JobView, views: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
         ask = self._ask(job, now)
         costs, slo, known = self.costs, self.slo, self._terms
         tokens, alone_s, weight, waited_s = ask.tokens, ask.alone_s, ask.weight, ask.waited_s
         by_token, slope = weight * ask.output, self._slope
-        by_link = slope / max(1.0, ask.output - 1) + weight
+        gaps, moved_s = ask.gaps, ask.moved_s
+        by_link = slope / gaps + weight
         latest_s, scale = slo.ttft_s - waited_s, TTFT_DOUBT * slo.ttft_s
         extras: dict[int, float] = {}
         source: tuple[float, Terms | None] = (math.inf, None)
@@ -230,6 +234,7 @@ class Adaptive:
                 role,
                 queued,
                 active,
+                exposed,
                 room,
                 free_at,
                 wait_s,
@@ -237,17 +242,19 @@ class Adaptive:
                 harm,
                 tpot_s,
                 own,
-                _,
+                late,
+                joining_s,
                 more,
                 spread,
                 link,
             ) = each
             if role is not PREFILL:
                 decodes = own + more + by_token * spread
-                if decodes < target[0]:
-                    target, second_target = (decodes, each), target
-                elif decodes < second_target[0]:
-                    second_target = decodes, each
+                comes = decodes + (moved_s + joining_s) / gaps * (late + by_token)
+                if comes < target[0]:
+                    target, second_target = (comes, each), target
+                elif comes < second_target[0]:
+                    second_target = comes, each
                 if tpot_s < least_tpot_s:
                     least_tpot_s = tpot_s
                 if role is DECODE:
@@ -258,10 +265,15 @@ class Adaptive:
                 if extra is None:
                     extra = extras[active] = costs.beside(tokens, active)
                 first_s += extra + pace_s * -(-tokens // room)
-                prefills = harm * extra + weight * (first_s + active * extra)
             else:
                 first_s += alone_s
-                prefills = weight * first_s
+            prefills = weight * first_s
+            if exposed:
+                extra = extras.get(exposed)
+                if extra is None:
+                    extra = extras[exposed] = costs.beside(tokens, exposed)
+                harmed = harm * extra
+                prefills += (harmed if harmed < exposed else exposed) + weight * exposed * extra
             if scale < math.inf:
                 z = (first_s - latest_s) / scale
                 prefills += 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + exp(-z))
@@ -280,7 +292,7 @@ class Adaptive:
         cost, s = stays
         t = s
         # Where KV takes long to move, the links fill before anybody sees it in a queue.
-        far = ask.pull_s / max(1.0, ask.output - 1) > CLOSE * min(slo.tpot_s, least_tpot_s)
+        far = ask.pull_s / gaps > CLOSE * min(slo.tpot_s, least_tpot_s)
         for (prefills, a), (decodes, b) in (
             (source, target),
             (second_source, target),
@@ -290,21 +302,20 @@ class Adaptive:
                 continue
             if mixed and far and a.view.role is Role.MIXED and b.view.role is Role.MIXED:
                 continue
-            apart = prefills + decodes + ask.moved_s * (b.handover_slope + by_token)
-            if apart < cost:
-                cost, s, t = apart, a, b
+            if prefills + decodes < cost:
+                cost, s, t = prefills + decodes, a, b
         if s is None or t is None:
             return None
-        first_s, extra = first_token_s(s, ask, costs, now)
+        first_s = first_token_s(s, ask, costs, now)
         late = waited_s + first_s > HOPELESS * slo.ttft_s
         if late and waited_s < max(LONGEST_S, PATIENCE * slo.ttft_s):
             calm = now - self._last[0] > CALM_GAPS * self._gap_s
-            if idle < (1 if calm else min(2, sources)):
+            if s.prefilling or idle < (1 if calm else min(2, sources)):
                 return Postponed(f"first token in {1e3 * first_s:.0f} ms where it does least harm")
         self._slope = t.handover_slope
         self._delay_s += (first_s - self._delay_s) / 20
         if s.view.role is Role.MIXED:
-            self._charge(s.view.name, extra or ask.alone_s, now)
+            self._charge(s.view.name, costs.beside(tokens, s.active) if s.active else alone_s, now)
         self._under_way.setdefault(job.prompt_tokens, deque()).append(now + first_s)
         route = Route(s.view.name, t.view.name)
         reason = f"first token in {1e3 * first_s:.0f} ms, {1e3 * t.tpot_s:.1f} ms a token, {cost:.3f} misses in all"

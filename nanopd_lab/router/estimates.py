@@ -18,10 +18,11 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanopd_lab.router.policy import Role, WorkerView
+from nanopd_lab.router.replay import JOINING_STEPS
 
 if TYPE_CHECKING:
-    from nanopd_lab.router.replay import StepCosts
     from nanopd_lab.router.slo import Slo
+    from nanopd_lab.router.step_costs import StepCosts
 
 SECONDS_WORTH = 0.02  # misses that count as much as the time that a request takes alone
 TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12  # how far estimates are off, as a share of the objective
@@ -34,12 +35,14 @@ class Terms(NamedTuple):
 
     until: when it is to be looked at again (s)
     active: outputs that it decodes now; room: tokens of a prompt that a step takes beside them
+    exposed: outputs that it will decode when a prompt that comes now is computed
     free_at: when it will have computed the prompts that it has (s)
     wait_s: from then on until a step takes in who comes, and what others bring into the prompt's last step
     pace_s: a decode step now
     prompt_harm: misses of others for each second that a prompt takes beside them
     tpot_s, tpot_misses: the request's own, without a handover
     handover_slope: misses for each second a token more
+    joining_s: that an output from elsewhere waits for steps here
     output_harm: misses of others by one more output
     spread_s: what one token more costs, all together
     link_s: that waits for the worker's link
@@ -50,6 +53,7 @@ class Terms(NamedTuple):
     role: Role
     prefilling: int
     active: int
+    exposed: int
     room: int
     free_at: float
     wait_s: float
@@ -58,6 +62,7 @@ class Terms(NamedTuple):
     tpot_s: float
     tpot_misses: float
     handover_slope: float
+    joining_s: float
     output_harm: float
     spread_s: float
     link_s: float
@@ -75,7 +80,8 @@ class Ask(NamedTuple):
     """One request.
 
     alone_s, pull_s: its prompt, and all its KV over an idle link
-    moved_s: what of that can be seen, for each token of its output
+    moved_s: what of that can be seen
+    gaps: tokens of its output behind the first
     weight: what a second counts in misses
     """
 
@@ -83,6 +89,7 @@ class Ask(NamedTuple):
     alone_s: float
     pull_s: float
     moved_s: float
+    gaps: float
     output: float
     waited_s: float
     weight: float
@@ -113,6 +120,13 @@ def terms_of(
         free_at, wait_s = view.prefill_since + work_s, costs.rest_s
     elif active:
         wait_s = costs.wait_steps * pace_s
+    exposed = active
+    if view.prefilling:
+        left_s, each_s = max(1e-9, free_at - now), typical.output_tokens * (pace_s or costs.decode(1, 0))
+        staying = active * max(0.0, 1.0 - left_s / each_s)
+        # Of those that come before, the last one has hardly begun then.
+        coming = max(1.0, view.arriving * min(1.0, each_s / left_s)) if view.arriving else 0.0
+        exposed = round(staying + coming)
     # When this request decodes, some that do now have ended, and of those on their way not all have come.
     life_s = typical.output_tokens * (pace_s or costs.decode(1, typical.prompt_tokens))
     stay = max(0.0, 1.0 - typical.delay_s / life_s)
@@ -130,11 +144,11 @@ def terms_of(
         handover_slope = (miss(tpot_s + step, slo.tpot_s, TPOT_DOUBT) - own) / step
         if outputs:
             output_harm = 0.5 * outputs * (own - miss(tpot_s * before_s / after_s, slo.tpot_s, TPOT_DOUBT))
-        if active:
-            usual_s = costs.beside(typical.prompt_tokens, active)
-            pace = pace_s / free
+        if exposed:
+            usual_s = costs.beside(typical.prompt_tokens, exposed)
+            pace = costs.decode(exposed, exposed * each) / free
             later = miss(pace + usual_s / max(1.0, produced), slo.tpot_s, TPOT_DOUBT)
-            prompt_harm = active * (later - miss(pace, slo.tpot_s, TPOT_DOUBT)) / max(usual_s, 1e-9)
+            prompt_harm = exposed * (later - miss(pace, slo.tpot_s, TPOT_DOUBT)) / max(usual_s, 1e-9)
     spread_s = tpot_s + (outputs * (after_s - before_s) if outputs else 0.0)
     return Terms(
         view,
@@ -142,6 +156,7 @@ def terms_of(
         view.role,
         view.prefilling,
         active,
+        exposed,
         max(1, costs.budget - active),
         free_at,
         wait_s,
@@ -150,35 +165,37 @@ def terms_of(
         tpot_s,
         own,
         handover_slope,
+        JOINING_STEPS * before_s,
         output_harm,
         spread_s,
         view.leaving_tokens * token_s,
     )
 
 
-def first_token_s(terms: Terms, ask: Ask, costs: StepCosts, now: float) -> tuple[float, float]:
-    """(time to first token from now, what the prompt takes beside outputs: 0 if there are none)."""
+def first_token_s(terms: Terms, ask: Ask, costs: StepCosts, now: float) -> float:
+    """Time to first token from now."""
     left = terms.free_at - now
     ttft_s = terms.wait_s + (left if left > 0.0 else 0.0)
     if not terms.active:
-        return ttft_s + ask.alone_s, 0.0
+        return ttft_s + ask.alone_s
     extra = costs.beside(ask.tokens, terms.active)
-    return ttft_s + extra + terms.pace_s * -(-ask.tokens // terms.room), extra
+    return ttft_s + extra + terms.pace_s * -(-ask.tokens // terms.room)
 
 
 def as_source(terms: Terms, ask: Ask, costs: StepCosts, slo: Slo, now: float) -> dict[str, float]:
     """What s adds to a pair's cost, by name."""
-    ttft_s, extra = first_token_s(terms, ask, costs, now)
+    ttft_s, exposed = first_token_s(terms, ask, costs, now), terms.exposed
+    extra = costs.beside(ask.tokens, exposed) if exposed else 0.0
     return {
         "ttft_misses": miss(ask.waited_s + ttft_s, slo.ttft_s, TTFT_DOUBT),
-        "misses_by_prompt": terms.prompt_harm * extra,
-        "waiting_for_prompt": ask.weight * (ttft_s + terms.active * extra),
+        "misses_by_prompt": min(terms.prompt_harm * extra, exposed),
+        "waiting_for_prompt": ask.weight * (ttft_s + exposed * extra),
     }
 
 
 def as_target(terms: Terms, ask: Ask, moves: bool) -> dict[str, float]:
     """What t adds to a pair's cost, by name."""
-    moved_s = ask.moved_s if moves else 0.0
+    moved_s = (ask.moved_s + terms.joining_s) / ask.gaps if moves else 0.0
     return {
         "tpot_misses": terms.tpot_misses + terms.handover_slope * moved_s,
         "misses_by_output": terms.output_harm,
@@ -188,7 +205,7 @@ def as_target(terms: Terms, ask: Ask, moves: bool) -> dict[str, float]:
 
 def link_cost(source: Terms, ask: Ask, slope: float) -> float:
     """What the pulls that wait for a source's link already cost a request that comes behind them."""
-    return source.link_s * (slope / max(1.0, ask.output - 1) + ask.weight)
+    return source.link_s * (slope / ask.gaps + ask.weight)
 
 
 def miss(value: float, objective: float, doubt: float) -> float:

@@ -2,9 +2,10 @@
 
 A policy has to plan before it has seen many ends, and the first to end are the short ones. What has ended counts by its
 density, what is under way by the probability of coming so far, of a log-normal length whose median is looked for on a
-grid (maximum likelihood with censoring, averaged over a prior). As ends outnumber what is under way, their plain mean
-takes over. Prompts whose lengths have as many bits are of one kind; what a kind is believed to be before it has been
-seen is what all of them are.
+grid (maximum likelihood with censoring, averaged over a prior). As ends outnumber what is under way, all tokens that
+have been produced, by the ends, take over: what is under way are the long ones, so that the mean of those that have
+ended would be too short. Prompts whose lengths have as many bits are of one kind; what a kind is believed to be before
+it has been seen is what all of them are.
 """
 
 from __future__ import annotations
@@ -68,9 +69,8 @@ class MeanLength:
         self.log_median = sum(s * each for s, each in zip(shares, LOGS, strict=True)) / sum(shares)
         believed = math.exp(self.log_median + SIGMA**2 / 2)
         plain = self._weight / (self._weight + under_way + 1)
-        self.mean = (
-            believed if not self._weight else (1 - plain) * believed + plain * self._tokens / self._weight
-        )
+        tokens = self._tokens + (under_way * sum(sample) / len(sample) if sample else 0.0)
+        self.mean = believed if not self._weight else (1 - plain) * believed + plain * tokens / self._weight
 
 
 class MeanLengths:

@@ -9,21 +9,16 @@ as it is.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanopd_lab.router.arrivals import Arrival, Arrivals
 from nanopd_lab.router.mean_length import MeanLengths
-from nanopd_lab.router.replay import (
-    ReplayJob,
-    Room,
-    StepCosts,
-    decode_times,
-    first_tokens,
-    mixed_times,
-    share,
-)
+from nanopd_lab.router.replay import ReplayJob, decode_times, first_tokens, mixed_times
+from nanopd_lab.router.replay_worker import Room
+from nanopd_lab.router.step_costs import StepCosts
 
 if TYPE_CHECKING:
     from nanopd_lab.router.lengths import LengthPredictor
@@ -218,12 +213,13 @@ class RolePlan:
         context = load.context / load.decoding if load.decoding else arrivals.mean_context
         running = arrivals.running(count, context)
         backlog_s = load.backlog_s / (now or fleet.workers)
-        jobs = yield from arrivals.jobs(total, decodes)
         if prefills == 0:
-            jobs = [job._replace(arrival=job.arrival / settings.stress) for job in jobs]
-            times = yield from mixed_times(costs, jobs, running, load.room, backlog_s, self.latest_s)
+            some = min(fleet.workers, SERVERS)
+            jobs = yield from arrivals.jobs(total, fleet.workers / some)
+            times = yield from mixed_times(costs, jobs, some, running, load.room, backlog_s, self.latest_s)
             rows = [(first, 0.0, rest) for first, rest in times]
         else:
+            jobs = yield from arrivals.jobs(total, decodes)
             servers = min(prefills, SERVERS)
             thin = prefills / servers
             queued = yield from arrivals.jobs(total, thin)
@@ -272,3 +268,10 @@ class RolePlan:
             else:
                 total += quick
         return total / max(1, len(jobs))
+
+
+def share(value: float, objective: float, width: float = 0.1) -> float:
+    """How surely `value` keeps an objective: 1 well below, 0 well above, a straight line between."""
+    if objective == math.inf:
+        return 1.0
+    return min(1.0, max(0.0, 0.5 + (1.0 - value / objective) / (2 * width)))

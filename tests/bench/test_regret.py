@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from nanopd_lab.bench.regret.cells import MIXES, SHAPES, Cell, requests_of, work_s
+from nanopd_lab.bench.regret.cells import MIXES, SHAPES, Cell, lengths_of, requests_of, work_s
 from nanopd_lab.bench.regret.contenders import ConstantLengths, ToldLengths, contender
 from nanopd_lab.bench.regret.grid import Bench, Settings, oracle_met, run_unit
-from nanopd_lab.bench.regret.knee import ATTAINED, SEEDS, knee
+from nanopd_lab.bench.regret.knee import ATTAINED, SEEDS, knee, planned_knee
+from nanopd_lab.bench.regret.machines import machine_cost
+from nanopd_lab.bench.regret.margins import margin_table, margins
+from nanopd_lab.bench.regret.random_cells import random_cells
 from nanopd_lab.bench.regret.runner import Grid, load, run_grid, write
 from nanopd_lab.bench.regret.tables import (
     Interval,
@@ -148,6 +151,59 @@ def test_the_knee_lies_between_what_static_policies_can_and_what_they_cannot() -
         knee(BENCH, CELL._replace(slo="ttft:1"))
 
 
+def test_the_knee_by_formula_is_near_the_simulated_one() -> None:
+    assert (
+        0.5 < planned_knee(BENCH, CELL) / knee(BENCH, CELL) < 2
+    )  # 60 requests say little of what goes on for ever
+    assert planned_knee(BENCH, CELL._replace(slo="ttft:1 tpot:1")) == 0
+    # A shift to the same mix is none.
+    assert planned_knee(BENCH, CELL._replace(mix="chat>chat")) == pytest.approx(planned_knee(BENCH, CELL))
+
+
+def test_random_cells_are_of_the_seed_and_can_be_served() -> None:
+    machines = ("h100-qwen3-8b", "rtx-4090")
+    cells = random_cells(BENCH, 12, 3, machines)
+    assert cells == random_cells(BENCH, 12, 3, machines) != random_cells(BENCH, 12, 4, machines)
+    assert {cell.machine for cell in cells} == {*machines}
+    for cell in cells:
+        assert planned_knee(BENCH, cell) > 0
+        prompt, output = lengths_of(cell.mix.split(">")[0])
+        assert 128 <= prompt.median <= 4000
+        assert 16 <= output.median <= 500
+    cell = cells[0]
+    instance = BENCH.instance(cell, 1.0, 0)
+    assert instance.num_workers == cell.workers
+    assert instance.config.block_bytes == 2_359_296
+    with pytest.raises(ValueError, match="unknown mix '12:3'"):
+        lengths_of("12:3")
+
+
+def test_a_device_has_room_for_the_blocks_that_weights_leave() -> None:
+    """24 GiB of an RTX 4090, 16.4 GB of weights, 147,456 bytes a token: 2,887 blocks of 16."""
+    cost = machine_cost("rtx-4090")
+    assert cost.fit["num_blocks"] == pytest.approx((0.9 * 24 * 2**30 - 16.38e9) / (16 * 147_456), rel=0.01)
+    assert machine_cost("h100-qwen3-8b") == COST
+
+
+def test_margins_by_hand() -> None:
+    other = CELL._replace(shape="bursts")
+    units = [
+        _unit(CELL, 0, 80, collocated=80, threshold=90, adaptive=81),
+        _unit(CELL, 1, 80, collocated=80, threshold=90, adaptive=81),
+        _unit(other, 0, 50, collocated=50, threshold=30, adaptive=60),
+        _unit(other, 1, 50, collocated=40, threshold=30, adaptive=50),
+    ]
+    for unit in units:
+        del unit["oracle"]
+    first, second = margins({"units": units})
+    assert (first.cell, first.best, first.served) == (CELL, "threshold", 90)
+    assert first.ahead == pytest.approx((-10, 0))
+    assert second.ahead.mean == pytest.approx(100 * 10 / 45)
+    lines = margin_table({"units": units}).splitlines()
+    assert lines[2].split(" | ")[1:] == ["2", "-10.0", "-10.0", "+6.1", "+6.1", "1", "1 |"]
+    assert margins({"units": units}, layouts_only=True)[0].ahead.mean == pytest.approx(100 / 80)
+
+
 def test_a_unit_brackets_the_oracle_and_is_only_added_to() -> None:
     names = [*statics(2), "round-robin"]
     rate = 1.2 * knee(BENCH, CELL)
@@ -164,19 +220,17 @@ def test_a_unit_brackets_the_oracle_and_is_only_added_to() -> None:
 def test_a_grid_goes_on_where_it_ended_and_is_the_same(tmp_path: Path) -> None:
     cells = (CELL._replace(load=0.9), CELL._replace(load=1.2))
     path = tmp_path / "result.json"
-    whole = run_grid(BENCH, Grid(cells, (*statics(2), "round-robin"), (0, 1)), progress=False)
+    whole = run_grid(BENCH, Grid(cells, ("round-robin",), (0, 1)), progress=False)
     saves: list[int] = []
 
     def save(record: dict[str, Any]) -> None:
         write(record, path)
         saves.append(len(record["units"]))
 
-    run_grid(BENCH, Grid(cells[:1], tuple(statics(2)), (0,)), save=save, progress=False)
+    run_grid(BENCH, Grid(cells[:1], (), (0,)), save=save, progress=False)
     first = load(path)
     assert len(first["units"]) == 1
-    again = run_grid(
-        BENCH, Grid(cells, (*statics(2), "round-robin"), (0, 1)), 2, first, save=save, progress=False
-    )
+    again = run_grid(BENCH, Grid(cells, ("round-robin",), (0, 1)), 2, first, save=save, progress=False)
     assert saves[-1] == 4
     assert _without_times(again) == _without_times(whole) == _without_times(load(path))
     with pytest.raises(ValueError, match="another settings"):
@@ -278,6 +332,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(again["provenance"]) == 2
     assert main(["regret", "--table", str(path)]) == 0
     assert capsys.readouterr().out.strip() in printed
+    random = ["regret", "--random-cells", "1", "--num-prompts", "40", "--seeds", "1", "--jobs", "1"]
+    assert main([*random, "--policies", "adaptive", "--machines", "h20"]) == 0
+    assert "adaptive − best" in capsys.readouterr().out
     assert main(["regret", "--links", "fast"]) == 2
     assert "give GB/s" in capsys.readouterr().err
     assert main(["regret", "--loads", "0"]) == 2

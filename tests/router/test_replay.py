@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
+from typing import Any
 
 import pytest
 
 from nanopd_lab.cost.iteration import IterationModel
 from nanopd_lab.router import Outlook, create_policy
-from nanopd_lab.router.replay import JOINING_STEPS, ReplayJob, Room, Running, StepCosts, decode_times
-from nanopd_lab.sim import CostTime, SimConfig, SimRequest, Simulator
+from nanopd_lab.router.replay import (
+    JOINING_STEPS,
+    ReplayJob,
+    Running,
+    decode_times,
+    first_tokens,
+    mixed_times,
+)
+from nanopd_lab.router.replay_worker import Room
+from nanopd_lab.router.step_costs import StepCosts
+from nanopd_lab.sim import CostTime, Lengths, SimConfig, SimRequest, Simulator
+from nanopd_lab.sim.workload import poisson_arrivals
 
 # Every step takes 10 ms, and 0.1 ms more for each token.
 MODEL = IterationModel(10e-3, 0.0, 0.1e-3, 0.0, 0.0, 0.0)
 ROOM = Room(64, 1e6)
 
 
-def drained(steps: object) -> list[float]:
+def drained(steps: object) -> list[Any]:
     """What a generator returns."""
     try:
         while True:
             next(steps)  # type: ignore[call-overload]
     except StopIteration as stop:
-        found: list[float] = stop.value
+        found: list[Any] = stop.value
         return found
 
 
@@ -50,3 +62,48 @@ def test_in_the_simulator_handovers_wait_for_steps_too() -> None:
         if each.request_id != "long"
     ]
     assert 2.0 < statistics.mean(waited) < JOINING_STEPS
+
+
+def simulated(
+    requests: list[SimRequest], policy: str, workers: int, ahead: bool
+) -> list[tuple[float, float]]:
+    """(time to first token, from there to the last) of each request."""
+    chosen, roles = create_policy(policy, workers)
+    config = SimConfig(num_blocks=100_000, max_num_seqs=64, ahead=ahead)
+    result = Simulator(chosen, roles, CostTime(MODEL), requests, config).run()
+    return [(each.ttft_s, each.finished - each.first_token) for each in result.records]  # type: ignore[operator, misc]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_mixed_workers_are_replayed_as_they_are_simulated(workers: int, ahead: bool) -> None:
+    """The same requests at collocated workers: mean times to the first token and from there to the last."""
+    requests = poisson_arrivals(200, 6.0 * workers, (Lengths(300, 0.8, 3000), Lengths(20, 0.6, 200)), 3)
+    costs = StepCosts(Outlook(MODEL, ahead=ahead))
+    jobs = [ReplayJob(each.arrival, each.prompt_tokens, each.output_tokens) for each in requests]
+    found = drained(mixed_times(costs, jobs, workers, [], ROOM, 0.0, math.inf))
+    truth = simulated(requests, "collocated", workers, ahead)
+    for replayed, real in zip(zip(*found, strict=True), zip(*truth, strict=True), strict=True):
+        assert statistics.mean(replayed) == pytest.approx(statistics.mean(real), rel=0.15)
+
+
+@pytest.mark.parametrize("tokens", [60, 1500])
+def test_prompts_share_steps_as_they_do_when_simulated(tokens: int) -> None:
+    """A queue of short prompts goes faster than one by one."""
+    rate = 60.0 if tokens == 60 else 10.0
+    requests = poisson_arrivals(300, rate, (Lengths(tokens, 0.5, 4000), Lengths(2, 0.0, 2)), 1)
+    costs = StepCosts(Outlook(MODEL, ahead=True))
+    jobs = [ReplayJob(each.arrival, each.prompt_tokens, each.output_tokens) for each in requests]
+    found = drained(first_tokens(costs, jobs, [0.0, 0.0], 2, math.inf))
+    truth = simulated(requests, "2p1d", 3, True)
+    firsts, real = (statistics.mean(first for first, _ in rows) for rows in (found, truth))
+    assert firsts == pytest.approx(real, rel=0.08)
+
+
+def test_who_would_be_late_is_not_served() -> None:
+    """One prompt takes 110 ms, the second behind it 220: over the 200 that are promised."""
+    costs = StepCosts(Outlook(MODEL))
+    jobs = [ReplayJob(0.0, 1000, 5), ReplayJob(0.0, 1000, 5)]
+    (first, _), (second, _) = drained(first_tokens(costs, jobs, [0.0], 1, 0.2))
+    assert first == pytest.approx(costs.prompt(1000))
+    assert second == math.inf

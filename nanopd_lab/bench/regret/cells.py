@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import random
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from nanopd_lab.cost.roofline import ChunkShape
 from nanopd_lab.sim.workload import AZURE_LIKE, Lengths, SimRequest
 
 TRACE = "trace"  # the mix that is read from a file
+MOST_PROMPT, MOST_OUTPUT = 8000, 2000  # tokens
 
 MIXES: dict[str, tuple[Lengths, Lengths]] = {
     "chat": AZURE_LIKE,
@@ -36,6 +38,8 @@ class Cell(NamedTuple):
     slo:      as of `--goodput`, such as "ttft:500 tpot:12"
     link_gbs: bandwidth of a worker's card, GB/s; None: the cost model's
     load:     arrival rate by the knee (see `knee`)
+    machine:  a cost model or a device of `data/hardware`; "": that of the settings
+    workers:  0: as many as the settings have
     """
 
     mix: str
@@ -43,15 +47,37 @@ class Cell(NamedTuple):
     slo: str
     link_gbs: float | None
     load: float
+    machine: str = ""
+    workers: int = 0
 
     @property
     def group(self) -> str:
         """What cells share that differ in load only: they have one knee."""
         link = "own link" if self.link_gbs is None else f"{self.link_gbs:g} GB/s"
-        return f"{self.mix}, {self.shape}, {self.slo}, {link}"
+        where = f", {self.workers} x {self.machine}" if self.machine else ""
+        return f"{self.mix}, {self.shape}, {self.slo}, {link}{where}"
 
     def __str__(self) -> str:
         return f"{self.group}, {self.load:g}"
+
+
+def lengths_of(name: str) -> tuple[Lengths, Lengths]:
+    """(prompts, outputs) of one of MIXES, or of medians and sigmas: `1000~0.9:130~1.0`.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name in MIXES:
+        return MIXES[name]
+    number = r"(\d+)~(\d+(?:\.\d+)?)"
+    found = re.fullmatch(f"{number}:{number}", name)
+    if found is None:
+        raise ValueError(
+            f"unknown mix {name!r}; choose {', '.join(MIXES)}, medians and sigmas as 1000~0.9:130~1.0, two of them "
+            "with > between, or trace"
+        )
+    prompt, spread, output, width = (float(each) for each in found.groups())
+    return Lengths(prompt, spread, MOST_PROMPT), Lengths(output, width, MOST_OUTPUT)
 
 
 def requests_of(
@@ -70,16 +96,12 @@ def requests_of(
         raise ValueError(f"unknown shape {cell.shape!r}; choose one of {', '.join(SHAPES)}")
     if cell.mix == TRACE:
         return _piece(trace, rate, count, seed)
-    names = cell.mix.split(">")
-    if not {*names} <= {*MIXES}:
-        raise ValueError(
-            f"unknown mix {cell.mix!r}; choose {', '.join(MIXES)}, two of them with > between, or trace"
-        )
+    phases = [lengths_of(name) for name in cell.mix.split(">")]
     rng = random.Random(seed)
-    speeds = [1.0 / work_s(model, *MIXES[name]) for name in names]
-    parts = len(SHAPES[cell.shape]) * len(names)
+    speeds = [1.0 / work_s(model, *lengths) for lengths in phases]
+    parts = len(SHAPES[cell.shape]) * len(phases)
     rates = [
-        SHAPES[cell.shape][part // len(names)] * speeds[part * len(names) // parts] for part in range(parts)
+        SHAPES[cell.shape][part // len(phases)] * speeds[part * len(phases) // parts] for part in range(parts)
     ]
     mean = sum(rates) / parts
     span = count / rate  # seconds, about
@@ -93,7 +115,7 @@ def requests_of(
         turn += rng.expovariate(1.0)
         part = min(bisect.bisect_right(area, turn) - 1, parts - 1)
         now = edges[part] + (turn - area[part]) / (area[part + 1] - area[part]) * (span / parts)
-        prompt, output = MIXES[names[min(part * len(names) // parts, len(names) - 1)]]
+        prompt, output = phases[min(part * len(phases) // parts, len(phases) - 1)]
         found.append(SimRequest(f"r{number}", now, prompt.draw(rng), output.draw(rng)))
     return found
 

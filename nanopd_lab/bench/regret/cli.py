@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+MACHINES = ("h100-qwen3-8b", "h200-qwen3-8b", "h20", "rtx-4090", "a100")
 POLICIES = ("least-loaded", "round-robin", "threshold", "nanopd", "adaptive")
 PREDICTORS = ("adaptive:mean", "adaptive:constant", "adaptive:truth")
 SLOS = ("ttft:500 tpot:12", "ttft:1500 tpot:8")
@@ -86,7 +87,18 @@ def register(subparsers: _Subparsers) -> None:
         "--simulations",
         type=int,
         default=15,
-        help="of a cell, that the oracle may make; 0: it is the best policy",
+        help="of a cell, that the oracle may make; 0: it is the best policy, without a bound",
+    )
+    parser.add_argument(
+        "--random-cells",
+        type=int,
+        default=0,
+        metavar="N",
+        help="instead of the grid so many cells drawn at random, without the oracle; loads by the planner's formulas",
+    )
+    parser.add_argument("--cell-seed", type=int, default=0, help="of random cells")
+    parser.add_argument(
+        "--machines", nargs="+", default=list(MACHINES), help="of random cells: cost models or devices"
     )
     parser.add_argument("--num-blocks", type=int, default=20_000, help="KV blocks a worker")
     parser.add_argument(
@@ -112,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
         for name, value in QUICK.items():
             setattr(args, name, value)
         args.slos, args.more = args.slos[:1], args.more[:1]
+    if args.random_cells:
+        args.simulations = 0
     bench, trace = _bench(args)
     path: Path | None = args.result_filename
     before = load(path) if path is not None and path.is_file() else None
@@ -124,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         if path is not None:
             write({**record, "provenance": provenance}, path)
 
-    record = run_grid(bench, _grid(args), args.jobs, before, trace, save, progress=sys.stderr.isatty())
+    record = run_grid(bench, _grid(args, bench), args.jobs, before, trace, save, progress=sys.stderr.isatty())
     save(record)
     print(tables(record))
     print(
@@ -135,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
 
 def tables(record: dict[str, Any]) -> str:
     """All tables of a result, as Markdown."""
+    from nanopd_lab.bench.regret.margins import margin_table
     from nanopd_lab.bench.regret.tables import predictor_table, regret_table, summary_table
 
     settings = record["settings"]
@@ -145,7 +160,10 @@ def tables(record: dict[str, Any]) -> str:
         f"cell and seed, {len({unit['seed'] for unit in record['units']})} seeds; goodput in percent of the oracle's, "
         "differences with 95 % intervals over seeds (in the summaries: over cells)"
     )
-    parts = [head, regret_table(record), summary_table(record), predictor_table(record)]
+    known = any("oracle" in unit for unit in record["units"])
+    parts = [head, regret_table(record), summary_table(record)] if known else [head]
+    parts += [margin_table(record)] if "adaptive" in record["units"][0]["met"] else []
+    parts.append(predictor_table(record))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -170,11 +188,16 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
         raise ValueError(f"seeds {args.seeds}, jobs {args.jobs}, loads {args.loads}; all must be positive")
 
 
-def _grid(args: argparse.Namespace) -> Any:
+def _grid(args: argparse.Namespace, bench: Any) -> Any:
     from nanopd_lab.bench.regret.cells import TRACE, Cell
+    from nanopd_lab.bench.regret.knee import planned_knee
+    from nanopd_lab.bench.regret.random_cells import random_cells
     from nanopd_lab.bench.regret.runner import Grid
-    from nanopd_lab.sim.oracle import statics
 
+    policies, seeds = tuple(args.policies), tuple(range(args.seeds))
+    if args.random_cells:
+        drawn = random_cells(bench, args.random_cells, args.cell_seed, args.machines)
+        return Grid(tuple(drawn), policies, seeds, planned_knee)
     links = [_bandwidth(text) for text in args.links]
     cells: list[Cell] = [
         Cell(mix, "steady", slo, link, load)
@@ -185,8 +208,7 @@ def _grid(args: argparse.Namespace) -> Any:
         shape = parts[0] if parts else "steady"
         link = _bandwidth(parts[1]) if len(parts) > 1 else links[0]
         cells += [Cell(mix, shape, args.slos[0], link, load) for load in args.loads]
-    policies = tuple(dict.fromkeys([*statics(args.workers), *args.policies]))
-    return Grid(tuple(dict.fromkeys(cells)), policies, tuple(range(args.seeds)))
+    return Grid(tuple(dict.fromkeys(cells)), policies, seeds)
 
 
 def _bandwidth(text: str) -> float | None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from nanopd_lab.bench.regret.cells import Cell
+import random
+
+from nanopd_lab.bench.regret.cells import Cell, lengths_of, work_s
 from nanopd_lab.bench.regret.grid import Bench
+from nanopd_lab.router.layouts import Workload
+from nanopd_lab.router.plan import Planner
 from nanopd_lab.sim.oracle import statics
 from nanopd_lab.sim.oracle.bound import work_of
 
@@ -11,6 +15,7 @@ SEEDS = (1_000_003, 1_000_033, 1_000_037)  # none of those that are judged
 ATTAINED = 0.9  # share of requests that the best static policy must serve as promised below the knee
 FINENESS = 1.05
 MOST = 30.0  # times the first guess, where arrivals are no matter any more
+SAMPLE = 2000  # lengths from which the formulas take their strata
 STEP = 1.4  # of the rate, until the knee lies between two
 
 
@@ -22,7 +27,7 @@ def knee(bench: Bench, cell: Cell) -> float:
     Raises:
         ValueError: no rate is low enough, or none too high.
     """
-    order = statics(bench.settings.workers)
+    order = statics(bench.workers_of(cell))
 
     def holds(name: str, rate: float) -> bool:
         """True if this policy serves so many; it is not simulated on, once it can't any more."""
@@ -66,6 +71,32 @@ def knee(bench: Bench, cell: Cell) -> float:
         else:
             high = middle
     return low
+
+
+def planned_knee(bench: Bench, cell: Cell) -> float:
+    """About the same by formula, in milliseconds (`router.plan`); 0 where no layout can do it.
+
+    Raises:
+        ValueError: a mix that is read from a trace.
+    """
+    workers, outlook, config = bench.workers_of(cell), bench.outlook(cell), bench.config(cell)
+    rng, rates = random.Random(SEEDS[0]), []
+    model = bench.cost_of(cell).iteration
+    for prompts, outputs in (phases := [lengths_of(name) for name in cell.mix.split(">")]):
+        drawn = [[float(each.draw(rng)) for _ in range(SAMPLE)] for each in (prompts, outputs)]
+        planner = Planner(
+            outlook,
+            Workload.of(drawn[0], drawn[1]),
+            max_num_seqs=config.max_num_seqs,
+            num_blocks=config.num_blocks,
+            ahead=config.ahead,
+            share=ATTAINED,
+        )
+        rates.append(planner.search(workers)[0].rate)
+    # Each phase gets the same time, at rates at which a request's work comes evenly.
+    speeds = [1.0 / work_s(model, *lengths) for lengths in phases]
+    scale = min(rate / speed for rate, speed in zip(rates, speeds, strict=True))
+    return scale * sum(speeds) / len(speeds)
 
 
 def _guess(bench: Bench, cell: Cell) -> float:

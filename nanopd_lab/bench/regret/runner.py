@@ -14,17 +14,26 @@ from typing import Any
 from nanopd_lab.bench.regret.cells import Cell
 from nanopd_lab.bench.regret.grid import Bench, run_unit
 from nanopd_lab.bench.regret.knee import ATTAINED, knee
+from nanopd_lab.sim.oracle import statics
 
 SCHEMA = "nanopd-lab/regret/1"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is to be run: every policy in every cell with every seed."""
+    """What is to be run: in every cell with every seed all static policies for its workers, and these.
+
+    find_knee: says how much a load of 1 is
+    """
 
     cells: tuple[Cell, ...]
     policies: tuple[str, ...]
     seeds: tuple[int, ...]
+    find_knee: Callable[[Bench, Cell], float] = knee
+
+    def policies_of(self, workers: int) -> tuple[str, ...]:
+        """In a cell with so many."""
+        return tuple(dict.fromkeys([*statics(workers), *self.policies]))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -84,17 +93,17 @@ def run_grid(
     with _pool(bench, jobs) as pool:
         groups = {cell.group: cell for cell in grid.cells if cell.group not in record["knees"]}
         for group, rate in _all(
-            pool, {group: (knee, cell) for group, cell in groups.items()}, "knees", progress
+            pool, {group: (grid.find_knee, cell) for group, cell in groups.items()}, "knees", progress
         ):
             record["knees"][group] = rate
             save(record)
         todo = {}
         for cell in grid.cells:
             for seed in grid.seeds:
-                known = units.get((cell, seed))
-                if known is None or not {*grid.policies} <= {*known["met"]}:
+                known, policies = units.get((cell, seed)), grid.policies_of(bench.workers_of(cell))
+                if known is None or not {*policies} <= {*known["met"]}:
                     rate = cell.load * record["knees"][cell.group]
-                    todo[cell, seed] = (run_unit, cell, rate, seed, grid.policies, known)
+                    todo[cell, seed] = (run_unit, cell, rate, seed, policies, known)
         for key, unit in _all(pool, todo, "cells x seeds", progress):
             units[key] = unit
             record["units"] = [units[each] for each in sorted(units, key=lambda each: _place(grid, *each))]

@@ -76,13 +76,14 @@ def regret_table(record: dict[str, Any], versus: str | None = None) -> str:
     rows = []
     for cell, units in cells.items():
         best = best_static(units)
-        bound = 100 * sum(map(oracle_met, units)) / max(1, sum(unit["oracle"]["bound"] for unit in units))
+        bounds = sum(unit["oracle"]["bound"] for unit in units if "oracle" in unit)
+        bound = 100 * sum(map(oracle_met, units)) / bounds if bounds else math.nan
         row = [cell.group, f"{cell.load:g}", f"{units[0]['rate']:.1f}", f"{bound:.1f}"]
         row += [f"{of_oracle(units, lambda unit: unit['met'][best]):.1f} ({best})"]  # noqa: B023
         row += [f"{of_oracle(units, lambda unit: unit['met'][name]):.1f}" for name in others]  # noqa: B023
         row += [str(difference(units, versus, best))] if versus else []
         rows.append(row)
-    return _markdown(heads, rows)
+    return markdown(heads, rows)
 
 
 def summary_table(record: dict[str, Any]) -> str:
@@ -111,7 +112,7 @@ def summary_table(record: dict[str, Any]) -> str:
             ]
         )
     heads = ["policy", "% of oracle, mean", "regret, %", "worst cell", "− best static", "worst", "within 3 %"]
-    return _markdown(heads, rows)
+    return markdown(heads, rows)
 
 
 def predictor_table(record: dict[str, Any]) -> str:
@@ -125,7 +126,7 @@ def predictor_table(record: dict[str, Any]) -> str:
         gains = [difference(units, name, base).mean for units in by_cell(record).values()]
         rows.append([base, predictor, str(Interval.of(gains)), f"{min(gains):+.1f} to {max(gains):+.1f}"])
     heads = ["policy", "with", "− with its own predictor, % of oracle", "cells"]
-    return _markdown(heads, rows) if rows else ""
+    return markdown(heads, rows) if rows else ""
 
 
 def _names(record: dict[str, Any]) -> list[str]:
@@ -146,6 +147,7 @@ def _shown(record: dict[str, Any], everywhere: Sequence[Unit] = ()) -> list[str]
     return [name for name in names if name not in fixed or name == best]
 
 
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, numbers to the right."""
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,176 @@
+"""A worker in thought: prompts in chunks of a step's budget, and outputs that all advance by a token a step."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from typing import NamedTuple
+
+from nanopd_lab.router.step_costs import StepCosts
+
+
+class Room(NamedTuple):
+    """What a worker holds at most: sequences, and tokens of KV."""
+
+    max_num_seqs: int
+    kv_tokens: float
+
+
+class _Prompt:
+    """One that is queued: `done` of its tokens are computed. No tokens of output: they will come elsewhere."""
+
+    __slots__ = ("arrival", "done", "job", "output", "tokens")
+
+    def __init__(self, job: int, arrival: float, tokens: int, output: int) -> None:
+        self.job, self.arrival, self.tokens, self.output = job, arrival, tokens, output
+        self.done = 0
+
+
+class ReplayWorker:
+    """See the module. Jobs are numbers; -1 is one that nobody asks about.
+
+    Args:
+        costs: of its steps
+        room: for outputs; prompts find room
+        firsts, ends: where it notes the times of first and last tokens, by job
+        now: from when on it is free
+    """
+
+    def __init__(
+        self, costs: StepCosts, room: Room, firsts: list[float], ends: list[float], now: float = 0.0
+    ) -> None:
+        self.costs, self.room, self.firsts, self.ends = costs, room, firsts, ends
+        self.now, self.steps = now, 0.0
+        self.batch, self.context = 0, 0.0
+        self.queue: deque[_Prompt] = deque()
+        self._queued_tokens = 0
+        self._begun = self._ended = -1.0  # the last step with prompts
+        self._heap: list[tuple[float, int, float]] = []  # (step at which it ends, job, context then)
+        self._waiting: deque[tuple[int, float, float]] = deque()
+
+    @property
+    def jobs(self) -> int:
+        return len(self.queue) + self.batch + len(self._waiting)
+
+    def queued_s(self, time: float) -> float:
+        """About what a prompt that comes then waits for others."""
+        left = self.now - time
+        return (left if left > 0 else 0.0) + self._queued_tokens * self.costs.token_s
+
+    # ------------------------------------------------------------------ prompts
+
+    def take(self, job: int, arrival: float, tokens: int, output: int) -> None:
+        """A prompt comes; the worker has advanced to its arrival. Outputs that run wait for it only from the step on
+        that is planned behind it."""
+        if self.batch and not self.queue:
+            self.run_until(arrival + self.costs.wait_steps * self.pace())
+        self.queue.append(_Prompt(job, arrival, tokens, output))
+        self._queued_tokens += tokens
+
+    def advance(self, time: float) -> None:
+        """Until then at least: a step with prompts is not divided."""
+        while self.queue and self.now < time:
+            self.chunk_step()
+        if self.now < time < math.inf:
+            self.run_until(time)
+
+    def chunk_step(self) -> None:
+        """One step with prompt chunks, beside whoever decodes."""
+        queue, costs = self.queue, self.costs
+        planned = self.now
+        if costs.wait_steps > 1 and self._ended == planned:  # as the step before it began
+            planned = self._begun
+        left = costs.budget - self.batch
+        chunks: list[tuple[int, int]] = []
+        for each in queue:
+            if left <= 0 or (each.arrival > planned and (chunks or self.batch)):
+                break
+            count = min(left, each.tokens - each.done)
+            chunks.append((each.done, count))
+            each.done += count
+            left -= count
+            self._queued_tokens -= count
+        if not chunks and not self.batch:  # a budget that outputs have used up
+            chunks.append((queue[0].done, 1))
+            queue[0].done += 1
+        self._begun = self.now
+        self.step(costs.mixed(self.batch, self.context, chunks) if chunks else self.pace())
+        self._ended = self.now
+        while queue and queue[0].done >= queue[0].tokens:
+            each = queue.popleft()
+            self.firsts[each.job] = self.now
+            if each.output:
+                self.add(each.job, each.tokens + 1, each.output - 1)
+
+    # ------------------------------------------------------------------ outputs
+
+    def add(self, job: int, context: float, remaining: float) -> None:
+        """A job whose KV is here; it waits if there is no room."""
+        if self.batch and (
+            self.batch >= self.room.max_num_seqs or self.context + context > self.room.kv_tokens
+        ):
+            self._waiting.append((job, context, remaining))
+            return
+        heapq.heappush(self._heap, (self.steps + remaining, job, context + remaining))
+        self.batch += 1
+        self.context += context
+
+    def pace(self) -> float:
+        """Seconds a step, now."""
+        return self.costs.decode(self.batch, self.context)
+
+    def run_until(self, time: float) -> None:
+        """Decode steps only."""
+        heap, costs, now = self._heap, self.costs, self.now
+        half, pace_of = costs.context_s / 2, costs.decode
+        while heap and now < time:
+            batch = self.batch
+            pace = pace_of(batch, self.context)
+            steps = heap[0][0] - self.steps
+            most = (time - now) / pace
+            pace += half * batch * (steps if steps < most else most)
+            if steps * pace > time - now:
+                steps = (time - now) / pace
+                self.steps += steps
+                self.context += steps * batch
+                break
+            self.steps += steps
+            self.context += steps * batch
+            now += steps * pace
+            self.now = now
+            self._end()
+        self.now = max(now, time)
+
+    def step(self, seconds: float) -> None:
+        """One step, which took so long."""
+        self.now += seconds
+        self.steps += 1.0
+        self.context += self.batch
+        while self._heap and self._heap[0][0] <= self.steps:
+            self._end()
+
+    def finish(self) -> None:
+        """The others go on at this pace."""
+        pace = self.pace()
+        for step, job, _ in self._heap:
+            if job >= 0:
+                self.ends[job] = self.now + (step - self.steps) * pace
+        for job, _, remaining in self._waiting:
+            if job >= 0:
+                self.ends[job] = self.now + 2 * remaining * pace  # one that has room ends first
+
+    def _end(self) -> None:
+        _, job, context = heapq.heappop(self._heap)
+        self.batch -= 1
+        self.context = max(0.0, self.context - context) if self.batch else 0.0
+        if job >= 0:
+            self.ends[job] = self.now
+        while self._waiting and (
+            not self.batch
+            or (
+                self.batch < self.room.max_num_seqs
+                and self.context + self._waiting[0][1] <= self.room.kv_tokens
+            )
+        ):
+            self.add(*self._waiting.popleft())

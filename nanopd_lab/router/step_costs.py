@@ -1,0 +1,107 @@
+"""Seconds of steps, prompts and pulls by the outlook's cost model; what is asked again is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nanopd_lab.cost.iteration import SHORT_CHUNK, StepFeatures
+
+if TYPE_CHECKING:
+    from nanopd_lab.router.outlook import Outlook
+
+
+class StepCosts:
+    """Seconds of steps and prompts by the outlook's cost model; what is asked again is remembered."""
+
+    def __init__(self, outlook: Outlook) -> None:
+        self.model = outlook.iteration
+        self.budget = outlook.max_num_batched_tokens
+        self.transfer = outlook.transfer
+        self.block_bytes, self.block_size = outlook.block_bytes, outlook.block_size
+        self.wait_steps = 1.5 if outlook.ahead else 0.5  # until a step takes in who comes while others run
+        self.context_s = self.model.pair_s + self.model.context_s
+        self._prompts: dict[int, float] = {}
+        self._beside: dict[tuple[int, int], float] = {}
+        self._batches: dict[int, float] = {}
+        self._pulls: dict[int, tuple[float, float]] = {}
+        self._steps: dict[tuple[int, int], float] = {}
+        self.rest_s = self.prompt(self.budget) / 2  # of a full step
+        self.token_s = 2 * self.rest_s / self.budget
+
+    def decode(self, batch: int, context: float) -> float:
+        """One decode step of `batch` sequences with `context` tokens together."""
+        fixed = self._batches.get(batch)
+        if fixed is None:
+            fixed = self._batches[batch] = self.model.decode_run(batch, 0)(1) if batch else 0.0
+        return max(self.model.host_s, fixed + self.context_s * context)
+
+    def mixed(self, batch: int, context: float, chunks: Sequence[tuple[int, int]]) -> float:
+        """One step of `batch` decodes and chunks of (past, count) tokens; the products' share in steps of 16 tokens."""
+        model = self.model
+        tokens, pairs, short, read = batch, batch / 2, 0.0, batch
+        for past, count in chunks:
+            of_chunk = count * (past + count / 2)
+            tokens += count
+            read += past + count
+            pairs += of_chunk
+            if 1 < count < SHORT_CHUNK:
+                short += of_chunk
+        sequences = batch + len(chunks)
+        key = (tokens + 15) // 16, (sequences + 7) // 8
+        fixed = self._steps.get(key)
+        if fixed is None:
+            fixed = self._steps[key] = model.device_seconds(
+                StepFeatures(16 * key[0], 8 * key[1], 0.0, 0, 8 * key[1] if tokens > 8 * key[1] else 0)
+            )
+        fixed += model.pair_s * pairs + model.short_pair_s * short + model.context_s * read
+        return max(model.host_s, fixed + self.context_s * context)
+
+    def prompt(self, tokens: int) -> float:
+        """A prompt alone on its worker, chunk by chunk."""
+        found = self._prompts.get(tokens)
+        if found is None:
+            if len(self._prompts) > 1 << 14:
+                self._prompts.clear()
+            found = self._prompts[tokens] = self._walk(tokens, 0)
+        return found
+
+    def beside(self, tokens: int, batch: int) -> float:
+        """What a prompt adds to the steps of `batch` decodes, s; in steps of sizes, as it is asked often."""
+        key = -(-tokens // 32), -(-batch // 8)
+        found = self._beside.get(key)
+        if found is None:
+            tokens, batch = 32 * key[0], 8 * key[1]
+            steps = -(-tokens // max(1, self.budget - batch))
+            found = self._walk(tokens, batch) - steps * self.decode(batch, 0)
+            self._beside[key] = found = max(found, 0.0)
+        return found
+
+    def _walk(self, tokens: int, batch: int) -> float:
+        room = max(1, self.budget - batch)
+        seconds, past = 0.0, 0
+        while past < tokens:
+            count = min(room, tokens - past)
+            seconds += self.mixed(batch, 0, [(past, count)])
+            past += count
+        return seconds
+
+    def pull(self, tokens: int) -> float:
+        """The whole KV of a prompt, over an idle link."""
+        if self.transfer is None:
+            return 0.0
+        blocks = -(-tokens // self.block_size)
+        return self.transfer.seconds(blocks, blocks * self.block_bytes)
+
+    def pulls(self, tokens: int) -> tuple[float, float]:
+        """(of the whole KV, of what can be seen of it) of a prompt."""
+        found = self._pulls.get(tokens)
+        if found is None:
+            if len(self._pulls) > 1 << 14:
+                self._pulls.clear()
+            found = self._pulls[tokens] = self.pull(tokens), self.last_pull(tokens)
+        return found
+
+    def last_pull(self, tokens: int) -> float:
+        """What of it can be seen: chunks before the last are pulled while the next is computed."""
+        return self.pull(tokens - (tokens - 1) // self.budget * self.budget)
