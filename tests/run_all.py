@@ -15,9 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,24 +54,46 @@ class Run:
 
     scratch: Path
     totals: Totals = field(default_factory=Totals)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def command(self, *words: str, **environment: str) -> bool:
-        """Run a module of this interpreter in the repository; True if it succeeded."""
-        print(f"$ python -m {' '.join(words)}", flush=True)
-        environ = {**os.environ, **environment}
-        return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=environ).returncode == 0
+    def command(self, *words: str, log: Path | None = None, **environment: str) -> bool:
+        """Run a module of this interpreter in the repository; True if it succeeded.
 
-    def pytest(self, *words: str, **environment: str) -> bool:
-        """Run pytest and count its tests. No tests at all is a failure: it would hide a broken path."""
+        With a log what it prints is kept until it has ended, so that it is not mixed with another's.
+        """
+        line = f"$ {' '.join(f'{name}={value} ' for name, value in environment.items())}python -m {' '.join(words)}"
+        command, environ = [sys.executable, "-m", *words], {**os.environ, **environment}
+        if log is None:
+            print(line, flush=True)
+            return subprocess.run(command, cwd=ROOT, env=environ).returncode == 0
+        with log.open("w") as out:
+            code = subprocess.run(
+                command, cwd=ROOT, env=environ, stdout=out, stderr=subprocess.STDOUT
+            ).returncode
+        print(line, log.read_text(errors="replace"), sep="\n", flush=True)
+        return code == 0
+
+    def pytest(self, *words: str, aside: bool = False, **environment: str) -> bool:
+        """Run pytest and count its tests. No tests at all is a failure: it would hide a broken path.
+
+        Args:
+            aside: another one runs at the same time
+        """
         report = self.scratch / f"{time.monotonic_ns()}.xml"
+        log = report.with_suffix(".log") if aside else None
         # Workers share the cores: one computing thread each, or they wait for one another.
-        succeeded = self.command("pytest", f"--junitxml={report}", *words, OMP_NUM_THREADS="1", **environment)
+        environment["OMP_NUM_THREADS"] = "1"
+        succeeded = self.command("pytest", f"--junitxml={report}", *words, log=log, **environment)
+        with self.lock:
+            return self._counted(report) and succeeded
+
+    def _counted(self, report: Path) -> bool:
         if not report.is_file():
             self.totals.failed += 1
             return False
         before = self.totals.passed
         self.totals.add_junit(report)
-        return succeeded and self.totals.passed > before
+        return self.totals.passed > before
 
 
 def lint(run: Run) -> bool:
@@ -87,26 +111,32 @@ def tests(run: Run) -> bool:
     if os.environ.get("CI") == "true" and not shutil.which("chromium") and os.geteuid() == 0:
         for words in (("update", "-qq"), ("install", "-qq", "-y", "chromium", "fonts-dejavu-core")):
             subprocess.run(["apt-get", *words], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
-    return run.pytest("-q", "-n", "2", "tests")
+    # In the order of tests/conftest.py: the longest first.
+    return run.pytest("-q", "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder", "tests")
 
 
 def notebooks(run: Run) -> bool:
-    """Every notebook runs from top to bottom: with untouched stubs, with the package's own code, and strictly."""
-    found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "notebooks").glob("*.ipynb"))
-    if not found:
+    """Every notebook runs from top to bottom: strictly with untouched stubs, and with the package's own code.
+
+    Plain `--nbval` compares all that `--nbval-lax` compares, and without its sanitizing: that run is the
+    learner's in both. The two runs share the cores.
+    """
+    if not any((ROOT / "notebooks").glob("*.ipynb")):
         print("no notebooks yet")
         return True
-    common = ("-q", "-n", "2", "--dist", "loadscope", "--nbval-current-env", "--nbval-cell-timeout=120")
-    common += ("--nbval-sanitize-with", "tests/nbval_sanitize.cfg")
+    # A cell may wait for the other run; the limit is for one that hangs.
+    common = ("-q", "--nbval-cell-timeout=300", "notebooks")
+    lax = ("--nbval-lax", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg")
     # A developer's own kept parts and ledger stay out of it.
-    folder = str(run.scratch / "kept")
-    return all(
-        [
-            run.pytest(*common, "--nbval-lax", *found, NANOPD_LAB_MODE="learner", NANOPD_LAB_FOLDER=folder),
-            run.pytest(*common, "--nbval-lax", *found, NANOPD_LAB_MODE="reference", NANOPD_LAB_FOLDER=folder),
-            run.pytest("-q", "--nbval", "notebooks", NANOPD_LAB_FOLDER=folder),
+    folders = {mode: str(run.scratch / f"kept-{mode}") for mode in ("learner", "reference")}
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(
+                run.pytest, *common, *words, aside=True, NANOPD_LAB_MODE=mode, NANOPD_LAB_FOLDER=folders[mode]
+            )
+            for mode, words in (("learner", ("--nbval",)), ("reference", lax))
         ]
-    )
+        return all(each.result() for each in runs)
 
 
 def wheel(run: Run) -> bool:

@@ -16,7 +16,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -104,6 +104,8 @@ def run_load(
 ) -> LoadRun:
     """Warm up, then serve all of `workload` at its times; returns when the last request has settled.
 
+    The cluster's policy does not see how long outputs will be.
+
     Args:
         report: called a few times a second
 
@@ -111,8 +113,10 @@ def run_load(
         ValueError: the readiness request failed; nothing was measured.
     """
     options = options or LoadOptions()
-    _warm_up(cluster, workload, options)
-    return _Generator(cluster, workload, options, report or (lambda progress: None)).run()
+    # Without an end-of-text token each output is as long as its max_tokens: what no policy may know.
+    with cluster.veiled() if workload.ignore_eos else nullcontext():
+        _warm_up(cluster, workload, options)
+        return _Generator(cluster, workload, options, report or (lambda progress: None)).run()
 
 
 def _warm_up(cluster: Cluster, workload: Workload, options: LoadOptions) -> None:

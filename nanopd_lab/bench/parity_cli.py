@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanopd_lab.cost.files import CostModel
@@ -22,7 +22,10 @@ def register(subparsers: _Subparsers) -> None:
     )
     parser.add_argument("--model", default="smollm2", help="default smollm2, the embedded model")
     parser.add_argument(
-        "--cost-model", type=Path, required=True, help="of this machine: a file of `nanopd-lab fit`"
+        "--cost-model",
+        type=Path,
+        required=True,
+        help="of this machine: a file of `nanopd-lab fit`; if there is none, it is measured and written there",
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
@@ -31,6 +34,9 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument("--request-rates", nargs="+", type=float, default=[0.5], help="requests a second")
     parser.add_argument("--num-prompts", type=int, default=40, help="of each round")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="a round each; medians count")
+    parser.add_argument(
+        "--goodput", nargs="+", default=[], metavar="METRIC:MS", help="objectives: ttft:500 tpot:100"
+    )
     parser.add_argument("--input-median", type=float, default=120.0, help="tokens; log-normal with sigma 0.6")
     parser.add_argument("--output-median", type=float, default=24.0, help="tokens; log-normal with sigma 0.5")
     parser.add_argument("--dtype", default="float32")
@@ -38,56 +44,129 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=256)
     parser.add_argument("--kv-blocks", type=int, default=2000, help="of 16 tokens, a worker")
     parser.add_argument("--share-devices", action="store_true", help="let workers share a GPU")
+    parser.add_argument(
+        "--rounds-filename", type=Path, help="keep each round there, and go on with what it has"
+    )
+    parser.add_argument("--ranking-filename", type=Path, help="write there how the policies rank, as JSON")
     parser.add_argument("--result-filename", type=Path, help="write the records there, as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve, simulate, print the table, write the record."""
-    from nanopd_lab.bench.parity import compare, table
+    """Measure the cost model if need be, serve, simulate, print the tables, write the records."""
+    from nanopd_lab.bench.parity import (
+        RANKING_SCHEMA,
+        Rounds,
+        compare,
+        ranking_table,
+        rankings_of,
+        records_of,
+        table,
+    )
+    from nanopd_lab.bench.provenance import provenance
     from nanopd_lab.cluster.config import ClusterConfig
     from nanopd_lab.cost.files import CostModel
-    from nanopd_lab.router import create_policy
+    from nanopd_lab.router import Veiled, create_policy
     from nanopd_lab.sim import SimRequest, SimResult, Simulator
     from nanopd_lab.sim.timing import CostTime
     from nanopd_lab.sim.workload import Lengths, poisson_arrivals
 
-    cost = CostModel.load(args.cost_model)
+    cost = CostModel.load(args.cost_model) if args.cost_model.exists() else _measured(args)
     lengths = (
         Lengths(args.input_median, 0.6, round(6 * args.input_median)),
         Lengths(args.output_median, 0.5, round(5 * args.output_median)),
     )
-    block_bytes = cost.fit["block_bytes"]
     engine = {
         "dtype": args.dtype,
         "compilation": args.compilation,
         "max_num_batched_tokens": args.max_num_batched_tokens,
         "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": args.kv_blocks * block_bytes,
+        "kv_cache_memory_bytes": args.kv_blocks * cost.fit["block_bytes"],
     }
-    settings = _settings(args, cost)
-    records = []
-    for policy in args.policies:
-        config = ClusterConfig(
-            args.model, workers=args.workers, policy=policy, engine=engine, share_devices=args.share_devices
-        )
+    config = ClusterConfig(
+        args.model,
+        workers=args.workers,
+        cost_model=str(args.cost_model),
+        goodput=tuple(args.goodput),
+        engine=engine,
+        share_devices=args.share_devices,
+    )
+    settings, outlook = _settings(args, cost), config.outlook()
 
-        def simulate(requests: Sequence[SimRequest], name: str = policy) -> SimResult:
-            return Simulator(
-                *create_policy(name, args.workers), CostTime(cost.iteration), requests, settings
-            ).run()
+    def simulate(name: str, requests: Sequence[SimRequest]) -> SimResult:
+        policy, roles = create_policy(name, args.workers, outlook)
+        return Simulator(Veiled(policy), roles, CostTime(cost.iteration), requests, settings).run()
 
-        loads = {
-            rate: [poisson_arrivals(args.num_prompts, rate, lengths, seed) for seed in args.seeds]
-            for rate in args.request_rates
-        }
-        for record in compare(config, loads, simulate):
-            records.append({"policy": policy, "workers": args.workers, "model": args.model, **record})
-            print(f"{policy}, {args.workers} workers, {record['request_rate']:g} requests/s")
-            print(table(record), flush=True)
+    for policy in args.policies:  # all are checked before the first is measured
+        create_policy(policy, args.workers, outlook)
+    rounds = Rounds(args.rounds_filename, _shared(args, cost))
+    turns = [
+        (policy, rate, seed)
+        for number, seed in enumerate(args.seeds)
+        for rate in args.request_rates
+        for policy in _turned(args.policies, number)
+        if (policy, rate, seed) not in rounds.done
+    ]
+    loads = {turn: poisson_arrivals(args.num_prompts, turn[1], lengths, turn[2]) for turn in turns}
+    for found in compare(config, loads, simulate) if loads else ():
+        rounds.add(found)
+        print(f"{found.policy}, {found.rate:g} requests/s, seed {found.seed}: done", flush=True)
+    shared = {"workers": args.workers, "model": args.model, "device": cost.device}
+    records = [{**record, **shared} for record in records_of(rounds.done.values())]
+    rankings = rankings_of(rounds.done.values())
+    for record in records:
+        print(f"{record['policy']}, {args.workers} workers, {record['request_rate']:g} requests/s")
+        print(table(record))
+    print(ranking_table(rankings))
     if args.result_filename:
         args.result_filename.write_text(json.dumps(records, indent=1) + "\n")
+    if args.ranking_filename:
+        ranking = {
+            "schema": RANKING_SCHEMA,
+            **shared,
+            "settings": rounds.settings,
+            "cost_model": json.loads(args.cost_model.read_text()),
+            "rankings": rankings,
+            "provenance": provenance(),
+        }
+        args.ranking_filename.write_text(json.dumps(ranking, indent=1) + "\n")
     return 0
+
+
+def _turned(policies: Sequence[str], number: int) -> list[str]:
+    """Each seed begins with another one."""
+    number %= len(policies)
+    return [*policies[number:], *policies[:number]]
+
+
+def _measured(args: argparse.Namespace) -> CostModel:
+    """By as many processes at once as there will be workers."""
+    from nanopd_lab.cluster.config import ClusterConfig
+    from nanopd_lab.cost.measure import ProfileJob, measure_cost_model
+
+    config = ClusterConfig(args.model, workers=args.workers, share_devices=args.share_devices)
+    cuda = config.worker_devices()[0].type == "cuda"
+    job = ProfileJob.of(
+        args.model,
+        cuda,
+        args.dtype,
+        args.compilation,
+        args.workers,
+        config.worker_threads(),
+        tiny=args.model == "random:tiny",
+    )
+    cost = measure_cost_model(job, args.cost_model.parent)
+    cost.save(args.cost_model)
+    return cost
+
+
+def _shared(args: argparse.Namespace, cost: CostModel) -> Mapping[str, Any]:
+    """What all rounds share."""
+    names = (
+        "model", "workers", "num_prompts", "input_median", "output_median", "dtype", "compilation",
+        "max_num_batched_tokens", "kv_blocks", "goodput",
+    )  # fmt: skip
+    return {**{name: getattr(args, name) for name in names}, "profiled": cost.source}
 
 
 def _settings(args: argparse.Namespace, cost: CostModel) -> SimConfig:

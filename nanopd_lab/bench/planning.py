@@ -23,10 +23,10 @@ from nanopd_lab.router import Slo, create_policy
 from nanopd_lab.router.layouts import Forecast
 from nanopd_lab.router.layouts import Workload as Lengths
 from nanopd_lab.router.plan import SHARE, Planner
+from nanopd_lab.router.veil import Veiled
 from nanopd_lab.sim.arrivals import Arrivals
 from nanopd_lab.sim.cli import Machine
 from nanopd_lab.sim.simulator import Simulator
-from nanopd_lab.sim.veil import Veiled
 from nanopd_lab.sim.workload import SimRequest
 
 FILLING = 0.2  # of the requests come first and do not count

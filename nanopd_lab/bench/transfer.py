@@ -189,7 +189,7 @@ def sources(
 
 
 @contextmanager
-def _pairs(names: Sequence[str], plan: Plan, processes: int) -> Iterator[list[Pair]]:
+def connected(names: Sequence[str], plan: Plan, processes: int) -> Iterator[list[Pair]]:
     """A reader in this process for each source."""
     with sources(names, plan, processes) as found, ExitStack() as stack:
         pairs = []
@@ -340,8 +340,8 @@ def bench(
         there = [name for name in names if count == 1 or name != "inproc"]
         if there:
             report(f"{' and '.join(there)}, {count} process{'es' * (count > 1)}")
-            with _pairs(there, plan, count) as pairs:
-                links[str(count)], found = _measure(plan, pairs, count)
+            with connected(there, plan, count) as pairs:
+                links[str(count)], found = measure(plan, pairs, count)
             rows += found
     nanopd = {}
     if gpus:
@@ -358,7 +358,7 @@ def bench(
         "schema": SCHEMA,
         "provenance": provenance(),
         "shape": {"name": shape, **asdict(plan.shape), "dtype": "bfloat16", "block_bytes": plan.shape.block_bytes},
-        "devices": {"source": _describe(source), "target": _describe(target), "shared": source == target},
+        "devices": {"source": describe(source), "target": describe(target), "shared": source == target},
         "method": {
             "rounds": rounds, "link_bytes": LINK_BYTES,
             "statistic": "median of host times, start to poll, taking turns; scattered blocks",
@@ -369,7 +369,7 @@ def bench(
     }  # fmt: skip
 
 
-def _measure(
+def measure(
     plan: Plan, pairs: Sequence[Pair], processes: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     candidates: dict[tuple[Any, ...], Callable[[], float]] = {}
@@ -406,7 +406,7 @@ def _measure(
     return links, rows
 
 
-def _describe(device: torch.device) -> str:
+def describe(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
 
 

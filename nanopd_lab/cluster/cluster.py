@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.host import StepRecord
 from nanopd_lab.cluster.inline import InlineLauncher
 from nanopd_lab.cluster.process import ProcessLauncher, WorkerSpec
+from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.core import FinishReason, Logprob, SamplingParams
 from nanopd_lab.engine.detokenizer import Detokenizer
 from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -37,7 +39,7 @@ from nanopd_lab.engine.prompts import (
     tokenize,
 )
 from nanopd_lab.errors import InvalidRequestError
-from nanopd_lab.router import Policy, Slo, WorkerView
+from nanopd_lab.router import Policy, Slo, Veiled, WorkerView
 
 if TYPE_CHECKING:
     from nanopd_lab.bench.workload import Workload
@@ -120,6 +122,7 @@ class Cluster:
         if config.launcher == "inline":
             self.launcher = self._start_inline()
         else:
+            process_context(map(str, config.worker_devices()))  # imports beside the tokenizer's loading
             self.tokenizer, self.vocab_size = _vocabulary(config.model)
             self.launcher = self._start_processes()
             self._thread = threading.Thread(target=self._drive, name="nanopd-controller", daemon=True)
@@ -359,6 +362,20 @@ class Cluster:
             self.controller.use_policy(chosen, dict(zip(config.names, roles, strict=True)), self.clock())
             self.config = config
             self._collect()
+
+    @contextmanager
+    def veiled(self) -> Iterator[None]:
+        """Meanwhile the policy does not see how long outputs may be, see `Veiled`: for requests that end just there."""
+        with self._lock:
+            policy = self.controller.policy
+            veiled = policy if isinstance(policy, Veiled) else Veiled(policy)
+            self.controller.exchange(veiled)
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self.controller.policy is veiled:  # and not what is left to one worker
+                    self.controller.exchange(policy)
 
     # ------------------------------------------------------------------ looking inside
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -32,6 +33,7 @@ from nanopd_lab.cluster.actions import (
     Settled,
     State,
 )
+from nanopd_lab.cluster.asking import PolicyError, ask, told
 from nanopd_lab.cluster.messages import (
     Beat,
     Begin,
@@ -62,7 +64,6 @@ from nanopd_lab.router import (
     Postponed,
     Role,
     WorkerView,
-    legal_routes,
 )
 
 EXPLAINABLE = 1024  # decisions that can be asked about
@@ -150,12 +151,6 @@ def _count(attempts: Seq[_Attempt]) -> tuple[int, int]:
     return len(attempts), sum(attempt.report.known_tokens for attempt in attempts)
 
 
-def _legal(route: Route, fleet: Fleet) -> bool:
-    """`route in legal_routes(fleet)`, without making them all."""
-    source, target = fleet.of(route.prefill), fleet.of(route.decode)
-    return source is not None and target is not None and source.role.prefills and target.role.decodes
-
-
 class Controller:
     """See the module.
 
@@ -182,6 +177,7 @@ class Controller:
         self._every_takes = self._any_takes = math.inf  # tokens of a sequence, every worker and the largest
         self._explainable: OrderedDict[tuple[str, int], Decision] = OrderedDict()  # the newest decisions
         self._finished = getattr(policy, "finished", None)
+        self.policy_error: Exception | None = None  # the first that the policy has made
         self._numbers = itertools.count()
         self._deadlines: list[
             tuple[float, int, _Job]
@@ -355,10 +351,15 @@ class Controller:
             )
         if gone := [name for name, worker in self._workers.items() if worker.state is State.GONE]:
             raise ValueError(f"worker {gone[0]} is gone, and the policy is for all; make a new cluster")
-        self.policy = policy
-        self._finished = getattr(policy, "finished", None)
+        self.exchange(policy)
+        self.policy_error = None
         for name, role in roles.items():
             self.set_role(name, role, now)
+
+    def exchange(self, policy: Policy) -> None:
+        """Ask this one from now on: one that is around the policy so far, or was in it. Jobs and roles stay."""
+        self.policy = policy
+        self._finished = getattr(policy, "finished", None)
 
     def explain(self, request_id: str, index: int = 0) -> Explanation:
         """Why a request is, or was, where it is: of its last route.
@@ -375,8 +376,12 @@ class Controller:
         return decision.explain()
 
     def tick(self, now: float) -> None:
-        """Deadlines of jobs, silence of workers."""
+        """Deadlines of jobs, silence of workers.
+
+        Jobs that wait are offered when something has changed, however often this is called; where nothing runs, now.
+        """
         self.now = now
+        changed = not self._attempts
         for worker in self._workers.values():
             if worker.state is State.UP and now - worker.last_seen >= self.limits.heartbeat_s:
                 reason = f"was silent for {self.limits.heartbeat_s} s"
@@ -388,7 +393,9 @@ class Controller:
                 waited = f"after {now - job.path.arrival:.3f} s, {self._where(job)}"
                 self._withdraw(job, f"deadline {waited}")
                 self._end(job, FinishReason.ERROR, error=f"the request's deadline passed {waited}")
-        self._dispatch()
+                changed = True
+        if changed:
+            self._dispatch()
 
     def next_wakeup(self) -> float | None:
         """When `tick` has something to do next, if nothing else happens."""
@@ -405,22 +412,39 @@ class Controller:
     def _dispatch(self) -> None:
         """Give queued jobs to workers, first come first served, while the policy finds a route; then those put off."""
         while self._queue:
-            answer = self._ask(self._queue[0], False)
+            job = self._queue[0]
+            try:
+                answer = self._ask(job, False)
+            except PolicyError as error:
+                self._fail_by_policy(job, error)
+                continue
             if answer is None:
                 return
-            job = self._queue.popleft()
+            self._queue.popleft()
             if isinstance(answer, Postponed):
                 self._postponed.append(job)
             else:
                 self._take(job, answer)
         while self._postponed:
-            answer = self._ask(self._postponed[0], True)
+            job = self._postponed[0]
+            try:
+                answer = self._ask(job, True)
+            except PolicyError as error:
+                self._fail_by_policy(job, error)
+                continue
             if not isinstance(answer, Decision):
                 return
-            self._take(self._postponed.popleft(), answer)
+            self._postponed.popleft()
+            self._take(job, answer)
+
+    def _fail_by_policy(self, job: _Job, error: PolicyError) -> None:
+        """Only this job ends; others are asked for as before."""
+        cause = error.__cause__
+        self.policy_error = self.policy_error or (cause if isinstance(cause, Exception) else error)
+        self._end(job, FinishReason.ERROR, error=str(error))
 
     def _ask(self, job: _Job, postponed: bool) -> Decision | Postponed | None:
-        """What the policy says of a job; a route is legal."""
+        """What the policy says of a job; a route is legal. Raises PolicyError."""
         self._refresh()
         total = len(job.prompt) + job.params.max_tokens
         free = self._fleet_for(total)
@@ -434,19 +458,10 @@ class Controller:
             frozenset(job.avoid) if job.avoid else _NOBODY,
             postponed=postponed,
         )
-        answer = self.policy.choose(seen, free, self.now)
-        if not isinstance(answer, Decision):
-            return answer
-        if answer.roles:
+        answer = ask(self.policy, seen, free, self.now)
+        if isinstance(answer, Decision):
             for name, role in answer.roles:
                 self._give_role(self._workers[name], role)
-            self._refresh()
-            free = self._fleet_for(total)
-        if not _legal(answer.route, free):
-            raise ValueError(
-                f"policy {self.policy.name} chose {answer.route}, which the roles or the load of the workers do "
-                f"not allow; legal are {', '.join(map(str, legal_routes(free))) or 'none'}"
-            )
         return answer
 
     def _take(self, job: _Job, decision: Decision) -> None:
@@ -582,9 +597,23 @@ class Controller:
         job.path.finished = self.now
         if self._finished is not None and reason is not FinishReason.ERROR:
             censored = reason in (FinishReason.LENGTH, FinishReason.ABORT)
-            self._finished(len(job.prompt), job.path.output_tokens, censored, self.now)
+            self._teach(len(job.prompt), job.path.output_tokens, censored)
         self.actions.append(Emit(job.request_id, job.index, tokens, reason, stop_reason, error))
         self._settle(job)
+
+    def _teach(self, prompt_tokens: int, output_tokens: int, censored: bool) -> None:
+        """Tell the policy of an end; one that cannot take it in is told no more."""
+        assert self._finished is not None
+        try:
+            self._finished(prompt_tokens, output_tokens, censored, self.now)
+        except Exception as error:
+            self.policy_error = self.policy_error or error
+            self._finished = None
+            warnings.warn(
+                f"policy {self.policy.name} failed to take in the end of a request, and is told of no more: "
+                f"{told(error)}",
+                stacklevel=2,
+            )
 
     # ------------------------------------------------------------------ accounts
 

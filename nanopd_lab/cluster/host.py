@@ -62,6 +62,7 @@ class WorkerHost:
         ahead: launch a step before the last one's tokens are known
         pull_seconds: deadline of one pull
         clock: seconds; the same for all workers
+        post: sends at once what is not the result of a step, so that it need not wait for the next one
     """
 
     core: WorkerCore
@@ -73,6 +74,7 @@ class WorkerHost:
     pull_seconds: float = 30.0
     clock: Callable[[], float] = time.monotonic
     steps: list[StepRecord] | None = None
+    post: Callable[[list[FromWorker]], None] | None = None
     progressed: bool = False  # the last turn got on with a step
     _loop: StepLoop = field(init=False)
 
@@ -121,6 +123,9 @@ class WorkerHost:
         self.core.now = self.clock()
         plan = self.core.schedule()
         self._pulls()
+        if self.post is not None and self.core.outbox:
+            found, self.core.outbox = self.core.outbox, []
+            self.post(found)
         return plan
 
     def complete(self, plan: StepPlan, sampled: Seq[Seq[SampledToken]]) -> list[Sequence]:
@@ -134,9 +139,11 @@ class WorkerHost:
 
     def _pulls(self) -> None:
         core = self.core
-        for result in self.transport.poll():
-            core.pull_ended(result, self.clock())
-        while core.pulls or core.cancelled_pulls:
+        while True:
+            for result in self.transport.poll():
+                core.pull_ended(result, self.clock())
+            if not core.pulls and not core.cancelled_pulls:
+                return
             pulls, core.pulls = core.pulls, []
             for pull in pulls:
                 now = self.clock()

@@ -7,16 +7,15 @@ thread of its own: one that is stopped or busy cannot hold the controller up.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess, SpawnProcess
 from typing import Any
 
 from nanopd_lab.cluster.actions import Action, Fence, Send, State
@@ -24,6 +23,7 @@ from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.host import Connect, Disconnect, StepRecord
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Hello
+from nanopd_lab.cluster.starting import process_context, take_environment
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.transfer import PoolAddress
 
@@ -76,8 +76,9 @@ class StartFailed:
     error: str
 
 
-def worker_main(connection: Connection, spec: WorkerSpec) -> None:
+def worker_main(connection: Connection, spec: WorkerSpec, environment: Mapping[str, str]) -> None:
     """The body of a worker's process: build, say hello, then turn after turn until the pipe ends."""
+    take_environment(environment)
     os.environ["TQDM_DISABLE"] = "1"  # the bars of several processes would write over each other
     try:
         import torch
@@ -98,6 +99,7 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
         return
     try:
         connection.send([host.hello()])
+        host.post = connection.send
         _serve(connection, host)
     except (EOFError, OSError, KeyboardInterrupt):
         pass  # the controller is gone
@@ -140,7 +142,7 @@ def _answer(host: Any, what: str) -> Answer:
 @dataclass(eq=False)
 class _Child:
     spec: WorkerSpec
-    process: SpawnProcess
+    process: SpawnProcess | ForkServerProcess
     connection: Connection
     outgoing: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
     address: PoolAddress | None = None
@@ -187,7 +189,7 @@ class ProcessLauncher:
         self.clock = clock
         self.events: list[Action] = []
         self.answers: dict[str, Answer] = {}
-        self._context = multiprocessing.get_context("spawn")
+        self._context = process_context(device for spec in specs for device in spec.devices)
         self._children: dict[str, _Child] = {}
         self._restarts = {spec.name: max_restarts for spec in specs}
         self._awake, self._wake = self._context.Pipe(duplex=False)
@@ -215,7 +217,10 @@ class ProcessLauncher:
     def _start(self, spec: WorkerSpec) -> None:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=worker_main, args=(theirs, spec), name=f"nanopd-{spec.name}", daemon=True
+            target=worker_main,
+            args=(theirs, spec, dict(os.environ)),
+            name=f"nanopd-{spec.name}",
+            daemon=True,
         )
         process.start()
         theirs.close()

@@ -244,7 +244,7 @@ def _captured(engine: Engine) -> dict[str, list[int]]:
         return {"batches": [], "tokens": []}
     return {
         "batches": [step.layout.sequences for step in graphs.decode],
-        "tokens": [step.layout.tokens for step in graphs.mixed],
+        "tokens": sorted({step.layout.tokens for step in [*graphs.whole, *graphs.pieces]}),
     }
 
 

@@ -15,3 +15,9 @@ def has_bf16_matrix_unit() -> bool:
         return bool(torch.cpu._is_amx_tile_supported())
     capabilities: dict[str, object] = query()
     return bool(capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+@lru_cache(maxsize=1)
+def has_wide_registers() -> bool:
+    """True if the processor has registers of sixteen floats, and so room for the sums of `dense_cpu.cpp` (AVX-512)."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()

@@ -103,7 +103,7 @@ def demo_config(args: argparse.Namespace) -> DemoConfig:
     """
     import torch
 
-    from nanopd_lab.demo.calibrate import ProfileJob
+    from nanopd_lab.cost.measure import ProfileJob
     from nanopd_lab.demo.session import DemoConfig
     from nanopd_lab.router import Slo
 

@@ -16,7 +16,7 @@ from nanopd_lab.sim import LinkModel, SimConfig, SimResult, Simulator
 from nanopd_lab.sim.timing import CostTime
 from nanopd_lab.sim.workload import SimRequest
 
-BUSY = 0.7
+IN_TIME = 0.7
 TTFT_FACTOR, TPOT_FACTOR = 4.0, 1.5  # of an idle worker's times
 PLANNED = 240  # requests that a rate is tried with
 MakeWorkload = Callable[[float, int], Workload]  # of a rate and a number of requests
@@ -51,11 +51,6 @@ class Machine:
         chosen, roles = routing(policy, self.workers, self.cost, slo, self.config.max_num_batched_tokens)
         return Simulator(chosen, roles, CostTime(self.cost.iteration), requests, self.config).run()
 
-    def busy(self, result: SimResult) -> float:
-        """Share of the time that its workers compute, on average."""
-        busy_s = sum(worker.busy_s for worker in result.workers)
-        return busy_s / self.workers / result.duration_s if result.duration_s else 0.0
-
 
 @dataclass(frozen=True)
 class Unloaded:
@@ -81,22 +76,24 @@ class Unloaded:
         return Slo(_two_digits(TTFT_FACTOR * self.ttft_s), _two_digits(TPOT_FACTOR * self.tpot_s))
 
 
-def busy_rate(
-    machine: Machine, policies: Sequence[str], make: MakeWorkload, slo: Slo, share: float = BUSY
+def telling_rate(
+    machine: Machine, policies: Sequence[str], make: MakeWorkload, slo: Slo, share: float = IN_TIME
 ) -> float:
-    """The request rate at which workers compute for `share` of the time, simulated, on average over the policies."""
+    """The request rate at which the best of the policies serves `share` of the requests in time, simulated.
 
-    def found(rate: float) -> float:
+    Below, all strategies keep their promises; far above, none does.
+    """
+
+    def kept(rate: float) -> bool:
         requests = make(rate, PLANNED).requests
-        results = [machine.simulate(policy, requests, slo) for policy in policies]
-        return statistics.fmean(machine.busy(result) for result in results)
+        return any(machine.simulate(policy, requests, slo).attainment(slo) >= share for policy in policies)
 
     low, high = 0.0, 1.0
-    while found(high) < share and high < 1e6:
+    while kept(high) and high < 1e6:
         low, high = high, 2 * high
     for _ in range(7):
         middle = (low + high) / 2
-        low, high = (middle, high) if found(middle) < share else (low, middle)
+        low, high = (middle, high) if kept(middle) else (low, middle)
     return _two_digits((low + high) / 2)
 
 

@@ -11,20 +11,20 @@ from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cluster.config import ClusterConfig
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.cost.hardware import load_model, model_names
+from nanopd_lab.cost.measure import ProfileJob, measure_cost_model
 from nanopd_lab.cost.roofline import ChunkShape
-from nanopd_lab.demo.calibrate import ProfileJob, measure_cost_model
 from nanopd_lab.demo.figures import measured_figures, model_figures, regret_figure, save_figures
 from nanopd_lab.demo.measure import Progress, Workers, measure, write_json
 from nanopd_lab.demo.outcome import Outcome
 from nanopd_lab.demo.plan import (
-    BUSY,
+    IN_TIME,
     TPOT_FACTOR,
     TTFT_FACTOR,
     Machine,
     MakeWorkload,
     Unloaded,
     best_split,
-    busy_rate,
+    telling_rate,
 )
 from nanopd_lab.demo.predict import REQUESTS, curve, pays_map, predicted
 from nanopd_lab.demo.report import report
@@ -145,10 +145,11 @@ def plan(config: DemoConfig, machine: Machine) -> Outcome:
     known = [each for each in config.policies if each == "collocated" or disaggregates(each)]
     tried = known or ["collocated", f"{half}p{config.cluster.workers - half}d"]
     if rate is None:
-        rate = busy_rate(machine, tried, config.make, slo)
+        rate = telling_rate(machine, tried, config.make, slo)
+        names = " and ".join(look_of(each).label for each in tried)
         notes.append(
-            f"request rate: {rate:g} a second, at which workers compute for {BUSY:.0%} of the time on average over "
-            f"{' and '.join(look_of(each).label for each in tried)} (modelled)"
+            f"request rate: {rate:g} a second, at which the best of {names} "
+            f"would serve {IN_TIME:.0%} of the requests in time (modelled): enough load for the choice to matter"
         )
     policies = tuple(config.policies)
     if not policies:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.router import Outlook, Policy, Role, Slo, create_policy, needs_outlook
 from nanopd_lab.router.registry import ESTIMATING
-from nanopd_lab.sim.veil import Veiled
+from nanopd_lab.router.veil import Veiled
 
 ADAPTIVE = "adaptive"
 

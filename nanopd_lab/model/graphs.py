@@ -5,9 +5,10 @@ packed buffer (`model.batch`); a step takes the smallest graph it fits in, and w
 kernels read on the device who decodes, who prefills and how long everybody is. Three kinds:
 
     decode   one token a sequence, by number of sequences; the vocabulary projection included
-    mixed    chunks and decode steps together, by number of tokens; logits behind the graph, only where needed
-    pieces   the same for more tokens: one graph from each layer's attention to the next one's, and the attention
-             itself launched between them, since the best kernel for a long chunk depends on its lengths
+    whole    chunks and decode steps together, by number of tokens; logits behind the graph, only where needed
+    pieces   the same: one graph from each layer's attention to the next one's, and the attention itself launched
+             between them, since the best kernel for a long chunk depends on its lengths. Launching takes its time:
+             for steps that compute for longer
 
 All graphs share one memory pool: they never run at the same time.
 """
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from nanopd_lab.attention.cuda import attend_known, cutting
+from nanopd_lab.attention.cuda import LONG_QUERY, attend_known, cutting
 from nanopd_lab.core import Chunk, Request, SamplingParams, Sequence
 from nanopd_lab.model.batch import Layout, PackedBatch, metadata_of, pack, select
 
@@ -29,13 +31,26 @@ if TYPE_CHECKING:
     from nanopd_lab.model.runner import ModelRunner
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-WHOLE_SIZES = (64, 128, 256, 384, 512)
-PIECE_SIZES = (768, 1024, 1536, 2048)
+MIXED_SIZES = (64, 128, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
+ALWAYS_WHOLE = 512  # tokens
+# On an H100 launching a layer's pieces takes 0.27 ms. As long take so many multiplications of weights, and the detour
+# of long chunks and decodes through one paged kernel, for so many pairs of a query (of all heads) and a key. A
+# decode's query fills one row of the kernel's tiles.
+LAUNCH_PRODUCTS = 1e11
+LAUNCH_PAIRS = 6e7
+TILE_ROWS = 16
 
 
 def sizes_up_to(sizes: Iterable[int], largest: int) -> list[int]:
     """Those below `largest`, and `largest` itself."""
     return [*(size for size in sizes if size < largest), largest]
+
+
+def _detour_pairs(chunk: Chunk) -> float:
+    """Pairs that a kernel of their own would compute faster than the one that takes all chunks."""
+    if chunk.count == 1:
+        return TILE_ROWS * chunk.end
+    return chunk.count * (chunk.start + chunk.count / 2) if chunk.count >= LONG_QUERY else 0
 
 
 class Replay(Protocol):
@@ -164,6 +179,7 @@ class GraphSet:
     ) -> None:
         self.runner = runner
         self.max_num_seqs = max_num_seqs
+        self._num_heads = int(runner.model.config.num_attention_heads)
         rows = max(max_num_seqs, largest)
         size = Layout(largest, rows).size + rows * max_blocks
         self._packed = torch.zeros(size, dtype=torch.int32, device=runner.device)
@@ -174,30 +190,41 @@ class GraphSet:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(runner.device)
         self.decode: list[CapturedStep] = []
-        self.mixed: list[CapturedStep] = []
+        self.whole: list[CapturedStep] = []
+        self.pieces: list[CapturedStep] = []
 
-    def capture_mixed(self, whole: Iterable[int], pieces: Iterable[int]) -> None:
-        """Capture steps of chunks and decodes, by tokens: the smaller ones whole, the larger ones in pieces.
+    def capture_mixed(self, sizes: Iterable[int], layer_weights: int) -> None:
+        """Capture steps of chunks and decodes, by tokens: in pieces, and whole where launching pieces would take longer
+        than computing them, which depends on the weights of a layer.
 
         The largest first: the others re-use its memory.
         """
-        for size in sorted(pieces, reverse=True):
-            self.mixed.insert(0, self._capture_pieces(Layout(size, min(size, self.max_num_seqs))))
-        for size in sorted(whole, reverse=True):
+        for size in sorted(sizes, reverse=True):
             layout = Layout(size, min(size, self.max_num_seqs))
-            self.mixed.insert(0, self._capture(layout, decode_only=False))
+            if size > ALWAYS_WHOLE:
+                self.pieces.insert(0, self._capture_pieces(layout))
+            if size <= ALWAYS_WHOLE or size * layer_weights <= LAUNCH_PRODUCTS:
+                self.whole.insert(0, self._capture(layout, decode_only=False))
 
     def capture_decode(self, sizes: Iterable[int]) -> None:
         """Capture decode steps, by sequences."""
         for size in sorted(sizes, reverse=True):
             self.decode.insert(0, self._capture(Layout(size, size), decode_only=True))
 
-    def find(self, tokens: int, sequences: int, decode_only: bool) -> CapturedStep | None:
-        """The smallest graph that holds such a step, or None."""
-        if decode_only and self.decode and sequences <= self.decode[-1].layout.sequences:
+    def find(self, chunks: Seq[Chunk]) -> CapturedStep | None:
+        """The smallest graph that holds these chunks, ordered as `batch.order` does; None if none does."""
+        counts = [chunk.count for chunk in chunks]
+        tokens, sequences = sum(counts), len(counts)
+        if counts[-1] == 1 and self.decode and sequences <= self.decode[-1].layout.sequences:
             return self.decode[bisect_left(self.decode, sequences, key=lambda step: step.layout.sequences)]
-        first = bisect_left(self.mixed, tokens, key=lambda step: step.layout.tokens)
-        return next((step for step in self.mixed[first:] if step.layout.sequences >= sequences), None)
+        kinds = (self.whole, self.pieces)
+        if tokens > ALWAYS_WHOLE and self._num_heads * sum(map(_detour_pairs, chunks)) > LAUNCH_PAIRS:
+            kinds = (self.pieces, self.whole)
+        for steps in kinds:
+            for step in steps[bisect_left(steps, tokens, key=lambda step: step.layout.tokens) :]:
+                if step.layout.sequences >= sequences:
+                    return step
+        return None
 
     def _capture(self, layout: Layout, decode_only: bool) -> CapturedStep:
         runner = self.runner

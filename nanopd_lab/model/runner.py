@@ -124,7 +124,7 @@ class ModelRunner:
     def logits(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
         """`[R, vocab]`, a row for each chunk that ends in a sample; stores the batch's K and V."""
         tokens, lengths = sum(chunk.count for chunk in chunks), len(chunks)
-        graph = self.graphs.find(tokens, lengths, decode_only=chunks[-1].count == 1) if self.graphs else None
+        graph = self.graphs.find(chunks) if self.graphs else None
         layout = graph.layout if graph else Layout(tokens, lengths)
         size = self.cache.shape.block_size
         pinned = self.device.type == "cuda"

@@ -13,8 +13,9 @@ from nanopd_lab.core import Chunk, Request, SamplingParams, Sequence, StepPlan
 from nanopd_lab.kernels.products import most_rows
 from nanopd_lab.kv import blocks_for
 from nanopd_lab.kv.cache import KVCache, KVShape
+from nanopd_lab.model.batch import order
 from nanopd_lab.model.compilation import compile_model
-from nanopd_lab.model.graphs import DECODE_SIZES, PIECE_SIZES, WHOLE_SIZES, GraphSet, sizes_up_to
+from nanopd_lab.model.graphs import DECODE_SIZES, MIXED_SIZES, GraphSet, sizes_up_to
 
 if TYPE_CHECKING:
     from nanopd_lab.engine.config import EngineConfig
@@ -109,21 +110,21 @@ def capture_graphs(runner: ModelRunner, config: EngineConfig, max_model_len: int
     if runner.backend.name != "cuda":  # other backends read lengths on the host
         return
     budget = config.max_num_batched_tokens
-    whole, pieces = [], []
+    mixed: list[int] = []
     if runner.cache.shape.dtype != torch.float32:  # the paged prefill kernel takes 16-bit types
-        whole = [size for size in WHOLE_SIZES if size <= budget]
-        pieces = [size for size in PIECE_SIZES if size <= budget]
+        mixed = [size for size in MIXED_SIZES if size <= budget]
     graphs = GraphSet(
         runner,
         max_blocks=max(2, blocks_for(max_model_len, runner.cache.shape.block_size)),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        largest=max([*decode, *whole, *pieces]),
+        largest=max([*decode, *mixed]),
     )
     mode = config.compilation
     most = most_rows(runner.device)
     with _no_garbage():
-        graphs.capture_mixed(whole, pieces)
+        layer = runner.model.base_model.layers[0]
+        graphs.capture_mixed(mixed, sum(weights.numel() for weights in layer.parameters()))
         for few_rows in (False, True):
             compile_model(runner.model, mode, few_rows=few_rows)
             graphs.capture_decode(size for size in decode if (size <= most) == few_rows)
@@ -145,6 +146,9 @@ def _settle(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> No
     tokens = min(config.max_num_batched_tokens, (cache.num_blocks - config.max_num_seqs) * size)
     greedy, sampled = SamplingParams(temperature=0), SamplingParams(top_p=0.9, seed=0)
     for sequences, params in ((-(-tokens // max_model_len), greedy), (config.max_num_seqs, sampled)):
-        if tokens >= sequences > 0 and runner.graphs.find(tokens, sequences, decode_only=False) is None:
-            runner.launch(wide_step(tokens, sequences, size, params)[0]).result()
+        if not tokens >= sequences > 0:
+            continue
+        plan, _ = wide_step(tokens, sequences, size, params)
+        if runner.graphs.find(order(plan.chunks)) is None:
+            runner.launch(plan).result()
     torch.cuda.synchronize(runner.device)

@@ -11,6 +11,7 @@ from nanopd_lab.router.registry import ESTIMATING, POLICIES, create_policy, need
 from nanopd_lab.router.slo import Slo
 from nanopd_lab.router.static import Collocated, Disaggregated, LeastLoaded, RoundRobin
 from nanopd_lab.router.threshold import Threshold
+from nanopd_lab.router.veil import Veiled
 
 __all__ = [
     "ESTIMATING",
@@ -34,6 +35,7 @@ __all__ = [
     "RoundRobin",
     "Slo",
     "Threshold",
+    "Veiled",
     "WorkerView",
     "create_policy",
     "least",

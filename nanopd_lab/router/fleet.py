@@ -50,6 +50,11 @@ class Fleet(Sequence[WorkerView]):
                     self._pushes += 1  # views have no order of their own
                     heapq.heappush(heap, (value, place, self._pushes, view))
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all workers that there can be."""
+        return list(self._places)
+
     def of(self, name: str) -> WorkerView | None:
         """The worker of this name, if it can be chosen."""
         return self._slots[self._places[name]] if name in self._places else None

@@ -210,8 +210,8 @@ def simulated(
         RuntimeError: the simulation lost a request or a block: a bug.
     """
     from nanopd_lab.router import create_policy
+    from nanopd_lab.router.veil import Veiled
     from nanopd_lab.sim.simulator import Simulator
-    from nanopd_lab.sim.veil import Veiled
 
     chosen, roles = create_policy(policy, workers, machine.outlook(slo))
     result = Simulator(Veiled(chosen), roles, machine.time, requests, machine.config, kills).run()

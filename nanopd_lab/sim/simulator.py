@@ -153,6 +153,7 @@ class Simulator:
 
         Raises:
             AssertionError: nothing is left to happen, and requests are not served: a bug.
+            Exception: what the policy has raised, where a cluster would fail one request and serve the others.
         """
         with uncollected():
             self._serve()
@@ -203,6 +204,8 @@ class Simulator:
         self._collect()
 
     def _settled(self, settled: Settled) -> None:
+        if self.controller.policy_error is not None:
+            raise self.controller.policy_error  # nobody else is to be served: it is for whoever wrote the policy
         path, end = settled.path, self._ends.pop(settled.request_id)
         last = path.last
         firsts = [attempt.first_token for attempt in path.attempts if attempt.first_token is not None]

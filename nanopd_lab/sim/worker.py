@@ -265,15 +265,20 @@ class SimWorker:
             self._watch()
 
     def _take_in(self, seen: float) -> None:
-        """Handle what had come by then."""
-        core, now = self.core, self.queue.now
-        while self.inbox and self.inbox[0][0] <= seen:
-            _, message = self.inbox.popleft()
-            if isinstance(message, PullResult):
-                core.pull_ended(message, now)
-            else:
-                core.handle(message, now)
-            self._send()
+        """Handle what had come by then: messages first, as the host does, which then looks for ended pulls."""
+        core, now, inbox = self.core, self.queue.now, self.inbox
+        while inbox and inbox[0][0] <= seen:
+            ended: list[PullResult] = []
+            while inbox and inbox[0][0] <= seen:
+                _, message = inbox.popleft()
+                if isinstance(message, PullResult):
+                    ended.append(message)
+                else:
+                    core.handle(message, now)
+                    self._send()
+            for result in ended:
+                core.pull_ended(result, now)
+                self._send()
 
     def stop(self) -> list[FromWorker]:
         """It dies now. Returns what it has told so far and the controller does not know yet."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from nanopd_lab.bench import parity
+from nanopd_lab.bench.ranking import above, agreement
 from nanopd_lab.cli import main
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import ClusterConfig
@@ -38,22 +45,81 @@ def test_serve_keeps_to_the_schedule() -> None:
     assert [record.path.transferred_tokens > 0 for record in records if record.path] == [True, True, False]
 
 
-def test_the_command_writes_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_both_sides_ranks_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = IterationModel(1e-3, 1e-3, 1e-5, 0.0, 0.0, 0.0)
     CostModel("tiny", "here", model, fit={"block_bytes": 2048}).save(tmp_path / "model.json")
+    rounds, ranking = tmp_path / "rounds.jsonl", tmp_path / "ranking.json"
     arguments = [
         "parity", "--model", "random:tiny", "--cost-model", str(tmp_path / "model.json"), "--policies", "1p1d",
-        "--request-rates", "20", "--num-prompts", "6", "--seeds", "3", "--input-median", "20", "--output-median", "6",
-        "--kv-blocks", "100", "--result-filename", str(tmp_path / "parity.json"),
+        "adaptive", "--request-rates", "20", "--num-prompts", "6", "--input-median", "20", "--output-median", "6",
+        "--kv-blocks", "100", "--goodput", "ttft:5000", "--result-filename", str(tmp_path / "parity.json"),
+        "--rounds-filename", str(rounds), "--ranking-filename", str(ranking), "--seeds", "3",
     ]  # fmt: skip
     assert main(arguments) == 0
     assert "p90_e2el_ms" in capsys.readouterr().out
-    (record,) = json.loads((tmp_path / "parity.json").read_text())
-    assert record["schema"] == parity.SCHEMA
-    assert record["policy"] == "1p1d"
+    first = rounds.read_text()
+    assert main([*arguments, "4"]) == 0
+    assert rounds.read_text().startswith(first)
+    assert len(rounds.read_text().splitlines()) == 4
+    record, other = json.loads((tmp_path / "parity.json").read_text())
+    assert (record["schema"], record["policy"], other["policy"]) == (parity.SCHEMA, "1p1d", "adaptive")
     assert record["request_rate"] == 20
+    assert [each["seed"] for each in record["rounds"]] == [3, 4]
     for name, error in record["error"].items():
         assert record["real"][name] > 0
-        assert error == pytest.approx(record["simulated"][name] / record["real"][name] - 1)
+        if name != parity.ATTAINMENT:
+            assert error == pytest.approx(record["simulated"][name] / record["real"][name] - 1)
     # The simulated side is the cost model's: a step of that model takes 1.7 to 2 ms, whatever the machine.
     assert 1.5 < record["simulated"]["p50_tpot_ms"] < 4
+    found = json.loads(ranking.read_text(), parse_constant=pytest.fail)
+    assert found["schema"] == parity.RANKING_SCHEMA
+    assert [each["figure"] for each in found["rankings"]] == list(parity.RANKED)
+    assert all(
+        each["seeds"] == 2 and set(each["ranks"]) == {"1p1d", "adaptive"} for each in found["rankings"]
+    )
+    assert main([*arguments, "--num-prompts", "7"]) == 2
+    assert "rounds of other settings" in capsys.readouterr().err
+
+
+def test_a_cost_model_that_is_not_there_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    arguments = [
+        "parity", "--model", "random:tiny", "--cost-model", str(path), "--policies", "collocated", "--request-rates",
+        "20", "--num-prompts", "2", "--seeds", "0", "--input-median", "20", "--output-median", "3", "--kv-blocks",
+        "100",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert CostModel.load(path).fit["block_bytes"] > 0
+
+
+def test_two_are_told_apart_if_all_seeds_say_so() -> None:
+    assert above([1.0, 2.0, 3.0], [0.9, 1.9, 2.5]) == 1
+    assert above([1.0, 2.0, 3.0], [1.1, 2.1, 3.5]) == -1
+    assert above([1.0, 2.0, 3.0], [0.5, 2.5, 2.9]) == 0
+    assert above([1.0, 1.0], [1.0, 1.0]) == 0
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=7), st.data())
+def test_agreement_is_scipys(first: list[int], data: st.DataObject) -> None:
+    """Of one seed, so that all that differ are told apart."""
+    second = data.draw(st.lists(st.integers(0, 4), min_size=len(first), max_size=len(first)))
+    sides = [{f"p{i}": [float(value)] for i, value in enumerate(each)} for each in (first, second)]
+    found = agreement(*sides)
+    pairs = list(itertools.combinations(range(len(first)), 2))
+    signs = [[np.sign(each[i] - each[j]) for i, j in pairs] for each in (first, second)]
+    assert found.told_apart == sum(a * b != 0 for a, b in zip(*signs, strict=True))
+    assert len(found.contradictions) == sum(a * b < 0 for a, b in zip(*signs, strict=True))
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        assert math.isnan(found.kendall)
+        assert math.isnan(found.spearman)
+        return
+    assert found.kendall == pytest.approx(stats.kendalltau(first, second).statistic)
+    assert found.spearman == pytest.approx(stats.spearmanr(first, second).statistic)
+    assert [ranks[0] for ranks in found.ranks.values()] == list(stats.rankdata(first))
+
+
+def test_rankings_of_different_policies_are_refused() -> None:
+    with pytest.raises(ValueError, match="the same two policies or more"):
+        agreement({"a": [1.0], "b": [2.0]}, {"a": [1.0], "c": [2.0]})

@@ -33,9 +33,9 @@ from nanopd_lab.core import SamplingParams
 from nanopd_lab.cost.hardware import load_model
 from nanopd_lab.resources import data_dir
 from nanopd_lab.router import JobView, Role, WorkerView
+from nanopd_lab.router.veil import Veiled
 from nanopd_lab.sim import SimRequest
 from nanopd_lab.sim.oracle import is_static, statics
-from nanopd_lab.sim.veil import Veiled
 
 COST = load_model("h100-qwen3-8b")
 CELL = Cell("chat", "steady", "ttft:500 tpot:12", None, 1.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanopd_lab.bench import transfer
+from nanopd_lab.bench import transfer, transfer_pairs
 from nanopd_lab.cli import main
 
 
@@ -65,3 +65,24 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 def test_explain(capsys: pytest.CaptureFixture) -> None:
     assert main(["transfer", "explain", "--devices", "cpu", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("shm: ")
+
+
+def test_pairs_are_measured_both_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(transfer, "LINK_BYTES", 1 << 18)
+    path = tmp_path / "pairs.json"
+    words = ["--devices", "cpu", "cpu", "cpu", "--shape", "tiny-qwen3", "--tokens", "40", "--rounds", "1"]
+    assert main(["transfer", "pairs", *words, "--result-filename", str(path)]) == 0
+    record = json.loads(path.read_text())
+    found = {(pair["source"], pair["target"]) for pair in record["pairs"]}
+    assert found == {(i, j) for i in range(3) for j in range(3) if i != j}
+    for pair in record["pairs"]:
+        assert {row["transport"] for row in pair["rows"]} == {"inproc", "shm"}
+        assert all(row["gb_s"] > 0 for row in pair["rows"])
+    assert transfer_pairs.table(record) in capsys.readouterr().out
+
+
+def test_one_device_makes_no_pair(capsys: pytest.CaptureFixture) -> None:
+    assert main(["transfer", "pairs", "--devices", "cpu"]) == 2
+    assert "pairs take two devices at least, and there are 1" in capsys.readouterr().err

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanopd_lab import LLM, SamplingParams
+from nanopd_lab.core import Chunk, Request, Sequence
+from nanopd_lab.model import graphs
 from nanopd_lab.model.runner import ModelRunner
 from tests.engine.test_token_identity import GREEDY, prompts, run_staggered
 from tests.hf import CONFIGS, assert_same_tokens, greedy, save_tiny
@@ -78,7 +80,8 @@ def test_the_embedded_shape_with_random_weights_runs_in_bfloat16() -> None:
 
 
 def greedy_tokens(model: str, batch: list[list[int]], **options: Any) -> list[list[int]]:
-    llm = LLM(model, device="cuda", kv_cache_memory_bytes=1 << 28, enable_prefix_caching=False, **options)
+    options = {"device": "cuda", "kv_cache_memory_bytes": 1 << 28, "enable_prefix_caching": False, **options}
+    llm = LLM(model, **options)
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     outputs = llm.generate(batch, params, use_tqdm=False)
     llm.engine.check_integrity()
@@ -104,11 +107,13 @@ def test_every_mode_gives_the_same_tokens_in_float32(mode: str) -> None:
     assert alone == plain[:3]
 
 
+@pytest.mark.parametrize("launch_products", [graphs.LAUNCH_PRODUCTS, 0.0], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("options", [{}, {"compilation": "default"}], ids=["graphs", "compiled"])
 def test_captured_steps_in_half_precision_are_as_close_as_launched_ones(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], launch_products: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of all kinds: decodes of 1 to 30 sequences, mixed ones whole and in pieces, and too large for a graph."""
+    monkeypatch.setattr(graphs, "LAUNCH_PRODUCTS", launch_products)
     seen: list[torch.Tensor] = []
     logits = ModelRunner.logits
     monkeypatch.setattr(
@@ -151,21 +156,49 @@ def test_the_second_gpu_gives_the_tokens_of_the_first(dtype: str) -> None:
     assert found[0] == found[1]
 
 
-def test_an_engine_that_is_garbage_does_not_break_the_captures_of_the_next() -> None:
-    thresholds = gc.get_threshold()
+OTHER = pytest.param(
+    "cuda:1", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", OTHER])
+def test_an_engine_that_is_garbage_does_not_break_the_captures_of_the_next(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, captured = ModelRunner.hidden, []
+
+    def collecting(self: ModelRunner, *args: Any) -> torch.Tensor:
+        """Python's collector, wherever it is on, comes at the worst time."""
+        if torch.cuda.is_current_stream_capturing():
+            captured.append(gc.isenabled() and gc.collect())
+        return hidden(self, *args)
+
     gc.collect()
     gc.disable()
     try:
-        greedy_tokens(
-            "random:tiny-gpu", prompts([5]), dtype="bfloat16"
-        )  # an engine is a cycle: it still lies there
-        gc.set_threshold(1, 1, 1)
+        # An engine is a cycle: it still lies there when the next one starts.
+        greedy_tokens("random:tiny-gpu", prompts([5]), dtype="bfloat16", device=device)
+        monkeypatch.setattr(ModelRunner, "hidden", collecting)
         gc.enable()
         (tokens,) = greedy_tokens("random:tiny-gpu", prompts([5]), dtype="bfloat16")
     finally:
-        gc.set_threshold(*thresholds)
         gc.enable()
+    assert captured
+    assert not any(captured)
     assert len(tokens) == 12
+
+
+def test_a_long_past_takes_pieces_and_a_short_one_the_whole_step() -> None:
+    llm = LLM(
+        "random:qwen3-0.6b", dtype="bfloat16", device="cuda", max_num_batched_tokens=2048, max_model_len=24000
+    )
+    captured = llm.engine.runner.graphs
+    assert captured is not None
+    (prompt,) = prompts([1000])
+    sequence = Sequence(Request("a", prompt, SamplingParams()))
+    short, long = (captured.find((Chunk(sequence, past, 1000, 1),)) for past in (0, 20_000))
+    assert isinstance(short.replay, graphs.WholeStep)
+    assert isinstance(long.replay, graphs.StepInPieces)
 
 
 def test_the_pool_is_what_the_step_leaves() -> None:

@@ -128,7 +128,11 @@ def browser(chromium: str) -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
+# Each notebook is run by one worker, and the notebooks are shared out among them.
+PAGES = [pytest.param(path, marks=pytest.mark.xdist_group(f"page-{path.stem}")) for path in NOTEBOOKS]
+
+
+@pytest.fixture(scope="module", params=PAGES, ids=lambda path: path.stem)
 def page(request: pytest.FixtureRequest, server: tuple[str, str], browser: Any) -> Iterator[Any]:
     """The notebook, opened and run from top to bottom."""
     path: Path = request.param

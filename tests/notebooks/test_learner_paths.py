@@ -1,14 +1,17 @@
-"""A notebook as three learners meet it: right code runs through its check, wrong code stops there.
+"""A notebook as a learner meets it: wrong code stops at its check, right code runs through it and is kept.
 
-(Untouched stubs are what nbval runs.) Each exercise cell is replaced in turn, and the notebook runs in a real
-kernel up to that exercise's check.
+(Untouched stubs are what nbval runs.) Each notebook runs once, in one real kernel: every exercise is answered
+wrongly, then rightly, and the right answers stay in use in the cells below.
 """
 
 from __future__ import annotations
 
+import inspect
+import os
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import nbclient
 import nbformat
@@ -27,57 +30,128 @@ EXERCISES = [
 ]
 
 
-def run(path: Path, name: str, version: Version, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The notebook's cells up to the check of `name`, with `version` in place of the stub, and one that saves."""
-    monkeypatch.setenv("NANOPD_LAB_MODE", "learner")
-    monkeypatch.setenv("NANOPD_LAB_FOLDER", str(folder / "kept"))
-    monkeypatch.setenv("PYTHONPATH", str(path.parents[1]))
-    notebook = nbformat.read(path, as_version=4)
-    end = next(i for i, cell in enumerate(notebook.cells) if f'lab.check("{name}")' in cell.source)
-    notebook.cells = notebook.cells[: end + 1]
-    for cell in notebook.cells:
-        if f'lab.exercise("{name}"' in cell.source:
-            cell.source = source_of(name, version)
-    notebook.cells.append(nbformat.v4.new_code_cell("print(lab.save())"))
-    client = nbclient.NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    )
-    client.execute()
-    return notebook
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one exercise."""
+
+    stopped: str  # what its check raised for the wrong version
+    saved_wrong: str  # what `lab.save()` printed then
+    kept_wrong: dict[str, str]  # name to text of the files in the folder then
+    report: str  # the check's result for the right version
+    saved: str
+    kept: dict[str, str]
+
+
+class Walk:
+    """One notebook, run in a kernel of its own as far as each exercise in turn."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path, self.folder = path, folder
+        self.notebook = nbformat.read(path, as_version=4)
+        self.client = nbclient.NotebookClient(
+            self.notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        )
+
+    @property
+    def kept(self) -> Path:
+        return self.folder / "kept"
+
+    def outcomes(self) -> dict[str, Outcome]:
+        environment = {
+            **os.environ,
+            "NANOPD_LAB_MODE": "learner",
+            "NANOPD_LAB_FOLDER": str(self.kept),
+            "PYTHONPATH": str(self.path.parents[1]),
+        }
+        self.client.reset_execution_trackers()
+        with self.client.setup_kernel(env=environment):
+            return dict(self._exercises())
+
+    def _exercises(self) -> Iterator[tuple[str, Outcome]]:
+        cells, done = self.notebook.cells, 0
+        for name in (name for path, name in EXERCISES if path == self.path):
+            start, end = (
+                next(i for i, cell in enumerate(cells) if text in cell.source)
+                for text in (f'lab.exercise("{name}"', f'lab.check("{name}")')
+            )
+            for index in range(done, start):
+                self.client.execute_cell(cells[index], index)
+            done = end + 1
+            with pytest.raises(nbclient.exceptions.CellExecutionError) as stopped:
+                self._answer(name, WRONG[name][0][0], start, end)
+            saved_wrong, kept_wrong = self._save(), self._kept()
+            self._answer(name, RIGHT[name][0], start, end)
+            report = cells[end].outputs[0].data["text/plain"]
+            yield (
+                name,
+                Outcome(str(stopped.value), saved_wrong, kept_wrong, report, self._save(), self._kept()),
+            )
+
+    def _answer(self, name: str, version: Version, start: int, end: int) -> None:
+        """The exercise's cell with `version` in place of the stub, and what follows down to its check."""
+        cells = self.notebook.cells
+        cells[start].source = source_of(name, version)
+        for index in range(start, end + 1):
+            self.client.execute_cell(cells[index], index)
+
+    def _save(self) -> str:
+        cell = nbformat.v4.new_code_cell("print(lab.save())")
+        self.notebook.cells.append(cell)
+        return str(self.client.execute_cell(cell, len(self.notebook.cells) - 1).outputs[0].text)
+
+    def _kept(self) -> dict[str, str]:
+        return {file.stem: file.read_text() for file in self.kept.glob("*.py")}
 
 
 def source_of(name: str, version: Version) -> str:
-    import inspect
-
     if isinstance(version, str):
         return f'handed_in = lab.exercise("{name}", r"""{version}""")'
     return f'import math\n\n@lab.exercise("{name}")\n{inspect.getsource(version)}'
 
 
-@pytest.mark.parametrize(("path", "name"), EXERCISES, ids=lambda value: getattr(value, "stem", value))
-def test_right_code_passes_and_is_kept(
-    path: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    notebook = run(path, name, RIGHT[name][0], tmp_path, monkeypatch)
-    assert notebook.cells[-2].outputs[0].data["text/plain"].startswith(f"PASS  {name}  yours")
-    assert name in notebook.cells[-1].outputs[0].text
+@pytest.fixture(scope="module")
+def walks() -> dict[Path, dict[str, Outcome]]:
+    """By notebook, filled as they are asked for."""
+    return {}
+
+
+@pytest.fixture
+def outcome(
+    path: Path, name: str, walks: dict[Path, dict[str, Outcome]], tmp_path_factory: pytest.TempPathFactory
+) -> Outcome:
+    if path not in walks:
+        walks[path] = Walk(path, tmp_path_factory.mktemp(path.stem)).outcomes()
+    return walks[path][name]
+
+
+each_exercise = pytest.mark.parametrize(
+    ("path", "name"),
+    # By one worker for each notebook, or two would run it.
+    [pytest.param(*each, marks=pytest.mark.xdist_group(f"walk-{each[0].stem}")) for each in EXERCISES],
+    ids=lambda value: getattr(value, "stem", value),
+)
+
+
+@each_exercise
+def test_right_code_passes_and_is_kept(path: Path, name: str, outcome: Outcome, tmp_path: Path) -> None:
+    assert outcome.report.startswith(f"PASS  {name}  yours")
+    assert name in outcome.saved
     right = RIGHT[name][0]
     if isinstance(right, str):
-        assert load_parts(tmp_path / "kept")[name] == right
+        (tmp_path / f"{name}.py").write_text(outcome.kept[name])
+        assert load_parts(tmp_path) == {name: right}
     else:
-        assert right.__name__ in (tmp_path / "kept" / f"{name}.py").read_text()
+        assert right.__name__ in outcome.kept[name]
 
 
-@pytest.mark.parametrize(("path", "name"), EXERCISES, ids=lambda value: getattr(value, "stem", value))
+@each_exercise
 def test_wrong_code_stops_at_its_check_with_the_counterexample(
-    path: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, name: str, outcome: Outcome
 ) -> None:
     wrong = WRONG[name][0][0]
-    with pytest.raises(nbclient.exceptions.CellExecutionError) as stopped:
-        run(path, name, wrong, tmp_path, monkeypatch)
-    message = str(stopped.value)
-    assert f'lab.check("{name}")' in message
-    assert f"FAIL {name}: " in message
-    assert isinstance(wrong, str) or f"{wrong.__name__}(" in message
-    assert "Traceback" not in message
-    assert not (tmp_path / "kept").exists()
+    assert f'lab.check("{name}")' in outcome.stopped
+    assert f"FAIL {name}: " in outcome.stopped
+    assert isinstance(wrong, str) or f"{wrong.__name__}(" in outcome.stopped
+    assert "Traceback" not in outcome.stopped
+    assert name not in outcome.saved_wrong
+    assert name not in outcome.kept_wrong

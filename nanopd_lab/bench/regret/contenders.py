@@ -13,7 +13,7 @@ from dataclasses import replace
 from nanopd_lab.router import LengthPredictor, Outlook, Policy, Role, create_policy
 from nanopd_lab.router.predictor import BayesianLengths, BucketedMean
 from nanopd_lab.router.predictor.baselines import NANOPD_DEFAULT, Empirical
-from nanopd_lab.sim.veil import Veiled
+from nanopd_lab.router.veil import Veiled
 
 TRUTH = "truth"
 

@@ -1,8 +1,8 @@
-"""Keeps output lengths from policies in a simulation.
+"""Keeps output lengths from policies in simulations and benchmarks.
 
-A simulated request ends at its `max_tokens`, so that a policy that saw it would know the output's length, which no
-server does. Policies are shown one `max_tokens` for all instead, and learn lengths as they do in the engine: from
-outputs that have ended.
+There a request ends at its `max_tokens`, so that a policy that saw it would know the output's length, which no server
+does. Policies are shown one `max_tokens` for all instead, and learn lengths as they do when serving: from outputs that
+have ended.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanopd_lab.core import SamplingParams
-from nanopd_lab.router import Decision, JobView, Policy, Postponed, WorkerView
+from nanopd_lab.router.policy import Decision, JobView, Policy, Postponed, WorkerView
 
 MAX_TOKENS = 2048
 
@@ -34,7 +34,7 @@ class Veiled:
         if (learn := getattr(policy, "finished", None)) is not None:
 
             def finished(prompt_tokens: int, output_tokens: int, censored: bool, now: float) -> None:
-                # A simulated output ends of itself where its max_tokens says; what is longer still counts as cut.
+                # The output ends of itself where its max_tokens says; what is longer than all may be counts as cut.
                 learn(prompt_tokens, min(output_tokens, max_tokens), output_tokens >= max_tokens, now)
 
             self.finished = finished
