@@ -29,6 +29,10 @@ HOPELESS = 0.92  # of the objective: who would get his first token later than th
 SLACK = 0.01  # of a gain that does not count, where several plans find one
 LATENCY_WORTH = 0.05  # of short times, beside an objective that is kept
 LEARNT = (4, 12, 24, 72)  # ends after which lengths are known a good deal better than before
+LATELY, SHIFTED = (
+    32,
+    2.0,
+)  # by this factor more or less work in the last so many arrivals: time for another plan
 LOOKED_AT = 128  # requests of a replay that are judged, at most
 
 
@@ -49,7 +53,7 @@ class PlanSettings(NamedTuple):
 
     window: int = 128
     first: int = 12
-    every: int = 64
+    every: int = 192
     replayed: int = 128
     warm: int = 32
     margin: float = 0.03
@@ -58,7 +62,7 @@ class PlanSettings(NamedTuple):
     horizon: int = 200
     stress: float = 1.1
     haste: int = 12
-    pace: int = 8
+    pace: int = 4
 
 
 class Load(NamedTuple):
@@ -118,6 +122,7 @@ class RolePlan:
         self._arrivals: deque[Arrival] = deque(maxlen=self.settings.window)
         self._count = 0
         self._next = self.settings.first
+        self._planned = 0.0  # tokens of prompts a second, that the last plan was made for
         self._gains: dict[int, float] = {}  # by layout, of the plans since roles changed (CUSUM)
         self._thinking: Generator[None, None, int] | None = None
 
@@ -125,6 +130,15 @@ class RolePlan:
         """A request has come."""
         self._arrivals.append(Arrival(now, prompt_tokens, max_tokens))
         self._count += 1
+        if self._count % (LATELY // 2) == 0 and self._planned and len(self._arrivals) > LATELY:
+            ratio = self._tokens_per_s(LATELY) / self._planned
+            if max(ratio, 1 / ratio) > SHIFTED:
+                self._next = self._count
+
+    def _tokens_per_s(self, last: int) -> float:
+        """Of prompts, over the last arrivals."""
+        some = list(self._arrivals)[-last:]
+        return sum(each.prompt_tokens for each in some) / max(some[-1].time - some[0].time, 1e-6)
 
     def has_ended(self, prompt_tokens: int, output_tokens: int) -> None:
         """A request has ended."""
@@ -139,6 +153,7 @@ class RolePlan:
 
     def begin(self, fleet: Fleetwide) -> None:
         """Start a plan."""
+        self._planned = self._tokens_per_s(LOOKED_AT)
         self._next = self._count + min(self.settings.every, max(self.settings.first, self._count // 2))
         self._thinking = self._plan(fleet)
 
