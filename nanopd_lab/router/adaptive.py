@@ -44,9 +44,9 @@ PATIENCE, LONGEST_S = (
 )  # how long a late one lets others pass: so many times its objective, at least so long
 CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
-TIGHT = 4  # a time per token of no more than so many lone decode steps is tight
-QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
 FULL = 0.9  # of the KV blocks: those that run need room to grow
+TIGHT = 2  # a first token in no more than so many times what it takes beside one output is tight
+QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
 REFRESH = 16  # ends after which forecasts are asked for anew
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 USUAL = 50  # requests over which means are taken
@@ -138,13 +138,13 @@ class Adaptive:
     # ------------------------------------------------------------------ roles
 
     def _first_roles(self, job: JobView, views: Sequence[WorkerView]) -> dict[str, Role]:
-        """Until there is a plan: halves, if the time per token is tight and hand-overs are cheap.
+        """Until there is a plan: halves, if the time to the first token is tight and hand-overs are cheap.
 
-        To go on from halves costs little; outputs that run on mixed workers would be held up by the first change.
+        Outputs that run on mixed workers would hold prompts up for as long as they last, also when roles have changed.
         """
         ask, half = self._ask(job, job.arrival), len(views) // 2
-        loose = self.slo.tpot_s > TIGHT * self.costs.decode(1, ask.tokens)
-        if not half or loose or ask.pull_s > QUICK * ask.alone_s:
+        busy_s = ask.alone_s + self.costs.wait_steps * self.costs.decode(1, ask.tokens)
+        if not half or self.slo.ttft_s > TIGHT * busy_s or ask.pull_s > QUICK * ask.alone_s:
             return {}
         if any(view.role is not Role.MIXED or view.jobs for view in views):
             return {}
@@ -172,7 +172,8 @@ class Adaptive:
         leftovers = [0]
         for active in sorted(each.active for each in terms if each.view.role is not Role.PREFILL):
             leftovers.append(leftovers[-1] + active)
-        decoding = leftovers[-1] + sum(each.active for each in terms if each.view.role is Role.PREFILL)
+        stuck = sum(each.active for each in terms if each.view.role is Role.PREFILL)
+        decoding = leftovers[-1] + stuck
         known = sum(view.decode_tokens - view.arriving_tokens for view in views)
         backlog_s = sum(max(0.0, each.free_at - now) for each in terms if each.view.prefilling)
         view = views[0]
@@ -182,7 +183,7 @@ class Adaptive:
         prefills = (
             prefills if prefills < len(views) else 0
         )  # those that decode are away: all will have to be mixed
-        self.plan.begin(Fleetwide(len(views), prefills, leftovers, load, self._ages(terms, now)))
+        self.plan.begin(Fleetwide(len(views), prefills, leftovers, stuck, load, self._ages(terms, now)))
 
     def _ages(self, terms: Sequence[Terms], now: float) -> dict[int, list[float]]:
         """Tokens that outputs under way should have produced, by the bits of their prompt's length."""

@@ -116,12 +116,12 @@ def terms_of(
             steps = view.prefill_tokens / max(1, costs.budget - active)
             work_s = view.prefilling * costs.beside(mean, active) + steps * pace_s
         else:
-            work_s = view.prefilling * costs.prompt(mean)
+            work_s = costs.queued(mean, view.prefilling)
         free_at, wait_s = view.prefill_since + work_s, costs.rest_s
     elif active:
         wait_s = costs.wait_steps * pace_s
     exposed = active
-    if view.prefilling:
+    if view.prefilling and view.role is not Role.DECODE:
         left_s, each_s = max(1e-9, free_at - now), typical.output_tokens * (pace_s or costs.decode(1, 0))
         staying = active * max(0.0, 1.0 - left_s / each_s)
         # Of those that come before, the last one has hardly begun then.
@@ -144,7 +144,7 @@ def terms_of(
         handover_slope = (miss(tpot_s + step, slo.tpot_s, TPOT_DOUBT) - own) / step
         if outputs:
             output_harm = 0.5 * outputs * (own - miss(tpot_s * before_s / after_s, slo.tpot_s, TPOT_DOUBT))
-        if exposed:
+        if exposed and view.role is not Role.DECODE:
             usual_s = costs.beside(typical.prompt_tokens, exposed)
             pace = costs.decode(exposed, exposed * each) / free
             later = miss(pace + usual_s / max(1.0, produced), slo.tpot_s, TPOT_DOUBT)

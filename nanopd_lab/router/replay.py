@@ -46,17 +46,26 @@ Pairs = Generator[None, None, "list[tuple[float, float]]"]
 
 
 def first_tokens(
-    costs: StepCosts, jobs: Sequence[ReplayJob], backlogs_s: Sequence[float], cards: int, latest_s: float
+    costs: StepCosts,
+    jobs: Sequence[ReplayJob],
+    backlogs_s: Sequence[float],
+    leftovers: Sequence[Running],
+    cards: int,
+    latest_s: float,
 ) -> Pairs:
     """(time to first token, seconds from there until all KV is at the target) of each job.
 
     Args:
         backlogs_s: of each worker that prefills, what it has to do at first
+        leftovers: outputs on each, from when it decoded too
         cards: pairs of source and target that can move KV at once
         latest_s: who would get his first token later is not served: infinite times
     """
     firsts, ends = [math.inf] * len(jobs), [math.inf] * len(jobs)
     workers = [ReplayWorker(costs, Room(1 << 30, math.inf), firsts, ends, now) for now in backlogs_s]
+    for worker in workers:
+        for each in leftovers:
+            worker.add(-1, each.context, each.remaining)
     for number, job in enumerate(jobs):
         best = workers[0]
         for worker in workers:

@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 
 SERVERS = 4  # prefill workers that are looked at, of more
 HOPELESS = 0.92  # of the objective: who would get his first token later than that lets others pass
+SLACK = 0.01  # of a gain that does not count, where several plans find one
 LATENCY_WORTH = 0.05  # of short times, beside an objective that is kept
 LEARNT = (4, 12, 24, 72)  # ends after which lengths are known a good deal better than before
+LATELY, SHIFTED = (
+    32,
+    2.0,
+)  # by this factor more or less work in the last so many arrivals: time for another plan
 LOOKED_AT = 128  # requests of a replay that are judged, at most
 
 
@@ -48,7 +53,7 @@ class PlanSettings(NamedTuple):
 
     window: int = 128
     first: int = 12
-    every: int = 64
+    every: int = 192
     replayed: int = 128
     warm: int = 32
     margin: float = 0.03
@@ -57,7 +62,7 @@ class PlanSettings(NamedTuple):
     horizon: int = 200
     stress: float = 1.1
     haste: int = 12
-    pace: int = 8
+    pace: int = 4
 
 
 class Load(NamedTuple):
@@ -79,13 +84,19 @@ class Fleetwide(NamedTuple):
     workers, prefills: in all, and that now only prefill; 0: all are mixed
     ages: tokens that outputs under way have produced, by the bits of their prompt's length
     leftovers: outputs that would be left on workers that are to prefill, by the number of these
+    stuck: that run on workers that prefill now
     """
 
     workers: int
     prefills: int
     leftovers: Sequence[int]
+    stuck: int
     load: Load
     ages: Mapping[int, Sequence[float]]
+
+    def left_on(self, prefills: int) -> int:
+        """Outputs that a change leaves on workers that are to prefill."""
+        return self.leftovers[min(max(0, prefills - self.prefills), len(self.leftovers) - 1)]
 
 
 class RolePlan:
@@ -111,18 +122,29 @@ class RolePlan:
         self._arrivals: deque[Arrival] = deque(maxlen=self.settings.window)
         self._count = 0
         self._next = self.settings.first
+        self._planned = 0.0  # tokens of prompts a second, that the last plan was made for
+        self._gains: dict[int, float] = {}  # by layout, of the plans since roles changed (CUSUM)
         self._thinking: Generator[None, None, int] | None = None
 
     def arrived(self, now: float, prompt_tokens: int, max_tokens: int) -> None:
         """A request has come."""
         self._arrivals.append(Arrival(now, prompt_tokens, max_tokens))
         self._count += 1
+        if self._count % (LATELY // 2) == 0 and self._planned and len(self._arrivals) > LATELY:
+            ratio = self._tokens_per_s(LATELY) / self._planned
+            if max(ratio, 1 / ratio) > SHIFTED:
+                self._next = self._count
+
+    def _tokens_per_s(self, last: int) -> float:
+        """Of prompts, over the last arrivals."""
+        some = list(self._arrivals)[-last:]
+        return sum(each.prompt_tokens for each in some) / max(some[-1].time - some[0].time, 1e-6)
 
     def has_ended(self, prompt_tokens: int, output_tokens: int) -> None:
         """A request has ended."""
         self.ended += 1
         if self.lengths.ended(prompt_tokens.bit_length(), output_tokens) in LEARNT:
-            self._next, self._thinking = min(self._next, self._count), None
+            self._next = min(self._next, self._count)
 
     @property
     def due(self) -> bool:
@@ -131,6 +153,7 @@ class RolePlan:
 
     def begin(self, fleet: Fleetwide) -> None:
         """Start a plan."""
+        self._planned = self._tokens_per_s(LOOKED_AT)
         self._next = self._count + min(self.settings.every, max(self.settings.first, self._count // 2))
         self._thinking = self._plan(fleet)
 
@@ -194,11 +217,19 @@ class RolePlan:
                 -worth[each] - worth.get(each - 1, 0.0) - worth.get(each + 1, 0.0),
             ),
         )
-        added = max(0, best - now)
-        lost = fleet.leftovers[min(added, len(fleet.leftovers) - 1)] * worth[now] / settings.horizon
+        if best == now:
+            return now
+        lost = fleet.left_on(best) * worth[now] / settings.horizon
         margin = settings.margin if ended >= settings.first else settings.doubt
-        gains = worth[best] >= settings.least and worth[best] - worth[now] > margin + lost
-        return best if gains else now
+        self._gains = {each: self._gains.get(each, 0.0) + worth[each] - worth[now] - SLACK for each in worth}
+        gains = (
+            worth[best] >= settings.least and max(self._gains[best], worth[best] - worth[now]) > margin + lost
+        )
+        if not gains:
+            self._gains = {each: max(0.0, gain) for each, gain in self._gains.items()}
+            return now
+        self._gains = {}
+        return best
 
     def _worth(self, arrivals: Arrivals, fleet: Fleetwide, prefills: int) -> Generator[None, None, float]:
         """Of a layout in which so many workers prefill."""
@@ -226,7 +257,9 @@ class RolePlan:
             busy = round(servers * min(prefills, now) / prefills) if now else servers
             backlogs = [backlog_s] * busy + [0.0] * (servers - busy)
             cards = max(1, round(min(prefills, decodes) / thin))
-            firsts = yield from first_tokens(costs, queued, backlogs, cards, self.latest_s)
+            held = round((fleet.stuck + fleet.left_on(prefills)) / prefills)
+            rest = arrivals.running(held, context)
+            firsts = yield from first_tokens(costs, queued, backlogs, rest, cards, self.latest_s)
             lasts = yield from decode_times(costs, jobs, running, load.room)
             # Each first token goes with a decode of about its time; more of them would tell little more.
             step, last = max(1, len(firsts) // LOOKED_AT), len(lasts) - 1

@@ -23,6 +23,7 @@ class StepCosts:
         self.context_s = self.model.pair_s + self.model.context_s
         self._prompts: dict[int, float] = {}
         self._beside: dict[tuple[int, int], float] = {}
+        self._shared: dict[tuple[int, int], float] = {}
         self._batches: dict[int, float] = {}
         self._pulls: dict[int, tuple[float, float]] = {}
         self._steps: dict[tuple[int, int], float] = {}
@@ -65,6 +66,17 @@ class StepCosts:
                 self._prompts.clear()
             found = self._prompts[tokens] = self._walk(tokens, 0)
         return found
+
+    def queued(self, tokens: int, count: int) -> float:
+        """So many prompts of about this length, which share steps."""
+        together = min(self.budget // tokens, count)
+        if together < 2:
+            return count * self.prompt(tokens)
+        key = -(-tokens // 32), together
+        found = self._shared.get(key)
+        if found is None:
+            found = self._shared[key] = self.mixed(0, 0, [(0, tokens)] * together) / together
+        return count * found
 
     def beside(self, tokens: int, batch: int) -> float:
         """What a prompt adds to the steps of `batch` decodes, s; in steps of sizes, as it is asked often."""

@@ -94,7 +94,7 @@ def test_prompts_share_steps_as_they_do_when_simulated(tokens: int) -> None:
     requests = poisson_arrivals(300, rate, (Lengths(tokens, 0.5, 4000), Lengths(2, 0.0, 2)), 1)
     costs = StepCosts(Outlook(MODEL, ahead=True))
     jobs = [ReplayJob(each.arrival, each.prompt_tokens, each.output_tokens) for each in requests]
-    found = drained(first_tokens(costs, jobs, [0.0, 0.0], 2, math.inf))
+    found = drained(first_tokens(costs, jobs, [0.0, 0.0], [], 2, math.inf))
     truth = simulated(requests, "2p1d", 3, True)
     firsts, real = (statistics.mean(first for first, _ in rows) for rows in (found, truth))
     assert firsts == pytest.approx(real, rel=0.08)
@@ -104,6 +104,6 @@ def test_who_would_be_late_is_not_served() -> None:
     """One prompt takes 110 ms, the second behind it 220: over the 200 that are promised."""
     costs = StepCosts(Outlook(MODEL))
     jobs = [ReplayJob(0.0, 1000, 5), ReplayJob(0.0, 1000, 5)]
-    (first, _), (second, _) = drained(first_tokens(costs, jobs, [0.0], 1, 0.2))
+    (first, _), (second, _) = drained(first_tokens(costs, jobs, [0.0], [], 1, 0.2))
     assert first == pytest.approx(costs.prompt(1000))
     assert second == math.inf
