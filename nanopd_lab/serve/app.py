@@ -114,8 +114,7 @@ def create_app(cluster: Cluster, name: str | None = None, api_key: str | None = 
                 return answer_for(error)
             return StreamingResponse(_following(first, events), media_type="text/event-stream")
         try:
-            work = asyncio.gather(*(bridge.result(prompt, params) for prompt in prompts))
-            outputs = await _unless_gone(request, work)
+            outputs = await _unless_gone(request, asyncio.ensure_future(_all(bridge, prompts, params)))
         except Exception as error:
             return answer_for(error)
         if outputs is None:
@@ -170,6 +169,17 @@ def create_app(cluster: Cluster, name: str | None = None, api_key: str | None = 
         return Response(telemetry.text(), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+async def _all(bridge: Bridge, prompts: Sequence[Prompt], params: SamplingParams) -> list[ClusterOutput]:
+    """Of every prompt; if one fails, the others are cancelled."""
+    tasks = [asyncio.ensure_future(bridge.result(prompt, params)) for prompt in prompts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _unless_gone(request: Request, work: asyncio.Future[T]) -> T | None:
