@@ -1,7 +1,8 @@
 """`nanopd-lab bench-simulator`: how fast the simulator is on this computer, start-up and import included.
 
-Every cell is a command of its own, as a user would give it, in a process of its own. Other checkouts can be timed
-beside this one: each round runs them all, one after the other, so that what slows the computer slows them alike.
+Every cell is a command of its own, as a user would give it, in a process of its own; Python has compiled the modules to
+bytecode once before. Other checkouts can be timed beside this one, and this one compiled to C (`sim.compiled`): each
+round runs them all, one after the other, so that what slows the computer slows them alike.
 """
 
 from __future__ import annotations
@@ -67,8 +68,11 @@ class Run:
     peak_bytes: int
 
 
-def measure(cell: Cell, root: Path) -> Run:
+def measure(cell: Cell, root: Path, bytecode: Path | None = None) -> Run:
     """Simulate it once with the package that lies under `root`.
+
+    Args:
+        bytecode: folder where Python keeps that of modules; None: where it usually does
 
     Raises:
         RuntimeError: the command failed; with what it said.
@@ -80,6 +84,8 @@ def measure(cell: Cell, root: Path) -> Run:
         "simulate",
     ]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    if bytecode is not None:
+        environment |= {"PYTHONPYCACHEPREFIX": str(bytecode), "PYTHONDONTWRITEBYTECODE": ""}
     with tempfile.TemporaryFile() as said:
         begun = time.perf_counter()
         process = subprocess.Popen(
@@ -99,12 +105,21 @@ def measure(cell: Cell, root: Path) -> Run:
 
 def compare(cells: Sequence[Cell], roots: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
     """For each cell, the runs of each of `roots` (by label) and the median of their processor times."""
+    with tempfile.TemporaryDirectory() as bytecode:
+        for root in roots.values():
+            measure(Cell(1, 1, "collocated"), root, Path(bytecode))
+        return _compare(cells, roots, rounds, Path(bytecode))
+
+
+def _compare(
+    cells: Sequence[Cell], roots: dict[str, Path], rounds: int, bytecode: Path
+) -> list[dict[str, Any]]:
     found = []
     for cell in cells:
         runs: dict[str, list[Run]] = {label: [] for label in roots}
         for _ in range(rounds):
             for label, root in roots.items():
-                runs[label].append(measure(cell, root))
+                runs[label].append(measure(cell, root, bytecode))
                 print(f"{cell}, {label}: {runs[label][-1]}", flush=True)
         medians = {label: statistics.median(run.cpu_s for run in each) for label, each in runs.items()}
         found.append(
@@ -140,8 +155,23 @@ def register(subparsers: _Subparsers) -> None:
         metavar="LABEL=FOLDER",
         help="other checkouts, timed in the same rounds",
     )
+    parser.add_argument(
+        "--compiled", action="store_true", help="this checkout compiled to C as well (see compile-simulator)"
+    )
     parser.add_argument("--result-filename", type=Path, help="write the record there, as JSON")
     parser.set_defaults(run=run)
+    parser = subparsers.add_parser(
+        "compile-simulator",
+        help="compile the simulator to C, by mypyc, in the cache; prints the folder to put into PYTHONPATH",
+    )
+    parser.set_defaults(run=_compile)
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from nanopd_lab.sim.compiled import compiled_root
+
+    print(compiled_root())
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -158,6 +188,10 @@ def run(args: argparse.Namespace) -> int:
                 f"{text!r} names no checkout; write LABEL=FOLDER, of a folder with nanopd_lab in it"
             )
         roots[label] = Path(folder).resolve()
+    if args.compiled:
+        from nanopd_lab.sim.compiled import compiled_root
+
+        roots["compiled"] = compiled_root()
     cells = compare(args.cells, roots, args.rounds)
     for cell in cells:
         each = ", ".join(f"{label} {cpu_s:.2f} s" for label, cpu_s in cell["median_cpu_s"].items())
