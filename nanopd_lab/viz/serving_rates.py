@@ -173,7 +173,7 @@ def _marks(ax: Axes, rates: Sequence[float], found: Sequence[Bounds], look: Look
 def _legend(fig: LabFigure, tables: Tables, title: str = "", rows: Sequence[Row] = ()) -> None:
     policies = in_order([*by_policy(tables), *(row.policy for row in rows)])
     handles = [
-        Line2D([], [], color=look.colour, linestyle=look.line, marker=look.marker, label=look.label)
+        Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
         for look in map(look_of, policies)
     ]
     kinds = {table.modelled for table in tables} | ({False} if rows else set())
