@@ -16,22 +16,29 @@ from matplotlib.ticker import PercentFormatter
 from nanopd_lab.bench.bootstrap import Bounds, interval
 from nanopd_lab.bench.metrics import Floats
 from nanopd_lab.bench.request_table import RequestTable
+from nanopd_lab.bench.sweep import Row
 from nanopd_lab.router.slo import Slo
 from nanopd_lab.viz.serving import Tables, attainment, by_policy, logarithmic, tidy, words
-from nanopd_lab.viz.strategies import Look, look_of
+from nanopd_lab.viz.strategies import Look, in_order, look_of
 from nanopd_lab.viz.style import FAINT, INK, LabFigure, figure
 
 TITLES = {"ttft": "TTFT from the schedule", "tpot": "TPOT", "e2e": "E2EL from the schedule"}
+KEYS = {"ttft": "from_schedule_p{:g}_ttft", "tpot": "p{:g}_tpot", "e2e": "from_schedule_p{:g}_e2el"}
 Figure = Callable[[Tables], Bounds]
 
 
 def percentile_by_rate(
-    tables: Tables, metric: str = "ttft", percents: Sequence[float] = (50, 90), slo: Slo | None = None
+    tables: Tables,
+    metric: str = "ttft",
+    percents: Sequence[float] = (50, 90),
+    slo: Slo | None = None,
+    rows: Sequence[Row] = (),
 ) -> LabFigure:
     """A panel a percentile of `ttft`, `tpot` or `e2e`, over the rate.
 
     Args:
         slo: its objective is drawn
+        rows: of a measured sweep, drawn as marks with intervals over its seeds
 
     Raises:
         ValueError: another metric, or no tables.
@@ -47,6 +54,7 @@ def percentile_by_rate(
             return interval(1e3 * values, lambda rows: np.percentile(rows, percent, axis=-1))
 
         _draw(ax, tables, value)
+        _draw_rows(ax, rows, f"{KEYS[metric].format(percent)}_ms")
         ax.set_title(f"p{percent:g}", loc="left", fontsize=11, color=INK)
         if slo is not None and np.isfinite(limit := getattr(slo, f"{metric}_s")):
             ax.axhline(1e3 * limit, color=INK, linewidth=1, linestyle="--")
@@ -57,15 +65,20 @@ def percentile_by_rate(
     for ax in panels if len(drawn) else []:
         logarithmic(ax, "y", (0.7 * drawn.min(), 1.4 * drawn.max()))
     panels[0].set_ylabel(f"{TITLES[metric]} (ms)")
-    _legend(fig, tables)
+    _legend(fig, tables, rows=rows)
     return fig
 
 
-def attainment_by_rate(tables: Tables, slo: Slo) -> LabFigure:
-    """Share of requests that met all objectives, over the rate; and how many a second and worker these are."""
+def attainment_by_rate(tables: Tables, slo: Slo, rows: Sequence[Row] = ()) -> LabFigure:
+    """Share of requests that met all objectives, over the rate; and how many a second and worker these are.
+
+    Args:
+        rows: of a sweep that was measured with these objectives, drawn as marks with intervals over its seeds
+    """
     fig = figure(9.6, 4.2)
     share, good = fig.subplots(1, 2)
     _draw(share, tables, lambda group: attainment(group, slo))
+    _draw_rows(share, rows, "attainment")
     share.axhline(0.9, color=FAINT, linestyle=":", linewidth=1)
     share.set_ylim(0, 1.03)
     share.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -78,9 +91,10 @@ def attainment_by_rate(tables: Tables, slo: Slo) -> LabFigure:
         return Bounds(value, factor * found.low, factor * found.high)
 
     _draw(good, tables, per_worker)
+    _draw_rows(good, rows, "request_goodput_per_gpu")
     good.set_ylim(bottom=0)
     good.set_title("goodput per worker (requests/s)", loc="left", fontsize=11, color=INK)
-    _legend(fig, tables, f"within {words(slo)}")
+    _legend(fig, tables, f"within {words(slo)}", rows)
     return fig
 
 
@@ -140,6 +154,13 @@ def _draw(ax: Axes, tables: Tables, value: Figure) -> None:
     tidy(ax)
 
 
+def _draw_rows(ax: Axes, rows: Sequence[Row], metric: str) -> None:
+    for row in rows:
+        if (found := row.metrics.get(metric)) is not None:
+            ends = (found.mean if end is None else end for end in (found.low, found.high))
+            _marks(ax, [row.rate], [Bounds(found.mean, *ends)], look_of(row.policy))
+
+
 def _marks(ax: Axes, rates: Sequence[float], found: Sequence[Bounds], look: Look) -> None:
     errors = [[max(0.0, b.value - b.low) for b in found], [max(0.0, b.high - b.value) for b in found]]
     ax.errorbar(
@@ -149,12 +170,13 @@ def _marks(ax: Axes, rates: Sequence[float], found: Sequence[Bounds], look: Look
     )  # fmt: skip
 
 
-def _legend(fig: LabFigure, tables: Tables, title: str = "") -> None:
+def _legend(fig: LabFigure, tables: Tables, title: str = "", rows: Sequence[Row] = ()) -> None:
+    policies = in_order([*by_policy(tables), *(row.policy for row in rows)])
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
-        for look in map(look_of, by_policy(tables))
+        for look in map(look_of, policies)
     ]
-    kinds = {table.modelled for table in tables}
+    kinds = {table.modelled for table in tables} | ({False} if rows else set())
     if kinds == {True, False}:
         handles.append(Line2D([], [], color=INK, linestyle="none", marker="o", label="measured"))
         handles.append(Line2D([], [], color=INK, linewidth=2, label="modelled"))

@@ -28,14 +28,17 @@ _LOOKS = {
     "oracle": ("*", ":", "oracle (hindsight)"),
 }
 _SHAPE = re.compile(r"(\d+)p(\d+)d")
+_SPLITS = {1: (">", "-."), 0: ("o", "--"), -1: ("<", ":")}  # more prefill, level, more decode
 
 
 def look_of(policy: str) -> Look:
-    """Of a policy by name. All xPyD are disaggregated: one colour, and a label that says the numbers."""
+    """Of a policy by name. All xPyD are disaggregated: one colour, a mark that points to the larger side, and a label
+    that says the numbers."""
     colour = strategy_colour(policy)
     if match := _SHAPE.fullmatch(policy):
-        marker, line, _ = _LOOKS["disaggregated"]
-        return Look(colour, marker, line, f"disaggregated {match[1]}P{match[2]}D")
+        prefill, decode = int(match[1]), int(match[2])
+        marker, line = _SPLITS[(prefill > decode) - (prefill < decode)]
+        return Look(colour, marker, line, f"disaggregated {prefill}P{decode}D")
     base = policy.split(":")[0]
     family = next((name for name in _LOOKS if base == name or base.startswith(name + "-")), None)
     if family is None:

@@ -302,12 +302,12 @@ def _guess(run: _Run, got: Sequence[float], want: Goodput) -> str:
         ),
         ("all objectives at once: TTFT too", within(run.slo._replace(ttft_s=any_time))),
         (
-            "all objectives at once: TPOT too",
-            within(Slo(run.slo.ttft_s)),
-        ),
-        (
             "all objectives at once: the time to the last token (e2e_s) too",
             within(run.slo._replace(e2e_s=any_time)),
+        ),
+        (
+            "all objectives at once: TPOT too",
+            within(Slo(run.slo.ttft_s)),
         ),
     ]
     if done:
