@@ -13,7 +13,7 @@ from collections.abc import MutableSequence
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nanopd_lab.errors import InvalidRequestError
 
@@ -209,9 +209,9 @@ class Sequence:
 
     def append_same(self, token: int, count: int) -> None:
         """Append `token` so many times, which a simulation does."""
-        one = self.tokens[:1]  # a list or an array, as `tokens` is
+        one: Any = self.tokens[:1]  # a list or an array, as `tokens` is
         one[0] = token
-        self.tokens += one * count  # type: ignore[operator, arg-type]
+        self.tokens.extend(one * count)
 
     @property
     def known_len(self) -> int:

@@ -111,8 +111,7 @@ def tests(run: Run) -> bool:
     if os.environ.get("CI") == "true" and not shutil.which("chromium") and os.geteuid() == 0:
         for words in (("update", "-qq"), ("install", "-qq", "-y", "chromium", "fonts-dejavu-core")):
             subprocess.run(["apt-get", *words], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
-    # In the order of tests/conftest.py: the longest first.
-    return run.pytest("-q", "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder", "tests")
+    return run.pytest("-q", "-n", "2", "--dist", "loadgroup", "tests")  # see tests/distribution.py
 
 
 def notebooks(run: Run) -> bool:

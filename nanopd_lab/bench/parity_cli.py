@@ -27,6 +27,12 @@ def register(subparsers: _Subparsers) -> None:
         required=True,
         help="of this machine: a file of `nanopd-lab fit`; if there is none, it is measured and written there",
     )
+    parser.add_argument(
+        "--simulate-with",
+        type=Path,
+        help="another cost model for the simulated steps, as of a profile made afterwards: all rounds are simulated "
+        "anew with it, and policies go by --cost-model as before",
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--policies", nargs="+", default=["round-robin", "1p1d"], help="each against the simulator"
@@ -58,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         RANKING_SCHEMA,
         Rounds,
         compare,
+        figures,
         ranking_table,
         rankings_of,
         records_of,
@@ -66,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from nanopd_lab.bench.provenance import provenance
     from nanopd_lab.cluster.config import ClusterConfig
     from nanopd_lab.cost.files import CostModel
-    from nanopd_lab.router import Veiled, create_policy
+    from nanopd_lab.router import Slo, Veiled, create_policy
     from nanopd_lab.sim import SimRequest, SimResult, Simulator
     from nanopd_lab.sim.timing import CostTime
     from nanopd_lab.sim.workload import Lengths, poisson_arrivals
@@ -91,11 +98,12 @@ def run(args: argparse.Namespace) -> int:
         engine=engine,
         share_devices=args.share_devices,
     )
-    settings, outlook = _settings(args, cost), config.outlook()
+    times = CostModel.load(args.simulate_with) if args.simulate_with else cost
+    settings, outlook = _settings(args, times), config.outlook()
 
     def simulate(name: str, requests: Sequence[SimRequest]) -> SimResult:
         policy, roles = create_policy(name, args.workers, outlook)
-        return Simulator(Veiled(policy), roles, CostTime(cost.iteration), requests, settings).run()
+        return Simulator(Veiled(policy), roles, CostTime(times.iteration), requests, settings).run()
 
     for policy in args.policies:  # all are checked before the first is measured
         create_policy(policy, args.workers, outlook)
@@ -107,13 +115,24 @@ def run(args: argparse.Namespace) -> int:
         for policy in _turned(args.policies, number)
         if (policy, rate, seed) not in rounds.done
     ]
-    loads = {turn: poisson_arrivals(args.num_prompts, turn[1], lengths, turn[2]) for turn in turns}
+
+    def requests_of(rate: float, seed: int) -> list[SimRequest]:
+        return poisson_arrivals(args.num_prompts, rate, lengths, seed)
+
+    loads = {turn: requests_of(turn[1], turn[2]) for turn in turns}
     for found in compare(config, loads, simulate) if loads else ():
         rounds.add(found)
         print(f"{found.policy}, {found.rate:g} requests/s, seed {found.seed}: done", flush=True)
+    done = list(rounds.done.values())
+    if args.simulate_with:
+        slo = Slo.parse(args.goodput)
+        done = [
+            each._replace(simulated=figures(simulate(each.policy, requests_of(each.rate, each.seed)), slo))
+            for each in done
+        ]
     shared = {"workers": args.workers, "model": args.model, "device": cost.device}
-    records = [{**record, **shared} for record in records_of(rounds.done.values())]
-    rankings = rankings_of(rounds.done.values())
+    records = [{**record, **shared} for record in records_of(done)]
+    rankings = rankings_of(done)
     for record in records:
         print(f"{record['policy']}, {args.workers} workers, {record['request_rate']:g} requests/s")
         print(table(record))
@@ -126,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
             **shared,
             "settings": rounds.settings,
             "cost_model": json.loads(args.cost_model.read_text()),
+            **({"simulated_with": times.to_record()} if args.simulate_with else {}),
             "rankings": rankings,
             "provenance": provenance(),
         }

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import multiprocessing
 import random
 import statistics
 import time
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from nanopd_lab.bench.provenance import provenance
+from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.kv.cache import KVShape
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullStatus, Transport
 from nanopd_lab.transfer.device_memory import can_reach, copy_async, enable_peer_access, open_memory
@@ -177,7 +177,7 @@ def sources(
             for transport in transports:
                 stack.callback(transport.close)
         else:
-            context = multiprocessing.get_context("spawn")
+            context = process_context([str(plan.source), str(plan.target)])
             ours, theirs = context.Pipe()
             process = context.Process(target=_source_process, args=(names, plan, theirs), daemon=True)
             process.start()

@@ -302,8 +302,8 @@ class Controller:
             self._capacities.add(message.capacity)
             if before is not None and before != message.capacity:
                 self._capacities = {each.capacity for each in self._workers.values() if each.capacity}
-            self._every_takes = min(capacity.longest for capacity in self._capacities)
-            self._any_takes = max(capacity.longest for capacity in self._capacities)
+            self._every_takes = float(min(capacity.longest for capacity in self._capacities))
+            self._any_takes = float(max(capacity.longest for capacity in self._capacities))
             self._dispatch()
 
     def worker_down(self, name: str, reason: str, now: float, restarting: bool = False) -> None:

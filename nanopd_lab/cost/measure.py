@@ -6,7 +6,6 @@ profile at the same time, and a step's time is the median of their visits. A GPU
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanopd_lab.cluster.starting import process_context, take_environment
 from nanopd_lab.cost.calibrate import fit_profile, own_link
 from nanopd_lab.cost.files import CostModel, read_json
 from nanopd_lab.cost.grid import Grid, grid_for
@@ -57,9 +57,11 @@ def measure_cost_model(job: ProfileJob, folder: Path, progress: bool = True) -> 
     files = [folder / f"profile-{number}.json" for number in range(job.processes)]
     for path in files:
         path.unlink(missing_ok=True)  # of an earlier run, which may have had other neighbours
-    context = multiprocessing.get_context("spawn")
+    context = process_context([job.device])
     processes = [
-        context.Process(target=_profile_one, args=(job, path, progress and path is files[0]))
+        context.Process(
+            target=_profile_one, args=(job, path, progress and path is files[0], dict(os.environ))
+        )
         for path in files
     ]
     for process in processes:
@@ -103,8 +105,9 @@ def merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return first
 
 
-def _profile_one(job: ProfileJob, path: Path, progress: bool) -> None:
+def _profile_one(job: ProfileJob, path: Path, progress: bool, environment: Mapping[str, str]) -> None:
     """In a process of its own."""
+    take_environment(environment)
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
     import torch
 

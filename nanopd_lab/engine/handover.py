@@ -9,13 +9,14 @@ neither kind is ever preempted, since somebody else reads or writes them.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from collections.abc import Sequence as Seq
-from typing import Any
 
 from nanopd_lab.core import Request, SampledToken, Sequence, StepPlan
+from nanopd_lab.engine.block_manager import BlockManager
+from nanopd_lab.engine.policies import ChunkPolicy, VictimPolicy, choose_victim, plan_chunks
 from nanopd_lab.engine.scheduler import Scheduler
-from nanopd_lab.kv import blocks_for
+from nanopd_lab.kv import Allocator, blocks_for
 
 
 class HandoverScheduler(Scheduler):
@@ -26,8 +27,30 @@ class HandoverScheduler(Scheduler):
     held: computed, waiting to be pulled
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        allocator: Allocator,
+        *,
+        block_size: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        chunk_policy: ChunkPolicy = plan_chunks,
+        victim_policy: VictimPolicy = choose_victim,
+        block_manager: Callable[[Allocator, int], BlockManager] = BlockManager,
+    ) -> None:
+        super().__init__(
+            allocator,
+            block_size=block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            eos_token_ids=eos_token_ids,
+            chunk_policy=chunk_policy,
+            victim_policy=victim_policy,
+            block_manager=block_manager,
+        )
         self.expected: list[Sequence] = []
         self.receiving: list[Sequence] = []
         self.held: list[Sequence] = []

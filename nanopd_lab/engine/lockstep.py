@@ -17,7 +17,6 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Sequence as Seq
-from typing import Any
 
 from nanopd_lab.core import FinishReason, SampledToken, Sequence, StepPlan
 from nanopd_lab.engine.decode_run import admission_blocked
@@ -37,8 +36,23 @@ class LockstepScheduler(HandoverScheduler):
     newcomers: parked since the last step was complete
     """
 
-    def __init__(self, pool: CountedBlocks, *, token: SampledToken, **options: Any) -> None:
-        super().__init__(pool, **options)
+    def __init__(
+        self,
+        pool: CountedBlocks,
+        *,
+        token: SampledToken,
+        block_size: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        super().__init__(
+            pool,
+            block_size=block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        )
         self.pool = pool
         self.token = token
         self.newcomers: list[Sequence] = []

@@ -67,16 +67,22 @@ class Arrivals:
 
     def times(self, count: int, rng: random.Random) -> list[float]:
         """Seconds at which each of `count` requests comes, in order."""
-        rates = [self.ramp_up.rate(number, count) if self.ramp_up else self.rate for number in range(count)]
-        found = list(itertools.accumulate(self._gap(rate, rng) for rate in rates))
-        if self.ramp_up is None and found and found[-1]:
-            stretch = count / self.rate / found[-1]
-            found = [each * stretch for each in found]
-        return found
+        if self.ramp_up is None:
+            return arrival_times(count, self.rate, self.burstiness, rng)
+        rates = [self.ramp_up.rate(number, count) for number in range(count)]
+        return list(itertools.accumulate(_gap(rate, self.burstiness, rng) for rate in rates))
 
-    def _gap(self, rate: float, rng: random.Random) -> float:
-        if rate == math.inf:
-            return 0.0
-        if self.burstiness == math.inf:
-            return 1.0 / rate
-        return rng.gammavariate(self.burstiness, 1.0 / (rate * self.burstiness))
+
+def arrival_times(count: int, rate: float, burstiness: float, rng: random.Random) -> list[float]:
+    """Seconds at which each of `count` requests comes: gamma gaps, added up, the last stretched to `count / rate`."""
+    if rate == math.inf:
+        return [0.0] * count
+    times = list(itertools.accumulate(_gap(rate, burstiness, rng) for _ in range(count)))
+    stretch = count / rate / times[-1] if times and times[-1] else 1.0
+    return [each * stretch for each in times]
+
+
+def _gap(rate: float, burstiness: float, rng: random.Random) -> float:
+    if burstiness == math.inf:
+        return 1.0 / rate
+    return rng.gammavariate(burstiness, 1.0 / (rate * burstiness))

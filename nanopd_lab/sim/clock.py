@@ -11,9 +11,9 @@ place in that order up to which everything has happened; `passed` tells whether 
 from __future__ import annotations
 
 import enum
-import heapq
 import math
 from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
 from typing import Any
 
 _NEVER = math.inf
@@ -55,19 +55,19 @@ class EventQueue:
         if not self.now <= time < _NEVER:
             raise ValueError(f"an event at {time} s; it must be finite and not before now ({self.now} s)")
         self._order = order = self._order + 1
-        heapq.heappush(self._heap, (time, kind, rank, order, happen))
+        heappush(self._heap, (time, kind, rank, order, happen))
         return order
 
     def run(self) -> Iterator[float]:
         """Have the events happen until there are none left; stops behind each, with its time. Moves `now` and `key`."""
-        heap, pop = self._heap, heapq.heappop
+        heap, key = self._heap, self.key
         while heap:
-            event = pop(heap)
-            self.now = event[0]
+            event = heappop(heap)
+            self.now, _, _, order, happen = event
             # What is scheduled for this very instant can come behind its place; the order of others has gone further.
-            if event > self.key:
-                self.key = event
-            event[4](event[3])
+            if event > key:
+                key = self.key = event
+            happen(order)
             yield self.now
 
     @property

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from nanopd_lab.cluster.actions import (
     ClusterBusyError,
@@ -323,7 +324,7 @@ class Simulator:
     def _start(self, name: str, _: int = 0) -> None:
         config = self.config
         self._lives += 1  # as hosts do: what an earlier life of a worker published is never valid again
-        options = {
+        options: dict[str, Any] = {
             "block_size": config.block_size,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "max_num_seqs": config.max_num_seqs,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.model import embedded as module
 from nanopd_lab.model.cached_folder import MANIFEST, cached_folder
 from nanopd_lab.model.embedded import embedded_model
@@ -324,7 +324,7 @@ def _ask(folder: Path) -> None:
 
 
 def test_processes_that_ask_at_once_build_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = process_context(["cpu"])
     workers = [context.Process(target=_ask, args=(tmp_path / "model",)) for _ in range(3)]
     for worker in workers:
         worker.start()

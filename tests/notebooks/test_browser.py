@@ -40,6 +40,7 @@ SETTINGS = {
     "docmanager-extension/plugin": {"autosave": False},
     "notebook-extension/tracker": {"windowingMode": "none"},
 }
+WAIT_MS = 240_000
 READY = """path => { const p = window.jupyterapp?.shell.currentWidget;
     return p?.context?.path === path && p.sessionContext?.session?.kernel?.status === 'idle' }"""
 RUN_ALL = "() => window.jupyterapp.commands.execute('notebook:restart-run-all')"
@@ -128,17 +129,13 @@ def browser(chromium: str) -> Iterator[Any]:
         browser.close()
 
 
-# Each notebook is run by one worker, and the notebooks are shared out among them.
-PAGES = [pytest.param(path, marks=pytest.mark.xdist_group(f"page-{path.stem}")) for path in NOTEBOOKS]
-
-
-@pytest.fixture(scope="module", params=PAGES, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
 def page(request: pytest.FixtureRequest, server: tuple[str, str], browser: Any) -> Iterator[Any]:
     """The notebook, opened and run from top to bottom."""
     path: Path = request.param
     address, token = server
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
-    page.set_default_timeout(240_000)
+    page.set_default_timeout(WAIT_MS)
     page.goto(f"{address}/doc/tree/{path.name}?reset&token={token}")
     page.wait_for_function(READY, arg=path.name)
     assert page.evaluate(RUN_ALL) is True  # resolves when every cell has run
@@ -172,7 +169,7 @@ def test_a_slider_changes_the_picture(page: Any) -> None:
         source = image.get_attribute("src")
         handle.focus()
         page.keyboard.press(key)
-        sync_api.expect(image).not_to_have_attribute("src", source)  # a new blob URL
+        sync_api.expect(image).not_to_have_attribute("src", source, timeout=WAIT_MS)  # a new blob URL
         seen[float(handle.get_attribute("aria-valuenow"))] = pixels(image)
     assert len(seen) == len(set(seen.values())) == 5, seen
     assert page.locator(".plot-error").first.inner_text().strip() == ""

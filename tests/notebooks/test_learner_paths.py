@@ -126,8 +126,7 @@ def outcome(
 
 each_exercise = pytest.mark.parametrize(
     ("path", "name"),
-    # By one worker for each notebook, or two would run it.
-    [pytest.param(*each, marks=pytest.mark.xdist_group(f"walk-{each[0].stem}")) for each in EXERCISES],
+    EXERCISES,
     ids=lambda value: getattr(value, "stem", value),
 )
 

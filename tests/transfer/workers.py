@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullResult, TransferError, Transport
 from nanopd_lab.transfer.registry import create_transport
 
@@ -153,7 +153,7 @@ def remote_worker(
     kind: str, name: str, num_blocks: int, size: tuple[int, ...] = SIZE, device: str = "cpu", seed: int = 0
 ) -> Iterator[Remote]:
     """A spawned process with a pool; killed at the end if it has not ended by itself."""
-    context = multiprocessing.get_context("spawn")
+    context = process_context([device])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(kind, name, num_blocks, size, device, seed, theirs))
     process.start()
