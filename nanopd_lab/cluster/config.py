@@ -50,7 +50,7 @@ class ClusterConfig:
     model:       as for `LLM`
     workers:     how many, each with an engine of its own
     policy:      "collocated", "1p2d" (any xPyD), "disaggregated", "round-robin", "least-loaded", "threshold",
-                 "nanopd", "adaptive", or a `Policy`; see `router.create_policy`
+                 "nanopd", "first-fit", "adaptive", or a `Policy`; see `router.create_policy`
     cost_model:  what policies that estimate times go by: a name in data/hardware, or a file of `nanopd-lab fit`; None:
                  for "smollm2" the one fitted to a CPU, otherwise none
     goodput:     what requests are promised, in ms, for example ("ttft:500", "tpot:100")

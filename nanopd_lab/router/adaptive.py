@@ -9,7 +9,6 @@ them time and gains nothing by it; not for ever.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from math import exp
 from typing import TYPE_CHECKING
@@ -29,10 +28,11 @@ from nanopd_lab.router.estimates import (
     terms_of,
 )
 from nanopd_lab.router.explanation import Candidate, Explanation
+from nanopd_lab.router.fleetwide import Fleetwide, role_changes
 from nanopd_lab.router.policy import Decision, JobView, Postponed, Role, WorkerView
-from nanopd_lab.router.replay_worker import Room
-from nanopd_lab.router.role_plan import HOPELESS, Fleetwide, Load, PlanSettings, RolePlan
+from nanopd_lab.router.role_plan import HOPELESS, PlanSettings, RolePlan
 from nanopd_lab.router.step_costs import StepCosts
+from nanopd_lab.router.under_way import PromptShares, UnderWay
 
 if TYPE_CHECKING:
     from nanopd_lab.router.lengths import LengthPredictor
@@ -44,7 +44,6 @@ PATIENCE, LONGEST_S = (
 )  # how long a late one lets others pass: so many times its objective, at least so long
 CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
-FULL = 0.9  # of the KV blocks: those that run need room to grow
 TIGHT = 2  # a first token in no more than so many times what it takes beside one output is tight
 QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
 REFRESH = 16  # ends after which forecasts are asked for anew
@@ -81,23 +80,13 @@ class Adaptive:
         self._gap_s = 0.0  # between arrivals
         self._slope = 0.0  # misses for each second a token more, where the last request went
         self._pending: dict[str, Role] = {}  # roles that were decided while a job was put off
-        # When those under way should have got their first token, by the prompt's length.
-        self._under_way: dict[int, deque[float]] = {}
-        self._pace_s = 0.0  # a token, of outputs that have ended of late
-        self._busy: dict[str, tuple[float, float]] = {}  # seconds of prompts, decayed, and as of when
-        self._begun = 0.0
+        self._under_way, self._shares = UnderWay(), PromptShares(MEMORY_S)
 
     # ------------------------------------------------------------------ events
 
     def finished(self, prompt_tokens: int, output_tokens: int, censored: bool, now: float) -> None:
         """See `Policy`."""
-        if came := self._under_way.get(prompt_tokens):
-            begun = came.popleft()  # perhaps another one's, of the same length: what is left is as many
-            if not came:
-                del self._under_way[prompt_tokens]
-            if output_tokens > 1 and now > begun:
-                pace_s = (now - begun) / output_tokens
-                self._pace_s += (pace_s - self._pace_s) / 20 if self._pace_s else pace_s
+        self._under_way.ended(prompt_tokens, output_tokens, now)
         if output_tokens:
             self.predictor.observe(prompt_tokens, output_tokens, censored)
             if self.plan.ended % REFRESH == 0:
@@ -158,45 +147,14 @@ class Adaptive:
         wanted = self.plan.think()
         if wanted is None or wanted >= len(views):
             return pending
-        if wanted == 0:
-            return {view.name: Role.MIXED for view in views if view.role is not Role.MIXED}
-        sources = [view for view in views if view.role is Role.PREFILL]
-        others = sorted((view for view in views if view.role is not Role.PREFILL), key=lambda v: v.decoding)
-        sources.sort(key=lambda view: -view.prefill_tokens)
-        chosen = {view.name for view in [*sources, *others][:wanted]}
-        roles = {view.name: Role.PREFILL if view.name in chosen else Role.DECODE for view in views}
-        return {view.name: roles[view.name] for view in views if view.role is not roles[view.name]}
+        return role_changes(views, wanted)
 
     def _begin_plan(self, views: Sequence[WorkerView], now: float) -> None:
         terms = [self._of(view, now) for view in views]
-        leftovers = [0]
-        for active in sorted(each.active for each in terms if each.view.role is not Role.PREFILL):
-            leftovers.append(leftovers[-1] + active)
-        stuck = sum(each.active for each in terms if each.view.role is Role.PREFILL)
-        decoding = leftovers[-1] + stuck
-        known = sum(view.decode_tokens - view.arriving_tokens for view in views)
-        backlog_s = sum(max(0.0, each.free_at - now) for each in terms if each.view.prefilling)
-        view = views[0]
-        room = Room(view.max_num_seqs or 1 << 30, FULL * view.num_blocks * view.block_size or math.inf)
-        load = Load(decoding, known + decoding * self.plan.mean_output / 2, backlog_s, room)
-        prefills = sum(view.role is Role.PREFILL for view in views)
-        prefills = (
-            prefills if prefills < len(views) else 0
-        )  # those that decode are away: all will have to be mixed
-        self.plan.begin(Fleetwide(len(views), prefills, leftovers, stuck, load, self._ages(terms, now)))
-
-    def _ages(self, terms: Sequence[Terms], now: float) -> dict[int, list[float]]:
-        """Tokens that outputs under way should have produced, by the bits of their prompt's length."""
-        active = sum(each.active for each in terms)
-        pace_s = self._pace_s or sum(
-            each.active * each.pace_s / (1 - self._share(each.view.name, now)) for each in terms
-        ) / max(1, active)
-        found: dict[int, list[float]] = {}
-        if pace_s:
-            for prompt, times in self._under_way.items():
-                ages = [(now - begun) / pace_s for begun in times if begun < now]
-                found.setdefault(prompt.bit_length(), []).extend(ages)
-        return found
+        paces = [each.active * each.pace_s / (1 - self._shares.of(each.view.name, now)) for each in terms]
+        pace_s = sum(paces) / max(1, sum(each.active for each in terms))
+        ages = self._under_way.ages(now, pace_s)
+        self.plan.begin(Fleetwide.of(terms, self.plan.mean_output, ages, now))
 
     # ------------------------------------------------------------------ one decision
 
@@ -316,8 +274,8 @@ class Adaptive:
         self._slope = t.handover_slope
         self._delay_s += (first_s - self._delay_s) / 20
         if s.view.role is Role.MIXED:
-            self._charge(s.view.name, costs.beside(tokens, s.active) if s.active else alone_s, now)
-        self._under_way.setdefault(job.prompt_tokens, deque()).append(now + first_s)
+            self._shares.charge(s.view.name, costs.beside(tokens, s.active) if s.active else alone_s, now)
+        self._under_way.begins(job.prompt_tokens, now + first_s)
         route = Route(s.view.name, t.view.name)
         reason = f"first token in {1e3 * first_s:.0f} ms, {1e3 * t.tpot_s:.1f} ms a token, {cost:.3f} misses in all"
         every = [known[view.name] for view in views]
@@ -352,23 +310,7 @@ class Adaptive:
         if found is not None and found.view is view and now < found.until:
             return found
         typical = Typical(max(1, int(self._mean_prompt)), self.plan.mean_output, self._delay_s)
-        share = self._share(view.name, now)
+        share = self._shares.of(view.name, now)
         found = terms_of(view, self.costs, self.slo, typical, share, self._token_s, now)
         self._terms[view.name] = found
         return found
-
-    def _charge(self, name: str, seconds: float, now: float) -> None:
-        """A prompt that outputs of the same worker wait for."""
-        if not self._busy:
-            self._begun = now
-        total, since = self._busy.get(name, (0.0, now))
-        self._busy[name] = total * 0.5 ** ((now - since) / MEMORY_S) + seconds, now
-
-    def _share(self, name: str, now: float) -> float:
-        """Of a worker's time that prompts have taken lately."""
-        found = self._busy.get(name)
-        if found is None:
-            return 0.0
-        total, since = found
-        seen_s = MEMORY_S / math.log(2) * (1 - 0.5 ** ((now - self._begun) / MEMORY_S))
-        return min(0.9, total * 0.5 ** ((now - since) / MEMORY_S) / max(seen_s, total))

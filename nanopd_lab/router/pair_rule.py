@@ -128,7 +128,7 @@ class ByEstimate:
         ValueError: no objective for both times, without which there is nothing to keep.
     """
 
-    name = "by-estimate"
+    name = "first-fit"
 
     def __init__(self, outlook: Outlook, parts: RouterParts | None = None) -> None:
         slo = outlook.slo

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from nanopd_lab.router.adaptive import Adaptive
 from nanopd_lab.router.nanopd_rule import NanoPDRule
 from nanopd_lab.router.outlook import Outlook
+from nanopd_lab.router.pair_rule import ByEstimate
 from nanopd_lab.router.policy import Policy, Role
 from nanopd_lab.router.static import Collocated, Disaggregated, LeastLoaded, RoundRobin
 from nanopd_lab.router.threshold import Threshold
@@ -21,7 +22,11 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 """Those that look at queues and lengths only."""
 
-ESTIMATING: dict[str, Callable[[Outlook], Policy]] = {"nanopd": NanoPDRule.of, "adaptive": Adaptive}
+ESTIMATING: dict[str, Callable[[Outlook], Policy]] = {
+    "nanopd": NanoPDRule.of,
+    "first-fit": ByEstimate,
+    "adaptive": Adaptive,
+}
 """Those that need to know how long things take."""
 
 PUBLISHED = re.compile(r"nanopd-(.+)")

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanopd_lab.router.arrivals import Arrival, Arrivals
+from nanopd_lab.router.fleetwide import Fleetwide
 from nanopd_lab.router.mean_length import MeanLengths
 from nanopd_lab.router.replay import ReplayJob, decode_times, first_tokens, mixed_times
 from nanopd_lab.router.replay_worker import Room
@@ -63,40 +64,6 @@ class PlanSettings(NamedTuple):
     stress: float = 1.1
     haste: int = 12
     pace: int = 4
-
-
-class Load(NamedTuple):
-    """What the workers have to do when a plan begins, all together.
-
-    decoding, context: outputs under way, and their tokens in the cache
-    backlog_s: of prompts
-    """
-
-    decoding: int
-    context: float
-    backlog_s: float
-    room: Room
-
-
-class Fleetwide(NamedTuple):
-    """Where a plan begins.
-
-    workers, prefills: in all, and that now only prefill; 0: all are mixed
-    ages: tokens that outputs under way have produced, by the bits of their prompt's length
-    leftovers: outputs that would be left on workers that are to prefill, by the number of these
-    stuck: that run on workers that prefill now
-    """
-
-    workers: int
-    prefills: int
-    leftovers: Sequence[int]
-    stuck: int
-    load: Load
-    ages: Mapping[int, Sequence[float]]
-
-    def left_on(self, prefills: int) -> int:
-        """Outputs that a change leaves on workers that are to prefill."""
-        return self.leftovers[min(max(0, prefills - self.prefills), len(self.leftovers) - 1)]
 
 
 class RolePlan:

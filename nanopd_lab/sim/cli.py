@@ -40,8 +40,8 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--policy",
         default="least-loaded",
-        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd, adaptive; or oracle: the best "
-        "routes that can be found, in hindsight, for a --goodput",
+        help="collocated, 1p2d (any xPyD), round-robin, least-loaded, threshold, nanopd, first-fit, adaptive; or "
+        "oracle: the best routes that can be found, in hindsight, for a --goodput",
     )
     add_workload_options(parser, rate=DEFAULT_RATE)
     add_metric_options(parser)

@@ -172,3 +172,12 @@ def test_it_serves_everything_and_loses_nothing() -> None:
         assert len(result.completed) == 80
         assert result.problems() == []
         assert len({record.route for record in result.records}) > 2
+
+
+def test_it_is_a_policy_by_name() -> None:
+    policy, roles = create_policy("first-fit", 2, Outlook(MODEL, SLO, LINK, 16, 16, 2048))
+    assert isinstance(policy, ByEstimate)
+    assert policy.name == "first-fit"
+    assert roles == [Role.MIXED] * 2
+    with pytest.raises(ValueError, match="no cost model"):
+        create_policy("first-fit", 2)
