@@ -155,8 +155,8 @@ def _plain(ax: Axes) -> None:
 
 
 def recorded_regret() -> dict[str, Any] | None:
-    """The newest result of `nanopd-lab regret` in `data/recorded`; None: there is none."""
-    found = [read_json(path) for path in (data_dir() / "recorded").glob("regret-*.json")]
+    """The newest result of `nanopd-lab regret` with the oracle in `data/recorded`; None: there is none."""
+    found = [read_json(path) for path in (data_dir() / "recorded").glob("regret-h100-*.json")]
     return max(found, key=lambda record: str(record["provenance"][-1]["date"]), default=None)
 
 
