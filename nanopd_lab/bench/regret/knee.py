@@ -80,9 +80,10 @@ def planned_knee(bench: Bench, cell: Cell) -> float:
         ValueError: a mix that is read from a trace.
     """
     workers, outlook, config = bench.workers_of(cell), bench.outlook(cell), bench.config(cell)
-    rng, rates = random.Random(SEEDS[0]), []
+    rates = []
     model = bench.cost_of(cell).iteration
     for prompts, outputs in (phases := [lengths_of(name) for name in cell.mix.split(">")]):
+        rng = random.Random(SEEDS[0])
         drawn = [[float(each.draw(rng)) for _ in range(SAMPLE)] for each in (prompts, outputs)]
         planner = Planner(
             outlook,

@@ -42,11 +42,11 @@ def arrivals_with_numpy(count, rate, burstiness, rng):
 
 
 def arrivals_not_stretched(count, rate, burstiness, rng):
-    if rate == math.inf:
-        return [0.0] * count
-    return list(
-        itertools.accumulate(rng.gammavariate(burstiness, 1 / rate / burstiness) for _ in range(count))
-    )
+    now, times = 0.0, []
+    for _ in range(count):
+        now += 0.0 if rate == math.inf else rng.gammavariate(burstiness, 1 / (rate * burstiness))
+        times.append(now)
+    return times
 
 
 def arrivals_gaps(count, rate, burstiness, rng):
@@ -142,12 +142,6 @@ def _tpot(each):
     return (each.ended_s - each.first_token_s) / max(1, each.output_tokens - 1)
 
 
-def _in_time(each, slo):
-    if not each.ok:
-        return False
-    return slo.met(each.first_token_s - each.scheduled_s, _tpot(each), each.ended_s - each.scheduled_s)
-
-
 def _seconds(outcomes):
     return max((o.ended_s for o in outcomes if o.ended_s is not None), default=0) - min(
         o.sent_s for o in outcomes
@@ -155,10 +149,15 @@ def _seconds(outcomes):
 
 
 def goodput_by_hand(outcomes, slo, gpus):
-    good = sum(_in_time(each, slo) for each in outcomes)
-    if not any(each.ended_s is not None for each in outcomes):
+    good = 0
+    for each in outcomes:
+        if each.ok:
+            tpot = (each.ended_s - each.first_token_s) / max(1, each.output_tokens - 1)
+            good += slo.met(each.first_token_s - each.scheduled_s, tpot, each.ended_s - each.scheduled_s)
+    ended = [each.ended_s for each in outcomes if each.ended_s is not None]
+    if not ended:
         return 0.0, 0.0
-    return good / len(outcomes), good / _seconds(outcomes) / gpus
+    return good / len(outcomes), good / (max(ended) - min(each.sent_s for each in outcomes)) / gpus
 
 
 def goodput_with_numpy(outcomes, slo, gpus):
@@ -179,7 +178,15 @@ def goodput_of_all_gpus(outcomes, slo, gpus):
 
 
 def goodput_from_sending(outcomes, slo, gpus):
-    return goodput_by_hand([each._replace(scheduled_s=each.sent_s) for each in outcomes], slo, gpus)
+    good = 0
+    for each in outcomes:
+        if each.ok:
+            tpot = (each.ended_s - each.first_token_s) / max(1, each.output_tokens - 1)
+            good += slo.met(each.first_token_s - each.sent_s, tpot, each.ended_s - each.sent_s)
+    ended = [each.ended_s for each in outcomes if each.ended_s is not None]
+    if not ended:
+        return 0.0, 0.0
+    return good / len(outcomes), good / (max(ended) - min(each.sent_s for each in outcomes)) / gpus
 
 
 def goodput_of_the_completed(outcomes, slo, gpus):
