@@ -76,10 +76,9 @@ def create_app(cluster: Cluster, name: str | None = None, api_key: str | None = 
     @app.exception_handler(RequestValidationError)
     async def wrong(request: Request, error: RequestValidationError) -> JSONResponse:
         found = error.errors()[0]
+        message = found["msg"].removeprefix("Value error, ")
         place = ".".join(str(part) for part in found["loc"] if part != "body") or None
-        return refuse(
-            400, f"{place}: {found['msg']}" if place else found["msg"], "invalid_request_error", place
-        )
+        return refuse(400, f"{place}: {message}" if place else message, "invalid_request_error", place)
 
     @app.exception_handler(_Unauthorized)
     async def unauthorized(request: Request, error: _Unauthorized) -> JSONResponse:

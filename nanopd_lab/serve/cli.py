@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"port is {args.port}; it must lie between 0 and 65535")
     if args.max_queue < 1:
         raise ValueError(f"max_queue is {args.max_queue}; it must be at least 1")
+    import socket
     from dataclasses import replace
 
     import uvicorn
@@ -72,12 +73,17 @@ def run(args: argparse.Namespace) -> int:
         limits=Limits(max_queue=args.max_queue),
         request_timeout_s=args.request_timeout_sec,
     )
-    with serving_cli.terminable(), Cluster(config) as cluster:
+    try:  # before anything is loaded
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        listening = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {args.host}, port {args.port}: {error.strerror}; choose another --host or --port "
+            "(0: any that is free)"
+        ) from None
+    with listening, serving_cli.terminable(), Cluster(config) as cluster:
         app = create_app(cluster, args.served_model_name, args.api_key)
-        server = uvicorn.Server(
-            uvicorn.Config(app, args.host, args.port, log_level=args.log_level, timeout_graceful_shutdown=5)
-        )
-        listening = server.config.bind_socket()
+        server = uvicorn.Server(uvicorn.Config(app, log_level=args.log_level, timeout_graceful_shutdown=5))
         host, port = listening.getsockname()[:2]
         print(f"{args.served_model_name or args.model} at http://{host}:{port}/v1", flush=True)
         server.run(sockets=[listening])

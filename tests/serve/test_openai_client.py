@@ -242,6 +242,15 @@ def test_bad_flags(capsys: pytest.CaptureFixture) -> None:
     assert "max_queue is 0" in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_is_named_before_anything_is_loaded(capsys: pytest.CaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--model", "no-such-model", "--port", str(port)]) == 2
+    found = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in found
+    assert "choose another --host or --port" in found
+
+
 def test_an_answer_is_json_that_ends_with_done(served: Served) -> None:
     asked = {"prompt": "Hi", "max_tokens": 3, "temperature": 0, "stream": True}
     answer = httpx.post(
