@@ -8,6 +8,7 @@ with Cluster(ClusterConfig(model="smollm2", workers=3, policy="1p2d")) as cluste
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Container, Iterator
@@ -106,7 +107,10 @@ class Cluster:
         self.config = config
         self.clock = clock
         policy, roles = config.route_policy()
-        self.controller = Controller(policy, dict(zip(config.names, roles, strict=True)), config.limits)
+        limits = config.limits
+        if config.launcher == "inline":  # workers are silent there for as long as nobody gives them a turn
+            limits = replace(limits, heartbeat_s=math.inf)
+        self.controller = Controller(policy, dict(zip(config.names, roles, strict=True)), limits)
         self._numbers = itertools.count()
         self._serial = itertools.count()
         self._tracked: dict[str, _Tracked] = {}
