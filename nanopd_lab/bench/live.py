@@ -84,7 +84,7 @@ class Phase(str, enum.Enum):
 
 
 class LiveLoad:
-    """See the module. A thread sends, and has an inline cluster compute: nobody else may use that one meanwhile.
+    """See the module. A thread sends, and has an inline cluster compute, which nobody else may use meanwhile.
 
     Args:
         cluster: stays usable after; what others submit and poll for is left to them
@@ -188,7 +188,7 @@ class LiveLoad:
     def _run(self) -> None:
         try:
             # Without an end-of-text token each output is as long as its max_tokens: what no policy may know.
-            with self.during, self.cluster.veiled():
+            with self.cluster.alone(), self.during, self.cluster.veiled():
                 self._serve()
         except Exception as error:  # it would end this thread only
             self.error = self.error or error

@@ -125,6 +125,7 @@ class Cluster:
         self._closed = False
         self._crash: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._owner: threading.Thread | None = None  # of an inline cluster, see `alone`
         self.launcher: InlineLauncher | ProcessLauncher
         if config.launcher == "inline":
             self.launcher = self._start_inline()
@@ -214,7 +215,7 @@ class Cluster:
         else:
             next(self._serial)
         with self._lock:
-            self.check_open()
+            self._check_usable()
             name = request_id or f"cluster-{next(self._numbers)}"
             now = self.clock()
             self.controller.validate(ids, params)
@@ -256,7 +257,7 @@ class Cluster:
             ValueError: the cluster is closed.
             RuntimeError: its controller has stopped.
         """
-        self.check_open()
+        self._check_usable()
 
         def ready() -> list[str]:
             return [name for name in self._fresh if wanted is None or name in wanted]
@@ -369,10 +370,22 @@ class Cluster:
         config = replace(self.config, policy=policy, **settings)
         chosen, roles = config.route_policy()
         with self._lock:
-            self.check_open()
+            self._check_usable()
             self.controller.use_policy(chosen, dict(zip(config.names, roles, strict=True)), self.clock())
             self.config = config
             self._collect()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Meanwhile only this thread may use an inline cluster, which computes in whoever's thread polls; others get a
+        ValueError instead of a race. One over processes is for all, and stays so."""
+        with self._lock:
+            self._check_usable()
+            self._owner = threading.current_thread() if self._thread is None else None
+        try:
+            yield
+        finally:
+            self._owner = None
 
     @contextmanager
     def veiled(self) -> Iterator[None]:
@@ -449,6 +462,7 @@ class Cluster:
     def check_integrity(self) -> None:
         """Raise AssertionError if a worker has lost a block, or holds one although nothing runs."""
         with self._lock:
+            self._check_owner()
             self.controller.check_integrity()
             if isinstance(self.launcher, ProcessLauncher):
                 wrong = [text for text in self.launcher.ask("check").values() if text]
@@ -603,6 +617,17 @@ class Cluster:
         if self.tokenizer is None or not params.detokenize:
             return None
         return Detokenizer(self.tokenizer, ids, params.stop_strings, params.include_stop_str_in_output)
+
+    def _check_usable(self) -> None:
+        self.check_open()
+        self._check_owner()
+
+    def _check_owner(self) -> None:
+        owner = self._owner
+        if owner is not None and owner is not threading.current_thread():
+            raise ValueError(
+                f"thread {owner.name} has this inline cluster to itself: a cockpit is running, say; stop it first"
+            )
 
     def _check_crash(self) -> None:
         if self._crash is not None:

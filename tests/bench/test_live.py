@@ -191,6 +191,9 @@ def test_requests_flow_at_the_rate_that_is_set_and_others_are_left_alone() -> No
         assert load.sent == 0
         load.set_rate(200.0)
         until(lambda: load.sent > 10)
+        for use in (cluster.poll, cluster.check_integrity, lambda: cluster.generate([[1]], GREEDY)):
+            with pytest.raises(ValueError, match="nanopd-live-load has this inline cluster to itself"):
+                use()
         load.stop()
         assert (load.phase, load.error, load.refused) == (Phase.IDLE, None, 0)
         assert len(load.lateness) == load.sent
