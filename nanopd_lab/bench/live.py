@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from nanopd_lab.bench.pace import Pace
 from nanopd_lab.cluster.actions import ClusterBusyError
 from nanopd_lab.cluster.cluster import SETTLE_S, Cluster
 from nanopd_lab.core import SamplingParams
@@ -37,42 +38,6 @@ def random_requests(lengths: tuple[Sizes, Sizes], vocab_size: int) -> MakeReques
         return [rng.randrange(vocab_size) for _ in range(prompt)], params
 
     return make
-
-
-class Pace:
-    """Moments of a Poisson process whose rate may change at any time.
-
-    What is left until the next one is kept in units of the mean gap, so that a change counts at once, and the moments
-    are those of the process with that rate over time (time rescaling).
-
-    Args:
-        rate: a second; 0: nothing comes
-        now: s
-    """
-
-    def __init__(self, rate: float, rng: random.Random, now: float) -> None:
-        self._rng = rng
-        self._left = rng.expovariate(1.0)
-        self._since = now
-        self.rate = rate
-
-    @property
-    def next(self) -> float:
-        """When the next one comes at this rate; infinite at 0."""
-        return self._since + self._left / self.rate if self.rate > 0 else math.inf
-
-    def due(self, now: float) -> list[float]:
-        """Those that have come since the last call, in order."""
-        found = []
-        while (moment := self.next) <= now:
-            found.append(moment)
-            self._since, self._left = moment, self._rng.expovariate(1.0)
-        return found
-
-    def change(self, rate: float, now: float) -> None:
-        """From `now` on; what was due before has been taken."""
-        self._left = max(0.0, self._left - max(0.0, now - self._since) * self.rate)
-        self._since, self.rate = max(now, self._since), rate
 
 
 class Phase(str, enum.Enum):

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nanopd_lab import Cluster, ClusterConfig, SamplingParams
-from nanopd_lab.bench.live import MOST_OPEN, LiveLoad, Pace, Phase, random_requests
+from nanopd_lab.bench.live import MOST_OPEN, LiveLoad, Phase, random_requests
+from nanopd_lab.bench.pace import Pace
 from nanopd_lab.bench.recorder import Recorder
 from nanopd_lab.bench.workload import Fixed, Uniform, random_workload
 from nanopd_lab.cluster.inline import InlineLauncher
