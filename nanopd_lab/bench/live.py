@@ -91,7 +91,6 @@ class LiveLoad:
         make_request: (prompt, sampling parameters), from a random generator
         rate: requests a second; 0: none yet
         drain_s: after `stop`, what has not finished so long after is cancelled
-        during: entered before the first request of each run, left after its last
         on_end: called in the load's thread when it is idle again
 
     Raises:
@@ -106,7 +105,6 @@ class LiveLoad:
         *,
         seed: int = 0,
         drain_s: float = 5.0,
-        during: AbstractContextManager[Any] | None = None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         if not 0 <= drain_s < math.inf:
@@ -120,13 +118,14 @@ class LiveLoad:
         self._make_request = make_request
         self._rate = _checked(rate)
         self._rng = random.Random(seed)
-        self._during = during or nullcontext()
+        self.during: AbstractContextManager[Any] = nullcontext()  # each run, from before its first request
         self._on_end = on_end
         self._lock = threading.Lock()  # of the phase and of the pace
         self._pace: Pace | None = None
         self._awake = threading.Event()
         self._stop = False
         self._thread: threading.Thread | None = None
+        self.lateness: dict[str, float] = {}  # of every request of the run by id, s behind its moment
         self._open: set[str] = set()  # sent and not settled
         self._running: set[str] = set()  # sent and not finished
 
@@ -155,6 +154,7 @@ class LiveLoad:
             self.phase, self._stop = Phase.RUNNING, False
             self.error = self.refusal = None
             self.sent = self.refused = 0
+            self.lateness.clear()
             self._awake.clear()
             self._thread = threading.Thread(target=self._run, name="nanopd-live-load", daemon=True)
             self._thread.start()
@@ -188,7 +188,7 @@ class LiveLoad:
     def _run(self) -> None:
         try:
             # Without an end-of-text token each output is as long as its max_tokens: what no policy may know.
-            with self._during, self.cluster.veiled():
+            with self.during, self.cluster.veiled():
                 self._serve()
         except Exception as error:  # it would end this thread only
             self.error = self.error or error
@@ -211,21 +211,23 @@ class LiveLoad:
         clock = self.cluster.clock
         pace = Pace(self._rate, self._rng, clock())
         while not self._stop:
-            for _ in pace.due(clock()):
-                self._send()
+            for moment in pace.due(clock()):
+                self._send(moment)
             if pace.rate != self._rate:
                 pace.change(self._rate, clock())
             self._collect()
             self._pause(pace.next - clock())
 
-    def _send(self) -> None:
+    def _send(self, moment: float) -> None:
         prompt, params = self._make_request(self._rng)
+        name = f"live-{moment:.6f}-{len(self.lateness)}"
         try:
             if len(self._open) >= MOST_OPEN:
                 raise ClusterBusyError(
                     f"{MOST_OPEN} requests are under way, no more are sent; lower the rate"
                 )
-            name = self.cluster.submit(prompt, params)
+            self.lateness[name] = self.cluster.clock() - moment  # known before its end is
+            self.cluster.submit(prompt, params, name)
         except (InvalidRequestError, ClusterBusyError) as error:
             self.refused += 1
             self.refusal = error

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from nanopd_lab.bench.frames import End, Frame, Rolling, WorkerFrame
@@ -34,7 +34,8 @@ class Recorder:
 
     Args:
         cluster: any; of a closed one the recording ends
-        slo: what requests are judged by, from when they were submitted
+        slo: what requests are judged by
+        lateness: by request id, how many seconds before it was submitted it should have been; times count from then
         interval_s: between frames
         window_s: that medians and rates look back over
         title: of the recording; None: the policy and the workers
@@ -49,6 +50,7 @@ class Recorder:
         cluster: Cluster,
         slo: Slo | None = None,
         *,
+        lateness: Mapping[str, float] | None = None,
         interval_s: float = INTERVAL_S,
         window_s: float = 5.0,
         title: str | None = None,
@@ -60,6 +62,7 @@ class Recorder:
             )
         self.cluster = cluster
         self.slo = slo or Slo()
+        self.lateness = {} if lateness is None else lateness
         self.interval_s = interval_s
         self.window_s = window_s
         self.title = title
@@ -147,21 +150,23 @@ class Recorder:
         return found
 
     def _take(self, output: ClusterOutput) -> None:
-        end = end_of(output, self._begun)
+        end = end_of(output, self._begun, self.lateness.get(output.request_id, 0.0))
         self.ends.append(end)
         self._completed += end.ok
         self._failed += not end.ok
         self._routes[end.route] += 1
 
 
-def end_of(output: ClusterOutput, begun: float) -> End:
-    """What a request got, from when it was submitted; of several samples the first one's route and tokens count."""
+def end_of(output: ClusterOutput, begun: float, late_s: float = 0.0) -> End:
+    """What a request got, from `late_s` before it was submitted; of several samples the first one's route and tokens
+    count."""
     sample, metrics = output.outputs[0], output.metrics
     ok = all(each.error is None and each.finish_reason != "abort" for each in output.outputs)
     ended = metrics.finished_time if metrics.finished_time is not None else metrics.arrival_time
     route = output.paths[0].route if output.paths else None
+    ttft, e2e = (None if each is None else each + late_s for each in (metrics.ttft, metrics.e2e))
     tpot = metrics.tpot(len(sample.token_ids)) or 0.0
-    return End(ended - begun, metrics.ttft, tpot, metrics.e2e, ok, "" if route is None else str(route))
+    return End(ended - begun, ttft, tpot, e2e, ok, "" if route is None else str(route))
 
 
 def worker_frame(look: WorkerLook) -> WorkerFrame:

@@ -64,10 +64,10 @@ class ClusterCockpit(ipywidgets.VBox):
         interval_s: float = INTERVAL_S,
     ) -> None:
         self.cluster = cluster
-        self.watch = Watch(cluster, slo, window_s=window_s, interval_s=interval_s)
         make = make_request or random_requests(lengths, cluster.vocab_size)
-        self.load = LiveLoad(
-            cluster, make, rate, seed=seed, drain_s=drain_s, during=self.watch, on_end=self._ended
+        self.load = LiveLoad(cluster, make, rate, seed=seed, drain_s=drain_s, on_end=self._ended)
+        self.watch = self.load.during = Watch(
+            cluster, slo, window_s=window_s, interval_s=interval_s, lateness=self.load.lateness
         )
         self._lock = threading.Lock()  # callbacks may come in several threads
         top = max(rate, 4 * rate if top_rate is None else top_rate) or 1.0

@@ -19,6 +19,7 @@ BAR_PX, KV_PX = 300, 120
 LINE_PX = (285, 64)
 POINTS = 60  # of a line
 SCALE_FRAMES = 40  # the newest, which the bars fit in
+FEW = 8  # requests: shorter bars than these fill nothing
 _LEGEND = "".join(
     f'<span style="display:inline-block;width:.8em;height:.8em;background:{colour}"></span> {label} &nbsp; '
     for _, label, colour, _ in PHASES
@@ -32,7 +33,7 @@ def page(frames: Sequence[Frame], slo: Slo, window_s: float, note: str = "") -> 
         note: in small print below
     """
     now = frames[-1]
-    most = max(1, *(max(each.queued, *map(_jobs, shown_workers(each))) for each in frames[-SCALE_FRAMES:]))
+    most = max(FEW, *(max(each.queued, *map(_jobs, shown_workers(each))) for each in frames[-SCALE_FRAMES:]))
     rows = [_row("queue", "in the controller", _bar([now.queued], [WAITING], most), f"{now.queued} wait", "")]
     rows += [_worker(worker, most) for worker in shown_workers(now)]
     routes = " &nbsp; ".join(

@@ -9,6 +9,7 @@ replay(watch.recording())
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 
 import ipywidgets
@@ -26,7 +27,7 @@ class Watch(ipywidgets.HTML):
     """It only writes text: drawing would take time from what is measured. Every `with` is a recording of its own.
 
     Args:
-        slo: what requests are judged by, from when they were submitted
+        slo, lateness: what requests are judged by, as of `Recorder`
         window_s: that medians and rates look back over
         interval_s: between looks
 
@@ -41,11 +42,14 @@ class Watch(ipywidgets.HTML):
         *,
         window_s: float = 5.0,
         interval_s: float = INTERVAL_S,
+        lateness: Mapping[str, float] | None = None,
         title: str | None = None,
     ) -> None:
         super().__init__()
         self.cluster = cluster
-        self._options = {"slo": slo, "window_s": window_s, "interval_s": interval_s, "title": title}
+        self._options = {
+            "slo": slo, "window_s": window_s, "interval_s": interval_s, "lateness": lateness, "title": title,
+        }  # fmt: skip
         self.recorder = self._renew()
         self._fresh = True
 

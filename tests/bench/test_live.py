@@ -153,6 +153,16 @@ def test_workers_are_seen_at_what_they_do() -> None:
         look()
 
 
+def test_times_count_from_when_a_request_was_to_be_sent() -> None:
+    with inline("collocated") as cluster, Recorder(cluster, lateness={"a": 3.0}) as recorder:
+        for name in ("a", "b"):
+            list(cluster.stream([cluster.submit([1, 2, 3], GREEDY, name)]))
+        recorder.stop()
+        late, plain = recorder.ends
+        assert (late.ttft_s or 0) > 3.0 > (plain.ttft_s or 9)
+        assert (late.e2e_s or 0) > 3.0 > (late.tpot_s or 9)
+
+
 def test_a_recorder_ends_with_its_cluster_and_says_so() -> None:
     cluster = inline()
     recorder = Recorder(cluster, interval_s=0.01)
@@ -183,6 +193,8 @@ def test_requests_flow_at_the_rate_that_is_set_and_others_are_left_alone() -> No
         until(lambda: load.sent > 10)
         load.stop()
         assert (load.phase, load.error, load.refused) == (Phase.IDLE, None, 0)
+        assert len(load.lateness) == load.sent
+        assert min(load.lateness.values()) >= 0
         cluster.check_integrity()
         assert {output.request_id for output in cluster.stream([mine]) if output.settled} == {mine}
         assert cluster.poll() == []

@@ -16,6 +16,7 @@ from nanopd_lab.bench.workload import random_workload
 from nanopd_lab.router import Slo
 from nanopd_lab.sim.arrivals import Arrivals
 from nanopd_lab.viz.cluster_cockpit import ClusterCockpit
+from nanopd_lab.viz.cockpit_cost import FIGURES, cost_of_watching
 from nanopd_lab.viz.cockpit_page import page
 from nanopd_lab.viz.watch import Watch
 from tests.bench.test_live import GREEDY, SHORT, inline, until
@@ -137,3 +138,13 @@ def test_the_page_says_the_frame_and_is_well_formed() -> None:
     assert "TPOT (ms) –" in words
     assert len(text) < 12_000
     assert page(frames[:1], Slo(), 5.0) != text
+
+
+def test_the_cost_of_watching_is_measured_in_turns(cluster: Cluster) -> None:
+    workload = random_workload(4, Arrivals(200.0), SHORT)
+    cost = cost_of_watching(cluster, workload, rounds=2, interval_s=0.01)
+    assert set(cost.without) == set(cost.watched) == set(cost.ratio) == set(FIGURES)
+    assert min(*cost.without.values(), *cost.watched.values(), cost.busy) > 0
+    assert "with/without" in str(cost)
+    with pytest.raises(ValueError, match="rounds is 0"):
+        cost_of_watching(cluster, workload, rounds=0)
