@@ -3,24 +3,31 @@
     python -m nanopd_lab.viz.cockpit_cost --model smollm2 --launcher process --rounds 5
 
 Each round is two runs, whose order changes from round to round, so that a slow moment of a shared machine hits both.
-`with/without` is the median over rounds of the ratio of the two.
+`with/without` is the median over rounds of the ratio of the two. On a machine that others use too only the processor
+time says something: of this process, and of the workers' where there is a /proc.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanopd_lab.bench.workload import Uniform, Workload, random_workload
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import LAUNCHERS, ClusterConfig
+from nanopd_lab.cluster.process import ProcessLauncher
 from nanopd_lab.router.slo import Slo
 from nanopd_lab.sim.arrivals import Arrivals
 from nanopd_lab.viz.watch import Watch
 
 FIGURES = {
+    "processor_s": "processor time (s)",
     "duration": "duration (s)",
     "output_throughput": "output tokens/s",
     "median_ttft_ms": "median TTFT (ms)",
@@ -48,6 +55,18 @@ class Cost(NamedTuple):
         return "\n".join(lines)
 
 
+def processor_s(cluster: Cluster) -> float:
+    """Processor time so far of this process and of a cluster's workers, as far as the system tells."""
+    found = time.process_time()
+    if isinstance(cluster.launcher, ProcessLauncher):
+        for name in cluster.config.names:
+            stat = Path(f"/proc/{cluster.launcher.pid(name)}/stat")
+            if stat.exists():
+                fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
+                found += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
+    return found
+
+
 def cost_of_watching(cluster: Cluster, workload: Workload, rounds: int, interval_s: float = 0.25) -> Cost:
     """Serve the workload `2 * rounds` times.
 
@@ -60,13 +79,12 @@ def cost_of_watching(cluster: Cluster, workload: Workload, rounds: int, interval
     watch, shares = Watch(cluster, SLO, interval_s=interval_s), []
     for number in range(rounds):
         for watched in (False, True) if number % 2 == 0 else (True, False):
-            if watched:
-                with watch:
-                    result = cluster.bench(workload, SLO, num_warmups=0, ready_timeout_s=0)
-                recorder = watch.recorder
-                shares.append(recorder.busy_s / recorder.frames[-1].time_s)
-            else:
+            begun = processor_s(cluster)
+            with watch if watched else nullcontext():
                 result = cluster.bench(workload, SLO, num_warmups=0, ready_timeout_s=0)
+            result["processor_s"] = processor_s(cluster) - begun
+            if watched:
+                shares.append(watch.recorder.busy_s / watch.recorder.frames[-1].time_s)
             if result["completed"] < len(workload.requests):
                 raise ValueError(f"only {result['completed']} of {len(workload.requests)} requests completed")
             runs[watched].append(result)
