@@ -250,6 +250,11 @@ def describe(cost: CostModel, prompt_tokens: int = 512, context: int = 512) -> s
             if model.short_pair_s
             else []
         ),
+        *(
+            [("rows", f"{1e3 * model.rows_s:.3f} ms more for several rows than for one")]
+            if model.rows_s
+            else []
+        ),
         *([("mixed", f"{1e3 * model.mixed_s:.3f} ms a step with a prompt chunk")] if model.mixed_s else []),
         ("host", f"{1e3 * model.host_s:.3f} ms a step, beside the device"),
     ]

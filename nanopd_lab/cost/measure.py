@@ -20,7 +20,7 @@ from nanopd_lab.cost.company import Company
 from nanopd_lab.cost.files import CostModel, read_json
 from nanopd_lab.cost.grid import Grid, grid_for
 
-CPU_GRID = Grid((16, 64, 160), (0, 256), (1, 3, 8), (64, 400), 12)
+CPU_GRID = Grid((16, 64, 160), (0, 256), (1, 2, 4, 8), (64, 400), 12)
 TINY_GRID = Grid((4, 16), (0, 16), (1, 3), (8, 32), 6)
 
 
