@@ -150,7 +150,8 @@ class Adaptive:
         return role_changes(views, wanted)
 
     def _begin_plan(self, views: Sequence[WorkerView], now: float) -> None:
-        terms = [self._of(view, now) for view in views]
+        typical = self._typical()
+        terms = [self._of(view, typical, now) for view in views]
         paces = [each.active * each.pace_s / (1 - self._shares.of(each.view.name, now)) for each in terms]
         pace_s = sum(paces) / max(1, sum(each.active for each in terms))
         ages = self._under_way.ages(now, pace_s)
@@ -210,14 +211,15 @@ class Adaptive:
         tokens, alone_s, weight, gaps, moved_s = ask.tokens, ask.alone_s, ask.weight, ask.gaps, ask.moved_s
         by_token, by_link = weight * ask.output, self._slope / gaps + weight
         latest_s, scale = slo.ttft_s - ask.waited_s, TTFT_DOUBT * slo.ttft_s
-        beside: dict[int, float] = {0: 0.0}
+        beside = costs.beside_all(tokens)
         nobody: tuple[float, Terms | None] = (math.inf, None)
         source = second_source = target = second_target = stays = nobody
         least_tpot_s, decodes = math.inf, 0.0
+        typical = self._typical()
         for view in views:
             each = known.get(view.name)
             if each is None or each[0] is not view or now >= each[1]:
-                each = self._of(view, now)
+                each = self._of(view, typical, now)
             (
                 _, _, role, active, exposed, room, free_at, wait_s, pace_s, harm,
                 tpot_s, own, late, joining_s, more, spread, link,
@@ -236,10 +238,7 @@ class Adaptive:
                     continue
             first_s = wait_s + free_at - now if free_at > now else wait_s
             if active:
-                extra = beside.get(active)
-                if extra is None:
-                    extra = beside[active] = costs.beside(tokens, active)
-                first_s += extra + pace_s * -(-tokens // room)
+                first_s += beside[-(-active // 8)] + pace_s * -(-tokens // room)
             else:
                 first_s += alone_s
             prefills = weight * first_s
@@ -247,9 +246,7 @@ class Adaptive:
             if prefills >= second_source[0] and not both:
                 continue
             if exposed:
-                extra = beside.get(exposed)
-                if extra is None:
-                    extra = beside[exposed] = costs.beside(tokens, exposed)
+                extra = beside[-(-exposed // 8)]
                 harmed = harm * extra
                 prefills += (harmed if harmed < exposed else exposed) + weight * exposed * extra
             if scale < math.inf:
@@ -309,11 +306,13 @@ class Adaptive:
 
     # ------------------------------------------------------------------ what is known of a worker
 
-    def _of(self, view: WorkerView, now: float) -> Terms:
+    def _typical(self) -> Typical:
+        return Typical(max(1, int(self._mean_prompt)), self.plan.mean_output, self._delay_s)
+
+    def _of(self, view: WorkerView, typical: Typical, now: float) -> Terms:
         found = self._terms.get(view.name)
         if found is not None and found.view is view and now < found.until:
             return found
-        typical = Typical(max(1, int(self._mean_prompt)), self.plan.mean_output, self._delay_s)
         share = self._shares.of(view.name, now)
         found = terms_of(view, self.costs, self.slo, typical, share, self._token_s, now)
         self._terms[view.name] = found

@@ -42,7 +42,7 @@ class ReplayWorker:
         self, costs: StepCosts, room: Room, firsts: list[float], ends: list[float], now: float = 0.0
     ) -> None:
         self.costs, self.room, self.firsts, self.ends = costs, room, firsts, ends
-        self.now, self.steps = now, 0.0
+        self.now, self.steps, self._token_s = now, 0.0, costs.token_s
         self.batch, self.context = 0, 0.0
         self.queue: deque[_Prompt] = deque()
         self._queued_tokens = 0
@@ -56,8 +56,8 @@ class ReplayWorker:
 
     def queued_s(self, time: float) -> float:
         """About what a prompt that comes then waits for others."""
-        left = self.now - time
-        return (left if left > 0 else 0.0) + self._queued_tokens * self.costs.token_s
+        left, queued_s = self.now - time, self._queued_tokens * self._token_s
+        return left + queued_s if left > 0 else queued_s
 
     # ------------------------------------------------------------------ prompts
 

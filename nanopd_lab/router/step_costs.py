@@ -24,7 +24,7 @@ class StepCosts:
         self._pair_s, self._short_pair_s = self.model.pair_s, self.model.short_pair_s
         self.context_s = self.model.pair_s + self.model.context_s
         self._prompts: dict[int, float] = {}
-        self._beside: dict[tuple[int, int], float] = {}
+        self._beside: dict[int, Beside] = {}
         self._shared: dict[tuple[int, int], float] = {}
         self._batches: dict[int, float] = {}
         self._pulls: dict[int, tuple[float, float]] = {}
@@ -76,7 +76,7 @@ class StepCosts:
         if found is None:
             if len(self._prompts) > 1 << 14:
                 self._prompts.clear()
-            found = self._prompts[tokens] = self._walk(tokens, 0)
+            found = self._prompts[tokens] = self.walk(tokens, 0)
         return found
 
     def queued(self, tokens: int, count: int) -> float:
@@ -92,16 +92,18 @@ class StepCosts:
 
     def beside(self, tokens: int, batch: int) -> float:
         """What a prompt adds to the steps of `batch` decodes, s; in steps of sizes, as it is asked often."""
-        key = -(-tokens // 32), -(-batch // 8)
-        found = self._beside.get(key)
+        return self.beside_all(tokens)[-(-batch // 8)]
+
+    def beside_all(self, tokens: int) -> Beside:
+        """`beside` of a prompt, by eighths of the batch, rounded up."""
+        size = -(-tokens // 32)
+        found = self._beside.get(size)
         if found is None:
-            tokens, batch = 32 * key[0], 8 * key[1]
-            steps = -(-tokens // max(1, self.budget - batch))
-            found = self._walk(tokens, batch) - steps * self.decode(batch, 0)
-            self._beside[key] = found = max(found, 0.0)
+            found = self._beside[size] = Beside(self, 32 * size)
         return found
 
-    def _walk(self, tokens: int, batch: int) -> float:
+    def walk(self, tokens: int, batch: int) -> float:
+        """A prompt in chunks beside so many decodes."""
         room = max(1, self.budget - batch)
         seconds, past = 0.0, 0
         while past < tokens:
@@ -129,3 +131,17 @@ class StepCosts:
     def last_pull(self, tokens: int) -> float:
         """What of it can be seen: chunks before the last are pulled while the next is computed."""
         return self.pull(tokens - (tokens - 1) // self.budget * self.budget)
+
+
+class Beside(dict[int, float]):
+    """What one prompt adds to the steps of decodes, s, by eighths of their number; worked out when it is asked for."""
+
+    def __init__(self, costs: StepCosts, tokens: int) -> None:
+        self.costs, self.tokens = costs, tokens
+
+    def __missing__(self, eighths: int) -> float:
+        costs, batch = self.costs, 8 * eighths
+        steps = -(-self.tokens // max(1, costs.budget - batch))
+        found = costs.walk(self.tokens, batch) - steps * costs.decode(batch, 0)
+        self[eighths] = found = max(found, 0.0)
+        return found
