@@ -48,11 +48,7 @@ ON_GPU = (
 )
 
 
-GROUPS = {64: 3, 128: 4, 256: 3}  # query heads for a KV head, by head_dim: one that fills its lanes, one that does not
-    64: 3,
-    128: 4,
-    256: 3,
-}  # query heads for a KV head, by head_dim: a group that fills its lanes, one that doesn't
+GROUPS = {64: 3, 128: 4, 256: 3}  # query heads for a KV head, by head_dim: 4 fill their lanes, 3 don't
 
 
 @dataclass(frozen=True)
