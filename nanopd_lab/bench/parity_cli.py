@@ -200,4 +200,5 @@ def _settings(args: argparse.Namespace, cost: CostModel) -> SimConfig:
         block_bytes=cost.fit["block_bytes"],
         link=cost.transfer or LinkModel(),
         ahead=bool(cost.fit.get("ahead", False)),
+        company=cost.company,
     )

@@ -65,6 +65,13 @@ class ClusterOutput(RequestOutput):
         """True once the accounts are complete: every worker has given back what it held of the request."""
         return self.finished and bool(self.paths) and all(path.complete for path in self.paths)
 
+    @property
+    def num_cached_prompt_tokens(self) -> int:
+        """Tokens of the prompt that nobody had to compute: found in the prefix cache where its prefill began.
+        `num_cached_tokens` is of all samples and counts what the decode worker had as well. 0 until `settled`."""
+        usages = (attempt.prefill for path in self.paths[:1] for attempt in path.attempts)
+        return next((usage.first_cached for usage in usages if usage is not None), 0)
+
 
 @dataclass(eq=False)
 class _Sample:

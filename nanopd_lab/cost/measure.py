@@ -1,7 +1,8 @@
-"""A cost model of this machine in under a minute: a profile by as many processes at once as there will be workers.
+"""A cost model of this machine in about a minute: a profile by as many processes at once as there will be workers.
 
 Workers on a CPU share its memory and caches; a step that is timed alone is shorter than it will be. So all of them
-profile at the same time, and a step's time is the median of their visits. A GPU is alone: one process is enough.
+profile at the same time, and a step's time is the median of their visits. One of them then times a few of the steps
+alone, as workers are not always all busy (`cost.company`). A GPU is alone: one process is enough.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanopd_lab.cluster.starting import process_context, take_environment
-from nanopd_lab.cost.calibrate import fit_profile, own_link
+from nanopd_lab.cost.calibrate import fit_profile, own_link, timed_points
+from nanopd_lab.cost.company import Company
 from nanopd_lab.cost.files import CostModel, read_json
 from nanopd_lab.cost.grid import Grid, grid_for
 
-CPU_GRID = Grid((16, 64, 160), (0, 256), (1, 3, 8), (64, 400), 12)
+CPU_GRID = Grid((16, 64, 160), (0, 256), (1, 2, 4, 8), (64, 400), 12)
 TINY_GRID = Grid((4, 16), (0, 16), (1, 3), (8, 32), 6)
 
 
@@ -48,13 +50,73 @@ class ProfileJob:
 
 
 def measure_cost_model(job: ProfileJob, folder: Path, progress: bool = True) -> CostModel:
-    """Profile and fit; `profile.json` and `cost-model.json` stay in the folder.
+    """Profile and fit; `cost-model.json` stays in the folder.
 
     Raises:
         RuntimeError: a process that profiles has failed; its last words are in the message.
         ValueError: as of `profile` and `fit_profile`.
     """
-    files = [folder / f"profile-{number}.json" for number in range(job.processes)]
+    together = [folder / f"profile-{number}.json" for number in range(job.processes)]
+    _run(job, together, progress)
+    record = merged([read_json(path) for path in together])
+    cost = fit_profile(record, own_link(record))
+    if job.processes > 1:
+        path = folder / "profile-alone.json"
+        _run(replace(job, grid=some_of(job.grid)), [path], progress)
+        cost = with_company(cost, record, read_json(path))
+        together.append(path)
+    for path in together:
+        path.unlink()
+    cost.save(folder / "cost-model.json")
+    return cost
+
+
+def some_of(grid: Grid) -> Grid:
+    """Few of its steps: prompts and batches of each size with the shortest past."""
+    return replace(grid, pasts=grid.pasts[:1], contexts=grid.contexts[:1], num_mixed=0)
+
+
+def with_company(cost: CostModel, together: Mapping[str, Any], alone: Mapping[str, Any]) -> CostModel:
+    """What workers cost one another, from steps of one profile that were timed in another one too; noted in `fit`.
+
+    Args:
+        together: of processes that were all busy, as `merged` makes it; `cost` is fitted to it
+        alone: of one process on the same machine
+
+    Raises:
+        ValueError: see `timed_points` and `Company.fit`.
+    """
+    known = dict(timed_points(together))
+    both = [(point, seconds, known[point]) for point, seconds in timed_points(alone) if point in known]
+    company = Company.fit(
+        int(together["settings"]["processes"]),
+        [(one, other) for point, one, other in both if point.kind == "decode"],
+        [(one, other) for point, one, other in both if point.kind != "decode"],
+    )
+    rows = [{**point.to_record(), "alone_s": one, "together_s": other} for point, one, other in both]
+    return replace(cost, company=company, fit={**cost.fit, "company": rows})
+
+
+def merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One profile of several of the same steps: the visits of all; the pulls of the first.
+
+    Raises:
+        ValueError: they are not of the same steps.
+    """
+    first = dict(records[0])
+    rows = []
+    for number, row in enumerate(first["points"]):
+        others = [record["points"][number] for record in records]
+        if any(other["chunks"] != row["chunks"] for other in others):
+            raise ValueError("the profiles are of different steps; make them with one grid")
+        rows.append({**row, "seconds": [second for other in others for second in other["seconds"]]})
+    first["points"] = rows
+    first["settings"] = {**first["settings"], "processes": len(records)}
+    return first
+
+
+def _run(job: ProfileJob, files: Sequence[Path], progress: bool) -> None:
+    """A process for each file, all at once."""
     for path in files:
         path.unlink(missing_ok=True)  # of an earlier run, which may have had other neighbours
     context = process_context([job.device])
@@ -75,34 +137,11 @@ def measure_cost_model(job: ProfileJob, folder: Path, progress: bool = True) -> 
             process.join()
         raise
     for process, path in zip(processes, files, strict=True):
+        log = path.with_suffix(".log")
         if process.exitcode:
-            words = path.with_suffix(".log").read_text().strip().splitlines()[-1:]
+            words = log.read_text().strip().splitlines()[-1:]
             raise RuntimeError(f"profiling {job.model} failed: {words[0] if words else process.exitcode}")
-    record = merged([read_json(path) for path in files])
-    for path in files:
-        path.unlink()
-        path.with_suffix(".log").unlink(missing_ok=True)
-    cost = fit_profile(record, own_link(record))
-    cost.save(folder / "cost-model.json")
-    return cost
-
-
-def merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One profile of several of the same steps: the visits of all; the pulls of the first.
-
-    Raises:
-        ValueError: they are not of the same steps.
-    """
-    first = dict(records[0])
-    rows = []
-    for number, row in enumerate(first["points"]):
-        others = [record["points"][number] for record in records]
-        if any(other["chunks"] != row["chunks"] for other in others):
-            raise ValueError("the profiles are of different steps; make them with one grid")
-        rows.append({**row, "seconds": [second for other in others for second in other["seconds"]]})
-    first["points"] = rows
-    first["settings"] = {**first["settings"], "processes": len(records)}
-    return first
+        log.unlink(missing_ok=True)
 
 
 def _profile_one(job: ProfileJob, path: Path, progress: bool, environment: Mapping[str, str]) -> None:

@@ -254,19 +254,21 @@ class RolePlan:
         self, times: Sequence[tuple[float, float, float]], jobs: Sequence[ReplayJob]
     ) -> Generator[None, None, float]:
         """Worth of requests with these (time to first token, to the handover's end, from there to the end)."""
-        slo, total = self.slo, 0.0
-        ideal = self.costs.decode(1, 0)
+        slo, costs, total, given = self.slo, self.costs, 0.0, self.slo.given
+        ideal = costs.decode(1, 0)
         for number, ((first, moved, rest), (_, prompt, output)) in enumerate(zip(times, jobs, strict=True)):
             if number % 16 == 0:
                 yield
             end = first + moved + rest
-            alone = self.costs.prompt(prompt) + ideal * output
+            alone = costs.prompt(prompt) + ideal * output
             quick = alone / (alone + end)
-            if slo.given:
-                kept = share(first, slo.ttft_s) * share((moved + rest) / max(1, output - 1), slo.tpot_s)
-                total += kept * share(end, slo.e2e_s) + LATENCY_WORTH * quick
-            else:
+            if not given:
                 total += quick
+                continue
+            kept = share(first, slo.ttft_s)
+            if kept:
+                kept *= share((moved + rest) / max(1, output - 1), slo.tpot_s) * share(end, slo.e2e_s)
+            total += kept + LATENCY_WORTH * quick
         return total / max(1, len(jobs))
 
 
@@ -274,4 +276,5 @@ def share(value: float, objective: float, width: float = 0.1) -> float:
     """How surely `value` keeps an objective: 1 well below, 0 well above, a straight line between."""
     if objective == math.inf:
         return 1.0
-    return min(1.0, max(0.0, 0.5 + (1.0 - value / objective) / (2 * width)))
+    found = 0.5 + (1.0 - value / objective) / (2 * width)
+    return 1.0 if found > 1.0 else found if found > 0.0 else 0.0

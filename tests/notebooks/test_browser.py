@@ -188,8 +188,9 @@ def test_runs_clean(page: Any) -> None:
 
 
 def test_a_slider_changes_the_picture(page: Any) -> None:
-    handle = page.locator(".widget-slider .noUi-handle").first
-    image = page.locator(".widget-image").first
+    explorer = page.locator(".widget-vbox:has(> .widget-image)").first
+    handle = explorer.locator(".widget-slider .noUi-handle").first
+    image = explorer.locator(".widget-image").first
     start = float(handle.get_attribute("aria-valuenow"))
     seen = {start: pixels(image)}
     for key in ("ArrowRight", "ArrowRight", "End", "Home"):
