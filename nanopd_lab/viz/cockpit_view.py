@@ -61,14 +61,14 @@ def cockpit_view(recording: Recording, time_s: float | None = None) -> LabFigure
     _goodput(right[3], recording, past)
     for ax in right:
         ax.set_xlim(0, max(recording.duration_s, 1e-3))
-        ax.axvline(frame.time_s, color=INK, linewidth=0.8, alpha=0.5)
+        ax.axvline(time_s, color=INK, linewidth=0.8, alpha=0.5)
         tidy(ax)
         ax.tick_params(labelsize=9, labelbottom=ax is right[3])
     fig.align_ylabels(right)
     right[3].set_xlabel("time since the begin (s)", fontsize=10)
     promised = f"; within {words(recording.slo)}" if recording.slo.given else ""
     fig.suptitle(
-        f"{recording.title}: at {frame.time_s:.1f} s; lines look back over {recording.window_s:.2g} s{promised}",
+        f"{recording.title}: at {time_s:.2f} s; lines look back over {recording.window_s:.2g} s{promised}",
         fontsize=10.5, color=INK, x=0.01, ha="left",
     )  # fmt: skip
     return fig
