@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from nanopd_lab.cpu import block_copy
 from nanopd_lab.transfer.base import Pool, PoolAddress, TransferError
+from nanopd_lab.transfer.device_memory import uuid_of
 from nanopd_lab.transfer.process_groups import CONNECT_S, LOOPBACK, PairGroup, reached_store
 from nanopd_lab.transfer.pull_service import WINDOW, PullService, line_of
 from nanopd_lab.transfer.pulls import Job, Peer, PoolTransport
@@ -84,9 +85,10 @@ class Channel:
         for number, part in enumerate(parts):
             while len(flying) < min(number + WINDOW, len(parts)) and not stopped():
                 asked = parts[len(flying)]
+                # Asked for first: NCCL's first receive waits until the other side sends.
+                self._socket.sendall(line_of({"blocks": list(blocks[asked]), "seconds": seconds()}))
                 places = staging.incoming(len(flying), targets[asked])
                 flying.append([group.receive(each) for each in places])
-                self._socket.sendall(line_of({"blocks": list(blocks[asked]), "seconds": seconds()}))
             if number == len(flying):
                 return
             for work in flying[number]:
@@ -238,6 +240,8 @@ class TorchDistTransport(PoolTransport):
     def _show(self, pool: Pool) -> dict[str, Any]:
         block_copy.prepare()
         details: dict[str, Any] = {"device": pool.memory.device.type}
+        if pool.memory.is_cuda:
+            details["gpu"] = uuid_of(pool.memory.device)
         if self._shared_tables:
             details["generations"] = self._tables.details(pool.generations)
         try:
@@ -255,6 +259,11 @@ class TorchDistTransport(PoolTransport):
             raise TransferError(
                 f"{address.worker}'s pool is on {address.details['device']}, that of {self._worker} on "
                 f"{own.memory.device.type}; 'torchdist' joins CPUs or GPUs"
+            )
+        if own.memory.is_cuda and address.details["gpu"] == uuid_of(own.memory.device):
+            raise TransferError(
+                f"{address.worker} and {self._worker} share a GPU, and NCCL joins two; use 'p2p', which copies "
+                "inside one"
             )
         table: MutableSequence[int] | None = None
         with suppress(TransferError, KeyError):
