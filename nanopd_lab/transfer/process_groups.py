@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
@@ -65,7 +66,9 @@ class PairGroup:
 
     def __init__(self, store: dist.Store, rank: int, address: str, device: torch.device) -> None:
         self._other, self._device = 1 - rank, device
-        self._aborted = False
+        self._aborted, self._aborting = False, threading.Lock()
+        # Not behind what the engine has queued on the device's current stream.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._group: Any = _nccl(store, rank) if device.type == "cuda" else _gloo(store, rank, address)
 
     def send(self, tensor: torch.Tensor) -> dist.Work:
@@ -79,7 +82,7 @@ class PairGroup:
             return self._group.recv([tensor], self._other, 0)
 
     def _here(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def wait(self, work: dist.Work, seconds: float) -> None:
         """Until it has ended.
@@ -100,11 +103,11 @@ class PairGroup:
             time.sleep(_LOOK_S)
 
     def abort(self) -> None:
-        """End what is under way, with an error. Safe to call twice."""
-        if self._aborted:
-            return
-        self._aborted = True
-        with suppress(RuntimeError):
+        """End what is under way, with an error; no tensor is written any more. Safe to call twice."""
+        with self._aborting, suppress(RuntimeError):
+            if self._aborted:
+                return
+            self._aborted = True
             if self._device.type == "cuda":
                 self._group.abort()
             else:

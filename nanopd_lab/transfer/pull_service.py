@@ -1,9 +1,10 @@
 """The source's side of `torchdist`: threads that answer pulls, as send and receive take two.
 
-    reader  {"token", "reader"}          who is asked, so that nobody else who got the port answers
-    source  {"pair", "store"}            where both make their process group
-    reader  {"blocks", "seconds"}        a chunk, again and again
-    source  {"generations"}              of these blocks, read when they had been packed; the bytes by the group
+    reader  {"token"}                who is asked, so that nobody else who got the port answers
+    source  {"pair", "store"}        where both make their process group
+    reader  {"blocks", "seconds"}    a chunk, again and again; its bytes come by the group
+    reader  {"check"}                when all have come, if it cannot look itself: blocks
+    source  {"generations"}          of these
 
 Lines of JSON over a TCP connection, which also shows at once when the other side is gone. A source never sends what was
 not asked for, so a reader ends a pull by asking for no more.
@@ -20,6 +21,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from nanopd_lab.transfer.base import Pool
@@ -27,7 +29,6 @@ from nanopd_lab.transfer.process_groups import CONNECT_S, PairGroup, listening_s
 from nanopd_lab.transfer.staging import Staging
 
 WINDOW = 3  # chunks asked for and not taken in
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 _JOIN_S = 2.0
 
 
@@ -90,21 +91,22 @@ class PullService:
             self._served.pop(threading.current_thread(), None)
 
     def _answer(self, connection: socket.socket, lines: Iterable[bytes], group: PairGroup) -> None:
-        device = self._pool.memory.device
-        staging = Staging(self._pool, WINDOW, CHUNK_BYTES[device.type])
-        works: list[dist.Work | None] = [None] * WINDOW
-        for number, line in enumerate(lines):
+        staging, number = Staging(self._pool, WINDOW), 0
+        flying: list[list[tuple[dist.Work, torch.Tensor]]] = [[] for _ in range(WINDOW)]
+        for line in lines:
             asked = json.loads(line)
+            if "check" in asked:
+                generations = [self._pool.generations[block] for block in asked["check"]]
+                connection.sendall(line_of({"generations": generations}))
+                continue
             blocks, seconds = asked["blocks"], asked["seconds"]
             if not 0 < len(blocks) <= staging.blocks_each or min(blocks) < 0:
                 raise ValueError(f"{len(blocks)} blocks from {min(blocks)}")
-            if (work := works[number % WINDOW]) is not None:
+            slot = number % WINDOW
+            for work, _ in flying[slot]:
                 group.wait(work, seconds)
-            buffer = staging.buffer(number, len(blocks))
-            staging.pack(blocks, buffer)
-            generations = [self._pool.generations[block] for block in blocks]
-            works[number % WINDOW] = group.send(buffer)
-            connection.sendall(line_of({"generations": generations}))
+            flying[slot] = [(group.send(each), each) for each in staging.outgoing(number, blocks)]
+            number += 1
 
     def close(self) -> None:
         """Answer nobody any more."""

@@ -4,8 +4,8 @@ Nothing is shared but a network, so what is one-sided elsewhere takes two: the s
 (`pull_service`), which pack blocks beside its computation. For every source that it knows a reader has a thread too, a
 connection and a process group; if any of these fails, the pull fails, and the next one makes them anew.
 
-Bytes arrive in a buffer and are unpacked under a lock, so a pull that has been stopped can be reported at once: what
-still comes of it is thrown away.
+A pull that is stopped asks for no more and ends when what it had asked for has come, or at its deadline: then the group
+is dropped, and nothing is written any more.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import torch.distributed as dist
 
 from nanopd_lab.cpu import block_copy
 from nanopd_lab.transfer.base import Pool, PoolAddress, TransferError
+from nanopd_lab.transfer.device_memory import uuid_of
 from nanopd_lab.transfer.process_groups import CONNECT_S, LOOPBACK, PairGroup, reached_store
-from nanopd_lab.transfer.pull_service import CHUNK_BYTES, WINDOW, PullService, line_of
+from nanopd_lab.transfer.pull_service import WINDOW, PullService, line_of
 from nanopd_lab.transfer.pulls import Job, Peer, PoolTransport
 from nanopd_lab.transfer.segments import SharedGenerations, map_integers
 from nanopd_lab.transfer.staging import Staging
@@ -63,29 +64,47 @@ class Channel:
     def pull(
         self,
         blocks: Sequence[int],
+        targets: Sequence[int],
         staging: Staging,
-        write: Callable[[slice, torch.Tensor, list[int]], None],
+        after: torch.cuda.Event | None,
         stopped: Callable[[], bool],
         seconds: Callable[[], float],
     ) -> None:
-        """Ask for blocks chunk by chunk, and hand each on: which they are, their bytes, their generations.
+        """Ask for blocks chunk by chunk, and write them to those of the own pool; fewer if it is `stopped`.
+
+        Args:
+            after: what may still write to the target blocks
+            seconds: left
 
         Raises:
             OSError, RuntimeError: the source is gone or too slow; the channel is of no use any more.
         """
         group, step = self.join(), staging.blocks_each
         parts = [slice(first, first + step) for first in range(0, len(blocks), step)]
-        works: list[dist.Work] = []
+        flying: list[list[dist.Work]] = []
         for number, part in enumerate(parts):
-            while len(works) < min(number + WINDOW, len(parts)) and not stopped():
-                asked = blocks[parts[len(works)]]
-                works.append(group.receive(staging.buffer(len(works), len(asked))))
-                self._socket.sendall(line_of({"blocks": list(asked), "seconds": seconds()}))
-            if number == len(works):
-                return  # stopped, and all that was asked for has come
-            group.wait(works[number], seconds())
-            self._socket.settimeout(max(seconds(), 1e-3))
-            write(part, staging.buffer(number, len(blocks[part])), self._line()["generations"])
+            while len(flying) < min(number + WINDOW, len(parts)) and not stopped():
+                asked = parts[len(flying)]
+                # Asked for first: NCCL's first receive waits until the other side sends.
+                self._socket.sendall(line_of({"blocks": list(blocks[asked]), "seconds": seconds()}))
+                places = staging.incoming(len(flying), targets[asked])
+                flying.append([group.receive(each) for each in places])
+            if number == len(flying):
+                return
+            for work in flying[number]:
+                group.wait(work, seconds())
+            flying[number] = []
+            staging.take_in(number, targets[part], after)
+
+    def generations(self, blocks: Sequence[int], seconds: float) -> list[int]:
+        """What they are there by now.
+
+        Raises:
+            OSError: as `pull`.
+        """
+        self._socket.settimeout(max(seconds, 1e-3))
+        self._socket.sendall(line_of({"check": list(blocks)}))
+        return self._line()["generations"]
 
     def _line(self) -> dict[str, Any]:
         line = self._lines.readline()
@@ -116,7 +135,8 @@ class Link:
         self._channel: Channel | None = Channel(address.details, own.memory.device)
         self._todo: queue.SimpleQueue[tuple[Job, Any] | None] = queue.SimpleQueue()
         self._closed = False
-        self.writing = threading.Lock()
+        self._starting = threading.Lock()
+        self._current: Job | None = None
         self.thread = threading.Thread(
             target=self._run, name=f"nanopd-torchdist-{address.worker}", daemon=True
         )
@@ -126,6 +146,11 @@ class Link:
         """Pull; `after`: a CUDA event behind what may still write to the target blocks, or None."""
         self._todo.put((job, after))
 
+    def withdraw(self, job: Job) -> bool:
+        """True if a stopped job has not begun, and so never will."""
+        with self._starting:
+            return self._current is not job
+
     def close(self) -> None:
         """Stop soon; nobody is waited for."""
         self._closed = True
@@ -134,7 +159,7 @@ class Link:
             channel.close()
 
     def _run(self) -> None:
-        staging = Staging(self._own, WINDOW, CHUNK_BYTES[self._own.memory.device.type])
+        staging = Staging(self._own, WINDOW)
         with suppress(OSError, RuntimeError, ValueError):  # the first pull will say what is wrong
             self._joined()
         while (item := self._todo.get()) is not None:
@@ -160,32 +185,33 @@ class Link:
         def stopped() -> bool:
             return job.stop is not None or self._closed or seconds() < 0
 
-        def write(part: slice, buffer: torch.Tensor, generations: list[int]) -> None:
-            if self._heard is not None:
-                for block, generation in zip(job.pull.source_blocks[part], generations, strict=True):
-                    self._heard[block] = generation
-            with self.writing:
-                if not stopped():
-                    staging.unpack(buffer, job.pull.target_blocks[part], after)
-
-        if stopped():
-            return None  # whoever stopped it has said why, or the clock will
+        with self._starting:
+            if stopped():
+                return None  # whoever stopped it has said why, or the clock will
+            self._current = job
+        pull = job.pull
         try:
-            self._joined().pull(job.pull.source_blocks, staging, write, stopped, seconds)
+            channel = self._joined()
+            channel.pull(pull.source_blocks, pull.target_blocks, staging, after, stopped, seconds)
+            if self._heard is not None and not stopped():
+                found = channel.generations(pull.source_blocks, seconds())
+                for block, generation in zip(pull.source_blocks, found, strict=True):
+                    self._heard[block] = generation
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            channel, self._channel = self._channel, None
-            if channel is not None:
-                channel.close()
+            failed, self._channel = self._channel, None
+            if failed is not None:
+                failed.close()
             return f"{self._address.worker} did not send: {type(error).__name__}: {error}"
+        finally:
+            self._current = None
         return None
 
 
 class TorchDistTransport(PoolTransport):
     """Pulls through torch.distributed.
 
-    Other processes of the same machine read the generation tables themselves; from other machines the source says what
-    they were when it had packed the blocks, which is as good: nothing is written to a block before its generation is
-    raised.
+    Other processes of the same machine read the generation table themselves; to other machines the source says what
+    they are when the bytes have arrived.
 
     Args:
         host: address of this machine that the readers reach it at, and that it listens on. Whoever reaches it can
@@ -214,6 +240,8 @@ class TorchDistTransport(PoolTransport):
     def _show(self, pool: Pool) -> dict[str, Any]:
         block_copy.prepare()
         details: dict[str, Any] = {"device": pool.memory.device.type}
+        if pool.memory.is_cuda:
+            details["gpu"] = uuid_of(pool.memory.device)
         if self._shared_tables:
             details["generations"] = self._tables.details(pool.generations)
         try:
@@ -231,6 +259,11 @@ class TorchDistTransport(PoolTransport):
             raise TransferError(
                 f"{address.worker}'s pool is on {address.details['device']}, that of {self._worker} on "
                 f"{own.memory.device.type}; 'torchdist' joins CPUs or GPUs"
+            )
+        if own.memory.is_cuda and address.details["gpu"] == uuid_of(own.memory.device):
+            raise TransferError(
+                f"{address.worker} and {self._worker} share a GPU, and NCCL joins two; use 'p2p', which copies "
+                "inside one"
             )
         table: MutableSequence[int] | None = None
         with suppress(TransferError, KeyError):
@@ -264,18 +297,23 @@ class TorchDistTransport(PoolTransport):
         while not self._done.empty():
             job, error, finished = self._done.get()
             if self._jobs.get(job.pull.pull_id) is job:  # else it has been reported already
-                self._end(job, error, finished)
+                self._end(job, job.stop or error, finished)
         for job in list(self._jobs.values()):
-            if self._late(job) and (writing := self._links[job.peer].writing).acquire(blocking=False):
-                writing.release()
+            if self._late(job) and self._links[job.peer].withdraw(job):
                 self._end(job)
+
+    def disconnect(self, worker: str) -> None:
+        """See `Transport`."""
+        peer = self._peers.get(worker)
+        link = self._links.get(peer) if peer else None
+        super().disconnect(worker)
+        if link is not None:
+            link.close()  # its pulls fail in any case
 
     def _stop(self) -> None:
         links = list(self._links.values())
         for link in links:
             link.close()
-            with link.writing:
-                pass  # what was being written is; nothing more will be
         for service in self._services:
             service.close()
         for link in links:

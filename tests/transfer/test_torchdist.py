@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from nanopd_lab.transfer.base import Pool, PullStatus, TransferError
-from nanopd_lab.transfer.pull_service import CHUNK_BYTES, line_of
+from nanopd_lab.transfer.pull_service import line_of
+from nanopd_lab.transfer.staging import CHUNK_BYTES, DIRECT_BYTES
 from nanopd_lab.transfer.torchdist import TorchDistTransport
 from tests.transfer.workers import Remote, Worker, make_worker, remote_worker, results_of, soon
 
@@ -54,6 +55,7 @@ def elsewhere(remote: Remote) -> Remote:
 
 @pytest.mark.parametrize("far", [False, True])
 def test_between_processes(source: Remote, reader: Worker, far: bool) -> None:
+    assert reader.pool.block_bytes > DIRECT_BYTES
     assert reader.pool.block_bytes * BLOCKS > 4 * CHUNK_BYTES["cpu"]
     remote = elsewhere(source) if far else source
     reader.transport.connect(remote.address)
@@ -104,15 +106,16 @@ def test_a_source_that_hangs_makes_its_pulls_late_and_is_reached_again(
     reader.transport.connect(source.address)
     start(reader, 0, source, [0])
     assert results_of(reader.transport, 1)[0].status is PullStatus.DONE
-    before = reader.bytes
     os.kill(source.process.pid, signal.SIGSTOP)
     try:
         start(reader, 1, source, ALL, deadline=time.monotonic() + 0.5)
         start(reader, 2, source, ALL, deadline=time.monotonic() + 0.5)
         ended = results_of(reader.transport, 2)
+        before = reader.bytes
     finally:
         os.kill(source.process.pid, signal.SIGCONT)
     assert {result.status for result in ended.values()} == {PullStatus.FAILED}
+    assert source.ask("results", 0) == {}  # it is there again, and has had what was asked of it
     assert torch.equal(reader.bytes, before), "what comes late is written nowhere"
     start(reader, 3, source, ALL)
     assert results_of(reader.transport, 1)[3].status is PullStatus.DONE
@@ -167,6 +170,18 @@ def held() -> list[int]:
     return [len(list(Path("/proc/self", kind).iterdir())) for kind in ("fd", "task")]
 
 
+def test_small_blocks_travel_packed() -> None:
+    one, two = (make_worker("torchdist", name, 3000, seed=seed) for name, seed in (("one", 3), ("two", 4)))
+    assert 3000 * one.pool.block_bytes < CHUNK_BYTES["cpu"]
+    two.transport.connect(one.address)
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(0)).tolist()
+    two.start(0, one, order, list(range(3000)))
+    assert results_of(two.transport, 1)[0].status is PullStatus.DONE
+    assert torch.equal(two.bytes, one.bytes[order])
+    for worker in (one, two):
+        worker.transport.close()
+
+
 def test_cancelling_ends_a_pull_and_leaves_the_channel_usable(source: Remote, reader: Worker) -> None:
     reader.transport.connect(source.address)
     for pull_id in range(6):
@@ -179,18 +194,20 @@ def test_cancelling_ends_a_pull_and_leaves_the_channel_usable(source: Remote, re
 
 
 @linux
-def test_it_listens_on_loopback_unless_told_otherwise(reader: Worker) -> None:
-    details = reader.address.details
-    assert details["host"] == "127.0.0.1"
-    (service,) = reader.transport._services  # type: ignore[attr-defined]
-    ports = {details["port"], service._store.port}
-    listening = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
-            (host, port), state = line.split()[1].rsplit(":", 1), line.split()[3]
-            if state == "0A" and int(port, 16) in ports:
-                listening.add(host)
-    assert listening == {"0100007F"}
+def test_it_listens_on_loopback_unless_told_otherwise(source: Remote, reader: Worker) -> None:
+    reader.transport.connect(source.address)
+    start(reader, 0, source, [1])
+    results_of(reader.transport, 1)
+    for process in ("self", str(source.process.pid)):
+        own = {str(path.readlink()) for path in Path("/proc", process, "fd").iterdir() if path.is_symlink()}
+        rows = [
+            line.split()
+            for kind in ("tcp", "tcp6")
+            for line in Path("/proc/net", kind).read_text().splitlines()[1:]
+        ]
+        listening = [row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own]
+        assert len(listening) >= 2, "for readers, for their store"
+        assert set(listening) == {"0100007F"}
 
 
 def test_an_address_that_is_not_ours_is_named() -> None:
