@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 from nanopd_lab.cost.iteration import SHORT_CHUNK, StepFeatures
 
 if TYPE_CHECKING:
+    from nanopd_lab.cost.iteration import IterationModel
     from nanopd_lab.router.outlook import Outlook
+
+
+class Batches(dict[int, float]):
+    """Decode steps by the number of sequences, without their context, s; worked out when it is asked for."""
+
+    def __init__(self, model: IterationModel) -> None:
+        self.model = model
+
+    def __missing__(self, batch: int) -> float:
+        found = self[batch] = self.model.decode_run(batch, 0)(1) if batch else 0.0
+        return found
 
 
 class StepCosts:
@@ -26,7 +38,7 @@ class StepCosts:
         self._prompts: dict[int, float] = {}
         self._beside: dict[int, Beside] = {}
         self._shared: dict[tuple[int, int], float] = {}
-        self._batches: dict[int, float] = {}
+        self.batches = Batches(self.model)
         self._pulls: dict[int, tuple[float, float]] = {}
         self._steps: dict[tuple[int, int], float] = {}
         self.rest_s = self.prompt(self.budget) / 2  # of a full step
@@ -34,10 +46,7 @@ class StepCosts:
 
     def decode(self, batch: int, context: float) -> float:
         """One decode step of `batch` sequences with `context` tokens together."""
-        fixed = self._batches.get(batch)
-        if fixed is None:
-            fixed = self._batches[batch] = self.model.decode_run(batch, 0)(1) if batch else 0.0
-        seconds = fixed + self.context_s * context
+        seconds = self.batches[batch] + self.context_s * context
         return seconds if seconds > self.host_s else self.host_s
 
     def mixed(self, batch: int, context: float, chunks: Sequence[tuple[int, int]]) -> float:
