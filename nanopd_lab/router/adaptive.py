@@ -251,8 +251,7 @@ class Adaptive:
                 harmed = harm * extra
                 prefills += (harmed if harmed < exposed else exposed) + weight * exposed * extra
             if scale < math.inf:
-                z = (first_s - latest_s) / scale
-                prefills += 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + exp(-z))
+                prefills += 1 / (1 + exp((latest_s - first_s) / scale))
             if both and prefills + decodes < stays[0]:
                 stays = prefills + decodes, each
             if link:

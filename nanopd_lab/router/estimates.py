@@ -15,6 +15,7 @@ does not depend on the request is worked out when a view is new (`Terms`); the r
 from __future__ import annotations
 
 import math
+from math import exp
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanopd_lab.router.policy import Role, WorkerView
@@ -112,6 +113,7 @@ def terms_of(
     slo_s, budget, batches, by_context, host_s = (
         slo.tpot_s, costs.budget, costs.batches, costs.context_s, costs.host_s,
     )  # fmt: skip
+    unmissed, by_s = 1 / TPOT_DOUBT, 1 / (TPOT_DOUBT * slo_s)
     produced = output / 2
     exposed = active = decoding - arriving
     free_at, wait_s, pace_s, room = now, 0.0, 0.0, budget - active if active < budget else 1
@@ -155,16 +157,20 @@ def terms_of(
                 before_s = host_s
             joining_s = JOINING_STEPS * before_s
             spread_s += outputs * (after_s - before_s)
-        if slo_s < math.inf:
-            own, step = miss(tpot_s, slo_s, TPOT_DOUBT), 0.1 * slo_s
-            handover_slope = (miss(tpot_s + step, slo_s, TPOT_DOUBT) - own) / step
+        if (
+            slo_s < math.inf
+        ):  # `miss`, without its calls: an estimate can't be so low that `exp` would overflow
+            own, step = 1 / (1 + exp(unmissed - by_s * tpot_s)), 0.1 * slo_s
+            handover_slope = (1 / (1 + exp(unmissed - by_s * (tpot_s + step))) - own) / step
             if outputs:
-                output_harm = 0.5 * outputs * (own - miss(tpot_s * before_s / after_s, slo_s, TPOT_DOUBT))
+                alone = 1 / (1 + exp(unmissed - by_s * tpot_s * before_s / after_s))
+                output_harm = 0.5 * outputs * (own - alone)
     if exposed and role is not DECODE and slo_s < math.inf:
-        usual_s = costs.beside(prompt, exposed)
+        usual_s = costs.beside(prompt, exposed) or 1e-9
         pace = costs.decode(exposed, exposed * each) / free
-        later = miss(pace + usual_s / max(1.0, produced), slo_s, TPOT_DOUBT)
-        prompt_harm = exposed * (later - miss(pace, slo_s, TPOT_DOUBT)) / max(usual_s, 1e-9)
+        later = pace + (usual_s / produced if produced > 1.0 else usual_s)
+        gone = 1 / (1 + exp(unmissed - by_s * later)) - 1 / (1 + exp(unmissed - by_s * pace))
+        prompt_harm = exposed * gone / usual_s
     return Terms(
         view,
         now + FRESH_S,
@@ -227,4 +233,4 @@ def miss(value: float, objective: float, doubt: float) -> float:
     if objective == math.inf:
         return 0.0
     z = (value / objective - 1) / doubt
-    return 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + math.exp(-z))
+    return 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + exp(-z))
