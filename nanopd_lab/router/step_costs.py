@@ -114,6 +114,9 @@ class StepCosts:
     def walk(self, tokens: int, batch: int) -> float:
         """A prompt in chunks beside so many decodes."""
         room = max(1, self.budget - batch)
+        if tokens <= room:
+            pairs = tokens * (tokens / 2)
+            return self.step(batch, 0, 1, tokens, pairs, pairs if 1 < tokens < SHORT_CHUNK else 0.0, tokens)
         seconds, past = 0.0, 0
         while past < tokens:
             count = min(room, tokens - past)
@@ -134,12 +137,11 @@ class StepCosts:
         if found is None:
             if len(self._pulls) > 1 << 14:
                 self._pulls.clear()
-            found = self._pulls[tokens] = self.pull(tokens), self.last_pull(tokens)
+            whole = self.pull(tokens)
+            # Chunks before the last are pulled while the next is computed.
+            last = tokens - (tokens - 1) // self.budget * self.budget
+            found = self._pulls[tokens] = whole, whole if last == tokens else self.pull(last)
         return found
-
-    def last_pull(self, tokens: int) -> float:
-        """What of it can be seen: chunks before the last are pulled while the next is computed."""
-        return self.pull(tokens - (tokens - 1) // self.budget * self.budget)
 
 
 class Beside(dict[int, float]):

@@ -80,7 +80,7 @@ def test_decisions_of_a_run(workers: int, per_worker: float) -> None:
     outlook = Outlook(COST.iteration, SLO, link, block_bytes, ahead=True)
     chosen, roles = create_policy("adaptive", workers, outlook)
     config = SimConfig(25_000, max_num_seqs=256, block_bytes=block_bytes, link=link, ahead=True)
-    requests = poisson_arrivals(max(400, 6 * workers), per_worker * workers, AZURE_LIKE, 0)
+    requests = poisson_arrivals(max(1600, 6 * workers), per_worker * workers, AZURE_LIKE, 0)
     timed = Timed(chosen)
     Simulator(Veiled(timed), roles, CostTime(COST.iteration), requests, config).run()
     times = sorted(timed.times_us)
