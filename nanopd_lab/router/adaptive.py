@@ -46,7 +46,7 @@ CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
 TIGHT = 2  # a first token in no more than so many times what it takes beside one output is tight
 QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
-REFRESH = 16  # ends after which forecasts are asked for anew
+REFRESH = 16  # ends after which forecasts are asked for anew; a quarter of all, once that is more
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 USUAL = 50  # requests over which means are taken
 
@@ -75,6 +75,7 @@ class Adaptive:
         self._token_s = 0.0 if link is None else outlook.block_bytes / outlook.block_size / link.bytes_per_s
         self._terms: dict[str, Terms] = {}
         self._medians: dict[int, float] = {}
+        self._refresh = 1
         self._mean_prompt, self._delay_s = 512.0, 0.0
         self._last = (0.0, 0)  # who came last: when, and its tokens
         self._gap_s = 0.0  # between arrivals
@@ -89,9 +90,10 @@ class Adaptive:
         self._under_way.ended(prompt_tokens, output_tokens, now)
         if output_tokens:
             self.predictor.observe(prompt_tokens, output_tokens, censored)
-            if self.plan.ended % REFRESH == 0:
-                self._medians.clear()
             self.plan.has_ended(prompt_tokens, output_tokens)
+            if self.plan.ended >= self._refresh:
+                self._refresh += max(REFRESH, self._refresh // 4)
+                self._medians.clear()
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
         views = list(workers)
@@ -150,8 +152,12 @@ class Adaptive:
         return role_changes(views, wanted)
 
     def _begin_plan(self, views: Sequence[WorkerView], now: float) -> None:
-        typical = self._typical()
-        terms = [self._of(view, typical, now) for view in views]
+        typical, terms = self._typical(), []
+        for view in views:
+            each = self._terms.get(view.name)
+            if each is None or each.view is not view or now >= each.until:
+                each = self._look(view, typical, now)
+            terms.append(each)
         paces = [each.active * each.pace_s / (1 - self._shares.of(each.view.name, now)) for each in terms]
         pace_s = sum(paces) / max(1, sum(each.active for each in terms))
         ages = self._under_way.ages(now, pace_s)
@@ -176,7 +182,7 @@ class Adaptive:
         found = self._pair(ask, views, now)
         if found is None:
             return None
-        cost, s, t, far = found
+        s, t, far = found
         first_s, waited_s = first_token_s(s, ask, costs, now), ask.waited_s
         late = waited_s + first_s > HOPELESS * slo.ttft_s
         if late and waited_s < max(LONGEST_S, PATIENCE * slo.ttft_s):
@@ -192,16 +198,11 @@ class Adaptive:
             )
         self._under_way.begins(job.prompt_tokens, now + first_s)
         route = Route(s.view.name, t.view.name)
-        reason = f"first token in {1e3 * first_s:.0f} ms, {1e3 * t.tpot_s:.1f} ms a token, {cost:.3f} misses in all"
         known = self._terms.copy()
-        return Decision(
-            route, reason, explainer=lambda: self._explain(route, reason, views, known, ask, slope, far, now)
-        )
+        return Decision(route, explainer=lambda: self._explain(route, views, known, ask, slope, far, now))
 
-    def _pair(
-        self, ask: Ask, views: Sequence[WorkerView], now: float
-    ) -> tuple[float, Terms, Terms, bool] | None:
-        """The pair of the lowest cost, that cost, and whether KV is far: moves only between workers of two roles.
+    def _pair(self, ask: Ask, views: Sequence[WorkerView], now: float) -> tuple[Terms, Terms, bool] | None:
+        """The pair of the lowest cost, and whether KV is far: moves only between workers of two roles.
 
         One pass: the best and the second best of sources and of targets, and the best worker that is both. What
         `as_source` and `as_target` say stands here without a call for each worker, and as far as it takes to see that a
@@ -219,7 +220,7 @@ class Adaptive:
         for view in views:
             each = known.get(view.name)
             if each is None or each[0] is not view or now >= each[1]:
-                each = self._of(view, typical, now)
+                each = self._look(view, typical, now)
             (
                 _, _, role, active, exposed, room, free_at, wait_s, pace_s, harm,
                 tpot_s, own, late, joining_s, more, spread, link,
@@ -250,8 +251,7 @@ class Adaptive:
                 harmed = harm * extra
                 prefills += (harmed if harmed < exposed else exposed) + weight * exposed * extra
             if scale < math.inf:
-                z = (first_s - latest_s) / scale
-                prefills += 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + exp(-z))
+                prefills += 1 / (1 + exp((latest_s - first_s) / scale))
             if both and prefills + decodes < stays[0]:
                 stays = prefills + decodes, each
             if link:
@@ -273,12 +273,11 @@ class Adaptive:
                 continue
             if prefills + decodes < cost:
                 cost, s, t = prefills + decodes, a, b
-        return None if s is None or t is None else (cost, s, t, far)
+        return None if s is None or t is None else (s, t, far)
 
     def _explain(
         self,
         route: Route,
-        reason: str,
         views: Sequence[WorkerView],
         known: Mapping[str, Terms],
         ask: Ask,
@@ -302,6 +301,11 @@ class Adaptive:
                 pair = Route(s.view.name, t.view.name)
                 candidates.append(Candidate(pair, math.fsum(found.values()), found))
         candidates.sort(key=lambda each: each.route != route)  # the first of equals is named first
+        first_s, tpot_s = (
+            first_token_s(known[route.prefill], ask, self.costs, now),
+            known[route.decode].tpot_s,
+        )
+        reason = f"first token in {1e3 * first_s:.0f} ms, {1e3 * tpot_s:.1f} ms a token"
         return Explanation.of(reason, candidates)
 
     # ------------------------------------------------------------------ what is known of a worker
@@ -309,11 +313,8 @@ class Adaptive:
     def _typical(self) -> Typical:
         return Typical(max(1, int(self._mean_prompt)), self.plan.mean_output, self._delay_s)
 
-    def _of(self, view: WorkerView, typical: Typical, now: float) -> Terms:
-        found = self._terms.get(view.name)
-        if found is not None and found.view is view and now < found.until:
-            return found
-        share = self._shares.of(view.name, now)
+    def _look(self, view: WorkerView, typical: Typical, now: float) -> Terms:
+        share = 0.0 if view.role is DECODE else self._shares.of(view.name, now)
         found = terms_of(view, self.costs, self.slo, typical, share, self._token_s, now)
         self._terms[view.name] = found
         return found

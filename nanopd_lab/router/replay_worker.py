@@ -139,10 +139,13 @@ class ReplayWorker:
     def run_until(self, time: float) -> None:
         """Decode steps only."""
         heap, costs, now = self._heap, self.costs, self.now
-        half, pace_of = costs.context_s / 2, costs.decode
+        host_s, by_context, batches = costs.host_s, costs.context_s, costs.batches
+        half = by_context / 2
         while heap and now < time:
             batch = self.batch
-            pace = pace_of(batch, self.context)
+            pace = batches[batch] + by_context * self.context
+            if pace < host_s:
+                pace = host_s
             steps = heap[0][0] - self.steps
             most = (time - now) / pace
             pace += half * batch * (steps if steps < most else most)

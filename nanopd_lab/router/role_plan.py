@@ -55,8 +55,8 @@ class PlanSettings(NamedTuple):
     window: int = 128
     first: int = 12
     every: int = 192
-    replayed: int = 64
-    warm: int = 16
+    replayed: int = 96
+    warm: int = 24
     margin: float = 0.03
     doubt: float = 0.25
     least: float = 0.3
@@ -205,7 +205,7 @@ class RolePlan:
         """Of a layout in which so many workers prefill."""
         costs, settings, load, now = self.costs, self.settings, fleet.load, fleet.prefills
         decodes = fleet.workers - prefills  # all, if mixed
-        total = max(settings.replayed, 8 * fleet.workers)
+        total = max(settings.replayed, 12 * fleet.workers)
         # What runs or is queued stays where it is.
         sharers = max(decodes, fleet.workers - now)
         count = round(load.decoding / sharers)

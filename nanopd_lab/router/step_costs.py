@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 from nanopd_lab.cost.iteration import SHORT_CHUNK, StepFeatures
 
 if TYPE_CHECKING:
+    from nanopd_lab.cost.iteration import IterationModel
     from nanopd_lab.router.outlook import Outlook
+
+
+class Batches(dict[int, float]):
+    """Decode steps by the number of sequences, without their context, s; worked out when it is asked for."""
+
+    def __init__(self, model: IterationModel) -> None:
+        self.model = model
+
+    def __missing__(self, batch: int) -> float:
+        found = self[batch] = self.model.decode_run(batch, 0)(1) if batch else 0.0
+        return found
 
 
 class StepCosts:
@@ -26,7 +38,7 @@ class StepCosts:
         self._prompts: dict[int, float] = {}
         self._beside: dict[int, Beside] = {}
         self._shared: dict[tuple[int, int], float] = {}
-        self._batches: dict[int, float] = {}
+        self.batches = Batches(self.model)
         self._pulls: dict[int, tuple[float, float]] = {}
         self._steps: dict[tuple[int, int], float] = {}
         self.rest_s = self.prompt(self.budget) / 2  # of a full step
@@ -34,10 +46,7 @@ class StepCosts:
 
     def decode(self, batch: int, context: float) -> float:
         """One decode step of `batch` sequences with `context` tokens together."""
-        fixed = self._batches.get(batch)
-        if fixed is None:
-            fixed = self._batches[batch] = self.model.decode_run(batch, 0)(1) if batch else 0.0
-        seconds = fixed + self.context_s * context
+        seconds = self.batches[batch] + self.context_s * context
         return seconds if seconds > self.host_s else self.host_s
 
     def mixed(self, batch: int, context: float, chunks: Sequence[tuple[int, int]]) -> float:
@@ -105,6 +114,9 @@ class StepCosts:
     def walk(self, tokens: int, batch: int) -> float:
         """A prompt in chunks beside so many decodes."""
         room = max(1, self.budget - batch)
+        if tokens <= room:
+            pairs = tokens * (tokens / 2)
+            return self.step(batch, 0, 1, tokens, pairs, pairs if 1 < tokens < SHORT_CHUNK else 0.0, tokens)
         seconds, past = 0.0, 0
         while past < tokens:
             count = min(room, tokens - past)
@@ -125,12 +137,11 @@ class StepCosts:
         if found is None:
             if len(self._pulls) > 1 << 14:
                 self._pulls.clear()
-            found = self._pulls[tokens] = self.pull(tokens), self.last_pull(tokens)
+            whole = self.pull(tokens)
+            # Chunks before the last are pulled while the next is computed.
+            last = tokens - (tokens - 1) // self.budget * self.budget
+            found = self._pulls[tokens] = whole, whole if last == tokens else self.pull(last)
         return found
-
-    def last_pull(self, tokens: int) -> float:
-        """What of it can be seen: chunks before the last are pulled while the next is computed."""
-        return self.pull(tokens - (tokens - 1) // self.budget * self.budget)
 
 
 class Beside(dict[int, float]):
