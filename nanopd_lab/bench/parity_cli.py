@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ def register(subparsers: _Subparsers) -> None:
         "--simulate-with",
         type=Path,
         help="another cost model for the simulated steps, as of a profile made afterwards: all rounds are simulated "
-        "anew with it, and policies go by --cost-model as before",
+        "anew with it, and policies go by --cost-model as before; if there is none, it is measured and written there",
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
@@ -72,13 +73,12 @@ def run(args: argparse.Namespace) -> int:
     )
     from nanopd_lab.bench.provenance import provenance
     from nanopd_lab.cluster.config import ClusterConfig
-    from nanopd_lab.cost.files import CostModel
     from nanopd_lab.router import Slo, Veiled, create_policy
     from nanopd_lab.sim import SimRequest, SimResult, Simulator
     from nanopd_lab.sim.timing import CostTime
     from nanopd_lab.sim.workload import Lengths, poisson_arrivals
 
-    cost = CostModel.load(args.cost_model) if args.cost_model.exists() else _measured(args)
+    cost = _cost_model(args, args.cost_model)
     lengths = (
         Lengths(args.input_median, 0.6, round(6 * args.input_median)),
         Lengths(args.output_median, 0.5, round(5 * args.output_median)),
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         engine=engine,
         share_devices=args.share_devices,
     )
-    times = CostModel.load(args.simulate_with) if args.simulate_with else cost
+    times = _cost_model(args, args.simulate_with) if args.simulate_with else cost
     settings, outlook = _settings(args, times), config.outlook()
 
     def simulate(name: str, requests: Sequence[SimRequest]) -> SimResult:
@@ -159,11 +159,14 @@ def _turned(policies: Sequence[str], number: int) -> list[str]:
     return [*policies[number:], *policies[:number]]
 
 
-def _measured(args: argparse.Namespace) -> CostModel:
-    """By as many processes at once as there will be workers."""
+def _cost_model(args: argparse.Namespace, path: Path) -> CostModel:
+    """Of a file, or measured by as many processes at once as there will be workers."""
     from nanopd_lab.cluster.config import ClusterConfig
+    from nanopd_lab.cost.files import CostModel
     from nanopd_lab.cost.measure import ProfileJob, measure_cost_model
 
+    if path.exists():
+        return CostModel.load(path)
     config = ClusterConfig(args.model, workers=args.workers, share_devices=args.share_devices)
     cuda = config.worker_devices()[0].type == "cuda"
     job = ProfileJob.of(
@@ -175,8 +178,9 @@ def _measured(args: argparse.Namespace) -> CostModel:
         config.worker_threads(),
         tiny=args.model == "random:tiny",
     )
-    cost = measure_cost_model(job, args.cost_model.parent)
-    cost.save(args.cost_model)
+    with tempfile.TemporaryDirectory() as folder:  # beside the file there may be another `cost-model.json`
+        cost = measure_cost_model(job, Path(folder))
+    cost.save(path)
     return cost
 
 

@@ -84,14 +84,23 @@ def test_the_command_writes_both_sides_ranks_and_goes_on(
 
 
 def test_a_cost_model_that_is_not_there_is_measured(tmp_path: Path) -> None:
-    path = tmp_path / "model.json"
+    """By both processes, and by one alone; and another one, with which rounds that were served are simulated anew."""
+    path, rounds, again = tmp_path / "cost-model.json", tmp_path / "rounds.jsonl", tmp_path / "again.json"
     arguments = [
         "parity", "--model", "random:tiny", "--cost-model", str(path), "--policies", "collocated", "--request-rates",
         "20", "--num-prompts", "2", "--seeds", "0", "--input-median", "20", "--output-median", "3", "--kv-blocks",
-        "100",
+        "100", "--rounds-filename", str(rounds),
     ]  # fmt: skip
     assert main(arguments) == 0
-    assert CostModel.load(path).fit["block_bytes"] > 0
+    measured = CostModel.load(path)
+    assert measured.fit["block_bytes"] > 0
+    assert measured.company is not None
+    assert measured.company.processes == 2
+    served = rounds.read_text()
+    assert main([*arguments, "--simulate-with", str(again)]) == 0
+    assert rounds.read_text() == served
+    assert CostModel.load(path) == measured != CostModel.load(again)
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, rounds.name, again.name}
 
 
 def test_two_are_told_apart_if_all_seeds_say_so() -> None:
