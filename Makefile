@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+LOAD   := $(VENV)/.load
 
 .PHONY: demo test lab lint format clean
 
 demo: $(READY)
 	$(BIN)/nanopd-lab demo
 
-test: $(READY)
+test: $(READY) $(LOAD)
 	$(BIN)/python tests/run_all.py
 
 lab: $(READY)
@@ -27,6 +28,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $$($(PYTHON) --version) is too old; run make PYTHON=/path/to/python of version 3.10 or later"; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# Only the tests need it, and a demo need not wait for it.
+$(LOAD): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[load]"
 	@touch $@
 
 clean:

@@ -46,7 +46,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", help="default smollm2, the embedded model")
     parser.add_argument("--workers", type=int, default=2, help="each with an engine (default 2)")
     parser.add_argument("--launcher", choices=("process", "inline"), default="process")
-    parser.add_argument("--transport", default="auto", help="auto, inproc, shm, p2p, pinned")
+    parser.add_argument(
+        "--transport", default="auto", help="auto, inproc, shm, p2p, pinned, torchdist[:HOST]"
+    )
     parser.add_argument("--device", default="auto", help="of all workers: auto, cpu, cuda")
     parser.add_argument("--share-devices", action="store_true", help="allow more workers than GPUs")
     parser.add_argument("--threads", type=int, help="of each worker on a CPU; default: the cores, divided")

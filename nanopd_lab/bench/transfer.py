@@ -8,6 +8,8 @@ several under way (as when a prompt's chunks follow each other); its bytes are c
     inproc, shm   one large copy by one thread (memmove) between the same two pools
     p2p           one large copy between the same two GPUs (or inside the one they share)
     pinned        large pinned copies, source GPU to host and host to target GPU, both at once; each alone is given too
+    torchdist     one TCP connection over loopback between two processes, with nothing but the kernel's copies; on GPUs
+                  as p2p
 
 On GPUs nanoPD's way is timed beside them: layer-major pools, one copy a block and layer, first all out, then all in.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,13 +35,26 @@ from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.kv.cache import KVShape
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullStatus, Transport
 from nanopd_lab.transfer.device_memory import can_reach, copy_async, enable_peer_access, open_memory
+from nanopd_lab.transfer.process_groups import LOOPBACK
 from nanopd_lab.transfer.registry import create_transport
 from nanopd_lab.transfer.segments import map_tensor
 
 SCHEMA = "nanopd-lab/transfer/1"
 LINK_BYTES = 300_000_000  # of a yardstick's copy: far more than any cache, and about 2,048 tokens of Qwen3-8B
 IN_FLIGHT = (1, 4)
-LINKS = {"inproc": "large copy", "shm": "large copy", "p2p": "large copy", "pinned": "both ways at once"}
+LINKS = {
+    "inproc": "large copy",
+    "shm": "large copy",
+    "p2p": "large copy",
+    "pinned": "both ways at once",
+    "torchdist": "large copy",
+}
+SOCKET = "loopback socket"
+
+
+def link_name(transport: str, target: torch.device) -> str:
+    """Which yardstick."""
+    return SOCKET if transport == "torchdist" and target.type == "cpu" else LINKS[transport]
 
 
 def kv_shape(name: str, block_size: int = 16) -> KVShape:
@@ -104,11 +120,13 @@ class Pair:
         self._pull_ids = iter(range(1 << 40))
         self._random = random.Random(0)
         self.release: Callable[[], None] | None = None
+        self.stack = ExitStack()  # of what the yardstick needs
+        self.source = self.own.memory  # of torchdist's nothing is here, and no yardstick asks for it
         if name == "inproc":
             self.source = pools[address.worker].memory
         elif name == "shm":
             self.source = map_tensor(address.details["memory"])
-        else:
+        elif name != "torchdist":
             through = plan.target if can_reach(plan.target, plan.source) else plan.source
             shape = (address.num_blocks, address.block_bytes)
             self.source, self.release = open_memory(address.details["memory"], shape, through)
@@ -150,6 +168,7 @@ class Pair:
         if self.release is not None:
             self.release()
         self.reader.close()
+        self.stack.close()
 
 
 def _source_process(names: Sequence[str], plan: Plan, pipe: Connection) -> None:
@@ -222,6 +241,42 @@ def memmove_link(pair: Pair) -> Callable[[], float]:
         ctypes.memmove(target + place, source + place, LINK_BYTES)
 
     return lambda: _seconds(run, [])
+
+
+def socket_link(pair: Pair) -> Callable[[], float]:
+    """A TCP connection over loopback from another process: what Python's `sendall` and `recv_into` make of it."""
+    context = process_context(["cpu"])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_send_over_loopback, args=(theirs, LINK_BYTES), daemon=True)
+    process.start()
+    theirs.close()
+    connection = socket.create_connection((LOOPBACK, ours.recv()))
+    data = memoryview(bytearray(LINK_BYTES))
+
+    def close() -> None:
+        ours.send(False)
+        connection.close()
+        process.join()
+
+    pair.stack.callback(close)
+
+    def run() -> None:
+        ours.send(True)
+        received = 0
+        while received < LINK_BYTES:
+            received += connection.recv_into(data[received:])
+
+    return lambda: _seconds(run, [])
+
+
+def _send_over_loopback(pipe: Connection, num_bytes: int) -> None:
+    data = bytes(num_bytes)
+    with socket.create_server((LOOPBACK, 0)) as listening:
+        pipe.send(listening.getsockname()[1])
+        connection, _ = listening.accept()
+    with connection:
+        while pipe.recv():
+            connection.sendall(data)
 
 
 def copy_link(pair: Pair) -> Callable[[], float]:
@@ -377,8 +432,9 @@ def measure(
         if pair.name == "pinned":
             candidates |= {("link", "pinned", name): run for name, run in pinned_links(plan).items()}
         else:
-            link = memmove_link if plan.target.type == "cpu" else copy_link
-            candidates["link", pair.name, LINKS[pair.name]] = link(pair)
+            name = link_name(pair.name, plan.target)
+            on_cpu = socket_link if name == SOCKET else memmove_link
+            candidates["link", pair.name, name] = (on_cpu if plan.target.type == "cpu" else copy_link)(pair)
         for tokens in plan.tokens:
             pair.pull(tokens, 1, check=True)
             for count in IN_FLIGHT:
@@ -400,8 +456,8 @@ def measure(
             rows.append({
                 "transport": name, "processes": processes, "tokens": tokens, "blocks": blocks, "in_flight": count,
                 "median_ms": 1e3 * seconds, "min_ms": 1e3 * min(times[key]), "max_ms": 1e3 * max(times[key]),
-                "gb_s": speed, "link": LINKS[name],
-                "fraction_of_link": speed / links[f"{name}: {LINKS[name]}"],
+                "gb_s": speed, "link": link_name(name, plan.target),
+                "fraction_of_link": speed / links[f"{name}: {link_name(name, plan.target)}"],
             })  # fmt: skip
     return links, rows
 

@@ -31,7 +31,7 @@ FRESH_S = 0.5  # after so long a view is looked at again though nothing has happ
 
 
 class Terms(NamedTuple):
-    """What a view says of one more request.
+    """What a view says of one more request. What its role does not allow is not worked out, and 0.
 
     until: when it is to be looked at again (s)
     active: outputs that it decodes now; room: tokens of a prompt that a step takes beside them
@@ -51,7 +51,6 @@ class Terms(NamedTuple):
     view: WorkerView
     until: float
     role: Role
-    prefilling: int
     active: int
     exposed: int
     room: int
@@ -104,60 +103,58 @@ def terms_of(
         share: of the worker's time that prompts have taken lately, beside outputs
         token_s: that the link takes for the KV of a token
     """
-    produced = typical.output_tokens / 2
-    active = view.decoding - view.arriving
-    pace_s = 0.0
-    if active:
-        pace_s = costs.decode(active, view.decode_tokens - view.arriving_tokens + active * produced)
-    free_at, wait_s = now, 0.0
-    if view.prefilling:
-        mean = max(1, view.prefill_tokens // view.prefilling)
+    role, prefilling, decoding, slo_s = view.role, view.prefilling, view.decoding, slo.tpot_s
+    output, decode = typical.output_tokens, costs.decode
+    produced = output / 2
+    active = decoding - view.arriving
+    pace_s = decode(active, view.decode_tokens - view.arriving_tokens + active * produced) if active else 0.0
+    free_at, wait_s, room, exposed = now, 0.0, max(1, costs.budget - active), active
+    if prefilling:
+        mean = max(1, view.prefill_tokens // prefilling)
         if active:
-            steps = view.prefill_tokens / max(1, costs.budget - active)
-            work_s = view.prefilling * costs.beside(mean, active) + steps * pace_s
+            work_s = prefilling * costs.beside(mean, active) + view.prefill_tokens / room * pace_s
         else:
-            work_s = costs.queued(mean, view.prefilling)
+            work_s = costs.queued(mean, prefilling)
         free_at, wait_s = view.prefill_since + work_s, costs.rest_s
+        if decoding and role is not Role.DECODE:
+            left_s, each_s = max(1e-9, free_at - now), output * (pace_s or decode(1, 0))
+            staying = active * max(0.0, 1.0 - left_s / each_s)
+            # Of those that come before, the last one has hardly begun then.
+            coming = max(1.0, view.arriving * min(1.0, each_s / left_s)) if view.arriving else 0.0
+            exposed = round(staying + coming)
     elif active:
         wait_s = costs.wait_steps * pace_s
-    exposed = active
-    if view.prefilling and view.role is not Role.DECODE:
-        left_s, each_s = max(1e-9, free_at - now), typical.output_tokens * (pace_s or costs.decode(1, 0))
-        staying = active * max(0.0, 1.0 - left_s / each_s)
-        # Of those that come before, the last one has hardly begun then.
-        coming = max(1.0, view.arriving * min(1.0, each_s / left_s)) if view.arriving else 0.0
-        exposed = round(staying + coming)
-    # When this request decodes, some that do now have ended, and of those on their way not all have come.
-    life_s = typical.output_tokens * (pace_s or costs.decode(1, typical.prompt_tokens))
-    stay = max(0.0, 1.0 - typical.delay_s / life_s)
-    come = min(1.0, life_s / typical.delay_s) if typical.delay_s else 1.0
-    outputs = round(active * stay + view.arriving * come)
-    each = view.decode_tokens / view.decoding + produced if view.decoding else 0.0
-    before_s = costs.decode(outputs, outputs * each) if outputs else 0.0
-    after_s = costs.decode(outputs + 1, outputs * each + typical.prompt_tokens + produced)
+    each = view.decode_tokens / decoding + produced if decoding else 0.0
     free = 1.0 - share
-    tpot_s = after_s / free if view.role is Role.MIXED else after_s
-    own = miss(tpot_s, slo.tpot_s, TPOT_DOUBT)
-    handover_slope = output_harm = prompt_harm = 0.0
-    if slo.tpot_s < math.inf:
-        step = 0.1 * slo.tpot_s
-        handover_slope = (miss(tpot_s + step, slo.tpot_s, TPOT_DOUBT) - own) / step
-        if outputs:
-            output_harm = 0.5 * outputs * (own - miss(tpot_s * before_s / after_s, slo.tpot_s, TPOT_DOUBT))
-        if exposed and view.role is not Role.DECODE:
-            usual_s = costs.beside(typical.prompt_tokens, exposed)
-            pace = costs.decode(exposed, exposed * each) / free
-            later = miss(pace + usual_s / max(1.0, produced), slo.tpot_s, TPOT_DOUBT)
-            prompt_harm = exposed * (later - miss(pace, slo.tpot_s, TPOT_DOUBT)) / max(usual_s, 1e-9)
-    spread_s = tpot_s + (outputs * (after_s - before_s) if outputs else 0.0)
+    tpot_s = own = handover_slope = joining_s = output_harm = spread_s = prompt_harm = 0.0
+    if role is not Role.PREFILL:
+        # When this request decodes, some that do now have ended, and of those on their way not all have come.
+        life_s = output * (pace_s or decode(1, typical.prompt_tokens))
+        stay = max(0.0, 1.0 - typical.delay_s / life_s)
+        come = min(1.0, life_s / typical.delay_s) if typical.delay_s else 1.0
+        outputs = round(active * stay + view.arriving * come)
+        before_s = decode(outputs, outputs * each) if outputs else 0.0
+        spread_s = after_s = decode(outputs + 1, outputs * each + typical.prompt_tokens + produced)
+        tpot_s = after_s / free if role is Role.MIXED else after_s
+        joining_s = JOINING_STEPS * before_s
+        spread_s = tpot_s + outputs * (after_s - before_s)
+        if slo_s < math.inf:
+            own, step = miss(tpot_s, slo_s, TPOT_DOUBT), 0.1 * slo_s
+            handover_slope = (miss(tpot_s + step, slo_s, TPOT_DOUBT) - own) / step
+            if outputs:
+                output_harm = 0.5 * outputs * (own - miss(tpot_s * before_s / after_s, slo_s, TPOT_DOUBT))
+    if exposed and role is not Role.DECODE and slo_s < math.inf:
+        usual_s = costs.beside(typical.prompt_tokens, exposed)
+        pace = decode(exposed, exposed * each) / free
+        later = miss(pace + usual_s / max(1.0, produced), slo_s, TPOT_DOUBT)
+        prompt_harm = exposed * (later - miss(pace, slo_s, TPOT_DOUBT)) / max(usual_s, 1e-9)
     return Terms(
         view,
         now + FRESH_S,
-        view.role,
-        view.prefilling,
+        role,
         active,
         exposed,
-        max(1, costs.budget - active),
+        room,
         free_at,
         wait_s,
         pace_s,
@@ -165,7 +162,7 @@ def terms_of(
         tpot_s,
         own,
         handover_slope,
-        JOINING_STEPS * before_s,
+        joining_s,
         output_harm,
         spread_s,
         view.leaving_tokens * token_s,

@@ -2,6 +2,7 @@
 
     schema     what a client sends, checked, as `SamplingParams`
     replies    what it gets, in OpenAI's shapes
+    events     the same piece by piece, as a stream
     bridge     between the cluster's thread and asyncio
     telemetry  what Prometheus reads
     app        the endpoints

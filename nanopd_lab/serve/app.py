@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
@@ -24,8 +23,9 @@ from nanopd_lab.core import SamplingParams
 from nanopd_lab.engine.prompts import Prompt, render_chat, tokenize
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.serve.bridge import Bridge
+from nanopd_lab.serve.events import events_of, following
 from nanopd_lab.serve.replies import Reply, error_body
-from nanopd_lab.serve.schema import ChatRequest, CompletionRequest, Sampled
+from nanopd_lab.serve.schema import ChatRequest, CompletionRequest, Sampled, StreamOptions
 from nanopd_lab.serve.telemetry import Telemetry
 
 RETRY_AFTER_S = 1
@@ -37,12 +37,15 @@ class _Unauthorized(Exception):  # noqa: N818
     pass
 
 
-def create_app(cluster: Cluster, name: str | None = None, api_key: str | None = None) -> FastAPI:
+def create_app(
+    cluster: Cluster, name: str | None = None, api_key: str | None = None, per_request_metrics: bool = False
+) -> FastAPI:
     """The server in front of a cluster, which the caller closes.
 
     Args:
         name: that clients call the model by; default: the cluster's
         api_key: that clients must send as `Authorization: Bearer …`; None: anybody may ask
+        per_request_metrics: answers say how long things took, see `replies.timing`
 
     Raises:
         ValueError: see `Bridge`.
@@ -102,16 +105,19 @@ def create_app(cluster: Cluster, name: str | None = None, api_key: str | None = 
         request: Request, asked: Sampled, prompts: Sequence[Prompt], params: SamplingParams, chat: bool
     ) -> Response:
         reply = Reply(
-            f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", name, chat, params.logprobs or 0
+            f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            name,
+            chat,
+            params.logprobs or 0,
+            per_request_metrics,
         )
         if asked.stream:
-            with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            events = _events(bridge, reply, prompts, params, with_usage)
+            events = events_of(bridge, reply, prompts, params, asked.stream_options or StreamOptions())
             try:
                 first = await anext(events)  # what is refused is refused with a status
             except Exception as error:
                 return answer_for(error)
-            return StreamingResponse(_following(first, events), media_type="text/event-stream")
+            return StreamingResponse(following(first, events), media_type="text/event-stream")
         try:
             outputs = await _unless_gone(request, asyncio.ensure_future(_all(bridge, prompts, params)))
         except Exception as error:
@@ -198,66 +204,3 @@ async def _unless_gone(request: Request, work: asyncio.Future[T]) -> T | None:
             if not task.done():
                 task.cancel()
         await asyncio.gather(work, watcher, return_exceptions=True)
-
-
-async def _following(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """The rest behind the first; closed with it, so that a client's going cancels its requests."""
-    async with aclosing(events):  # type: ignore[type-var]
-        yield first
-        async for event in events:
-            yield event
-
-
-async def _events(
-    bridge: Bridge, reply: Reply, prompts: Sequence[Prompt], params: SamplingParams, with_usage: bool
-) -> AsyncIterator[str]:
-    """Server-sent events of all prompts' samples as they grow; the last is `[DONE]`."""
-    queue: asyncio.Queue[tuple[int, ClusterOutput | Exception]] = asyncio.Queue()
-
-    async def read(number: int, prompt: Prompt) -> None:
-        try:
-            async with aclosing(bridge.outputs(prompt, params)) as outputs:  # type: ignore[type-var]
-                async for output in outputs:
-                    queue.put_nowait((number, output))
-        except Exception as error:
-            queue.put_nowait((number, error))
-
-    readers = [asyncio.create_task(read(number, prompt)) for number, prompt in enumerate(prompts)]
-    latest: dict[int, ClusterOutput] = {}
-    seen: dict[int, tuple[int, int, bool]] = {}  # of a choice: characters and tokens that went out, ended
-    begun = False
-    try:
-        while sum(output.finished for output in latest.values()) < len(prompts):
-            number, found = await queue.get()
-            if isinstance(found, Exception):
-                if not begun:
-                    raise found
-                yield _event(error_body(str(found), "server_error", 500))
-                return
-            if reply.chat and not begun:
-                for index in range(params.n):
-                    yield _event(reply.first(index))
-            begun = True
-            latest[number] = found
-            for sample in found.outputs:
-                choice = number * params.n + sample.index
-                characters, tokens, ended = seen.get(choice, (0, 0, False))
-                if sample.error:
-                    yield _event(error_body(sample.error, "server_error", 500))
-                    return
-                text, new = sample.text[characters:], len(sample.token_ids) > tokens
-                if ended or not (text or sample.finished or (new and sample.logprobs is not None)):
-                    continue  # tokens that make no text yet
-                yield _event(reply.more(choice, sample, text, tokens))
-                seen[choice] = len(sample.text), len(sample.token_ids), sample.finished
-        if with_usage:
-            yield _event(reply.totals([latest[number] for number in sorted(latest)]))
-        yield "data: [DONE]\n\n"
-    finally:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

@@ -6,13 +6,16 @@ import asyncio
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from nanopd_lab.cluster.cluster import Cluster, ClusterOutput
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.engine.prompts import Prompt
 
 POLL_S = 0.5
+SETTLE_S = (
+    0.5  # what the workers say of a request that has ended comes milliseconds later, unless one has died
+)
 
 
 class _Inbox:
@@ -69,7 +72,8 @@ class Bridge:
         self._thread.start()
 
     async def outputs(self, prompt: Prompt, params: SamplingParams) -> AsyncIterator[ClusterOutput]:
-        """What becomes of a request, until it has finished. A reader that goes away cancels it.
+        """What becomes of a request, until it has finished and, if that takes less than `SETTLE_S`, its accounts are
+        complete. A reader that goes away cancels it.
 
         Raises:
             InvalidRequestError: it can never be served
@@ -87,10 +91,24 @@ class Bridge:
                 output = await inbox.get()
                 finished = output.finished
                 yield output
+            if not output.settled and (settled := await self._settles(inbox)):
+                yield settled
         finally:
             del self._inboxes[name]
             if not finished:
                 self.cluster.cancel(name)
+
+    async def _settles(self, inbox: _Inbox) -> ClusterOutput | None:
+        """With complete accounts, or None if they don't come."""
+
+        async def wait() -> ClusterOutput:
+            while not (output := await inbox.get()).settled:
+                pass
+            return output
+
+        with suppress(asyncio.TimeoutError, RuntimeError, ValueError):  # the answer is there all the same
+            return await asyncio.wait_for(wait(), SETTLE_S)
+        return None
 
     async def result(self, prompt: Prompt, params: SamplingParams) -> ClusterOutput:
         """What has become of it in the end; as `outputs`."""

@@ -42,6 +42,11 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument("--max-queue", type=int, default=1000, help="requests without a worker; then 503")
     parser.add_argument("--request-timeout-sec", type=float, default=600.0, help="then a request fails")
     parser.add_argument(
+        "--enable-per-request-metrics",
+        action="store_true",
+        help="answers say how long things took, as vLLM's do with this flag",
+    )
+    parser.add_argument(
         "--log-level", default="warning", help="uvicorn's: critical to trace (default warning)"
     )
     parser.set_defaults(run=run, launcher="process")
@@ -82,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             "(0: any that is free)"
         ) from None
     with listening, serving_cli.terminable(), Cluster(config) as cluster:
-        app = create_app(cluster, args.served_model_name, args.api_key)
+        app = create_app(cluster, args.served_model_name, args.api_key, args.enable_per_request_metrics)
         server = uvicorn.Server(uvicorn.Config(app, log_level=args.log_level, timeout_graceful_shutdown=5))
         host, port = listening.getsockname()[:2]
         print(f"{args.served_model_name or args.model} at http://{host}:{port}/v1", flush=True)

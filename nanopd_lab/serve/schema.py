@@ -17,9 +17,10 @@ DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI has it
 
 
 class StreamOptions(BaseModel):
-    """What comes with a stream."""
+    """What comes with a stream: usage in a chunk of its own at the end, and so far in every chunk (vLLM's)."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class Sampled(BaseModel):

@@ -30,7 +30,7 @@ class Telemetry:
         )
         self._prompt_tokens = Counter("nanopd_prompt_tokens", "Tokens of prompts", registry=self.registry)
         self._cached_tokens = Counter(
-            "nanopd_cached_tokens", "Tokens of prompts whose KV was there already", registry=self.registry
+            "nanopd_cached_tokens", "Tokens of prompts whose KV their prefill found", registry=self.registry
         )
         self._moved_tokens = Counter(
             "nanopd_transferred_tokens",
@@ -58,7 +58,7 @@ class Telemetry:
     def ended(self, output: ClusterOutput) -> None:
         """Count a request whose accounts are complete."""
         self._prompt_tokens.inc(len(output.prompt_token_ids))
-        self._cached_tokens.inc(output.num_cached_tokens)
+        self._cached_tokens.inc(output.num_cached_prompt_tokens)
         for sample, path in zip(output.outputs, output.paths, strict=True):
             route = (
                 "none" if path.route is None else "collocated" if path.route.collocated else "disaggregated"

@@ -10,7 +10,7 @@ import torch
 
 from nanopd_lab.transfer.base import Pool, TransferError, Transport
 
-TRANSPORTS = ("inproc", "shm", "p2p", "pinned")
+TRANSPORTS = ("inproc", "shm", "p2p", "pinned", "torchdist")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def create_transport(
     """A transport for one worker.
 
     Args:
-        name: one of `TRANSPORTS`, or "auto" for what `choose_transport` says
+        name: one of `TRANSPORTS`, or "auto" for what `choose_transport` says; "torchdist:HOST" listens at that address
+            of this machine instead of loopback
         devices: of all workers; for "auto"
         one_process: all workers live in this process; for "auto"
         pools: for 'inproc', which needs it: the mapping that all workers of the process share
@@ -107,6 +108,12 @@ def create_transport(
         from nanopd_lab.transfer.pinned import PinnedTransport
 
         return PinnedTransport(**options)
+    if name.partition(":")[0] == "torchdist":
+        from nanopd_lab.transfer.torchdist import TorchDistTransport
+
+        if host := name.partition(":")[2]:
+            options["host"] = host
+        return TorchDistTransport(**options)
     raise TransferError(f"unknown transport {name!r}; choose from auto, {', '.join(TRANSPORTS)}")
 
 

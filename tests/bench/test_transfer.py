@@ -18,6 +18,10 @@ def test_bench_writes_a_record(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     path = tmp_path / "record.json"
     arguments = [
+        "--transports",
+        "inproc",
+        "shm",
+        "torchdist",
         "--shape",
         "tiny-qwen3",
         "--tokens",
@@ -33,7 +37,7 @@ def test_bench_writes_a_record(
     assert record["schema"] == transfer.SCHEMA
     assert record["provenance"]["commit"] is not None or record["provenance"]["date"]
     kinds = {(row["transport"], row["processes"], row["tokens"], row["in_flight"]) for row in record["rows"]}
-    expected = {("inproc", 1), ("shm", 1), ("shm", 2)}
+    expected = {("inproc", 1), ("shm", 1), ("shm", 2), ("torchdist", 1), ("torchdist", 2)}
     assert kinds == {(*pair, tokens, count) for pair in expected for tokens in (20, 300) for count in (1, 4)}
     assert record["links_gb_s"].keys() == {"1", "2"}
     assert all(row["gb_s"] > 0 and row["fraction_of_link"] > 0 for row in record["rows"])
@@ -52,7 +56,10 @@ def test_wrong_bytes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (["--shape", "gpt-9"], "unknown shape 'gpt-9'; choose from"),
-        (["--transports", "pigeon"], r"unknown transports ['pigeon']; choose from inproc, shm, p2p, pinned"),
+        (
+            ["--transports", "pigeon"],
+            r"unknown transports ['pigeon']; choose from inproc, shm, p2p, pinned, torchdist",
+        ),
         (["--tokens", "0"], "must be at least 1"),
         (["--processes", "3"], "processes [3] 1 or 2"),
     ],

@@ -22,6 +22,7 @@ from nanopd_lab.serve.app import create_app
 MODEL = "smollm2"
 HELLO: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 KEY = "secret"
+CONTINUOUS: Any = {"include_usage": True, "continuous_usage_stats": True}
 
 
 class Served:
@@ -32,7 +33,9 @@ class Served:
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(create_app(cluster, api_key=KEY), log_level="warning"))
+        self.server = uvicorn.Server(
+            uvicorn.Config(create_app(cluster, api_key=KEY, per_request_metrics=True), log_level="warning")
+        )
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
         self.thread.start()
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
@@ -89,6 +92,46 @@ def test_a_stream_says_what_the_whole_answer_says(served: Served) -> None:
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert usage is not None
     assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_stream_can_say_its_usage_as_it_goes(served: Served) -> None:
+    """vLLM's extension, which load generators ask for."""
+    stream = served.client.completions.create(
+        model=MODEL, prompt="The sky is", max_tokens=8, temperature=0, stream=True, stream_options=CONTINUOUS,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    counts = [chunk.usage.completion_tokens for chunk in stream]
+    assert counts == sorted(counts)
+    assert 1 <= counts[0] < counts[-1] == 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_says_how_long_it_took(served: Served, stream: bool) -> None:
+    asked = {"model": MODEL, "prompt": "The sky is", "max_tokens": 5, "extra_body": {"ignore_eos": True}}
+    create, begun = served.client.completions.create, time.monotonic()
+    if stream:
+        *_, last = create(**asked, stream=True, stream_options=CONTINUOUS)
+    else:
+        last = create(**asked)
+    waited_ms = 1e3 * (time.monotonic() - begun)
+    found = last.model_extra["metrics"]
+    parts = [found[name] for name in ("queue_time_ms", "time_to_first_token_ms", "generation_time_ms")]
+    assert min(parts) > 0
+    assert sum(parts) < waited_ms
+    assert found["mean_itl_ms"] == pytest.approx(found["generation_time_ms"] / 4)
+    assert found["tokens_per_second"] == pytest.approx(5e3 / sum(parts[1:]))
+
+
+def test_an_answer_says_what_was_cached(served: Served) -> None:
+    """Also if the workers' accounts come after the last token."""
+    asked = {"model": MODEL, "prompt": list(range(1000, 1040)), "max_tokens": 2}
+    found = [served.client.completions.create(**asked).usage for _ in range(8)]
+    assert [usage.prompt_tokens_details.cached_tokens for usage in found] == [0] + [32] * 7
+
+
+def test_times_of_several_samples_are_nobodys(served: Served) -> None:
+    found = served.client.completions.create(model=MODEL, prompt="x", max_tokens=2, n=2)
+    assert found.model_extra["metrics"] is None
 
 
 def test_several_prompts_number_their_choices_through(served: Served) -> None:

@@ -14,6 +14,7 @@ from tests.transfer.workers import Worker, make_worker, results_of
 KINDS = [
     pytest.param(("inproc", "cpu"), id="inproc"),
     pytest.param(("shm", "cpu"), id="shm"),
+    pytest.param(("torchdist", "cpu"), id="torchdist"),
     pytest.param(("p2p", "simulated"), id="p2p-simulated"),
     pytest.param(("pinned", "simulated"), id="pinned-simulated"),
     pytest.param(("inproc", "cuda"), id="inproc-cuda", marks=pytest.mark.gpu),

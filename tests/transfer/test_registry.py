@@ -55,7 +55,8 @@ def test_create() -> None:
     with pytest.raises(TransferError, match="the same `pools`"):
         create_transport("inproc")
     with pytest.raises(
-        TransferError, match="unknown transport 'pigeon'; choose from auto, inproc, shm, p2p, pinned"
+        TransferError,
+        match="unknown transport 'pigeon'; choose from auto, inproc, shm, p2p, pinned, torchdist",
     ):
         create_transport("pigeon")
     with pytest.raises(ValueError, match="at least two slots"):

@@ -1,0 +1,219 @@
+"""torch.distributed between real processes, whose source may be killed or stopped at any moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanopd_lab.transfer.base import Pool, PullStatus, TransferError
+from nanopd_lab.transfer.pull_service import CHUNK_BYTES, line_of
+from nanopd_lab.transfer.torchdist import TorchDistTransport
+from tests.transfer.workers import Remote, Worker, make_worker, remote_worker, results_of, soon
+
+BLOCKS = 64
+SIZE = (8, 4, 3, 16, 256)  # 786 KB a block: a pull of all is several chunks
+ALL = list(range(BLOCKS))
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into Linux's /proc")
+
+
+@pytest.fixture
+def source() -> Iterator[Remote]:
+    with remote_worker("torchdist", "source", BLOCKS, SIZE) as remote:
+        yield remote
+
+
+@pytest.fixture
+def reader() -> Iterator[Worker]:
+    worker = make_worker("torchdist", "reader", BLOCKS, size=SIZE, seed=9)
+    yield worker
+    worker.transport.close()
+
+
+def start(
+    reader: Worker, pull_id: int, remote: Remote, blocks: list[int], deadline: float | None = None
+) -> None:
+    stand_in = Worker(remote.name, reader.transport, reader.pool, remote.address)  # all generations are 0
+    reader.start(pull_id, stand_in, blocks, blocks, deadline=soon() if deadline is None else deadline)
+
+
+def elsewhere(remote: Remote) -> Remote:
+    """As a reader on another machine sees it, who cannot map the generation table."""
+    details = {key: value for key, value in remote.address.details.items() if key != "generations"}
+    return replace(remote, address=replace(remote.address, details=details))
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_between_processes(source: Remote, reader: Worker, far: bool) -> None:
+    assert reader.pool.block_bytes * BLOCKS > 4 * CHUNK_BYTES["cpu"]
+    remote = elsewhere(source) if far else source
+    reader.transport.connect(remote.address)
+    start(reader, 0, remote, ALL)
+    assert results_of(reader.transport, 1)[0].status is PullStatus.DONE
+    assert torch.equal(reader.bytes, source.expected)
+    source.ask("refill")
+    start(reader, 1, remote, ALL)
+    result = results_of(reader.transport, 1)[1]
+    assert result.status is PullStatus.STALE
+    assert "is of generation 1, not 0: used again" in str(result.error)
+
+
+@pytest.mark.parametrize("moment", ["before", "during"])
+def test_a_killed_source_fails_its_pulls_and_no_others(source: Remote, reader: Worker, moment: str) -> None:
+    with remote_worker("torchdist", "other", BLOCKS, SIZE, seed=5) as other:
+        reader.transport.connect(source.address)
+        reader.transport.connect(other.address)
+        if moment == "before":
+            source.kill()
+        for pull_id in range(3):
+            start(reader, pull_id, source, ALL)
+        if moment == "during":
+            source.kill()
+        ended = results_of(reader.transport, 3)
+        for result in ended.values():
+            if moment == "before" or result.status is not PullStatus.DONE:
+                assert result.status is PullStatus.FAILED
+                assert "source did not send" in str(result.error)
+        start(reader, 3, other, ALL)
+        assert results_of(reader.transport, 1)[3].status is PullStatus.DONE
+        assert torch.equal(reader.bytes, other.expected)
+
+
+def test_a_killed_reader_leaves_the_source_to_others(source: Remote, reader: Worker) -> None:
+    with remote_worker("torchdist", "doomed", BLOCKS, SIZE) as doomed:
+        doomed.ask("connect", source.address)
+        doomed.ask("pull", 0, "source", ALL, ALL)
+        doomed.kill()
+    reader.transport.connect(source.address)
+    start(reader, 0, source, ALL)
+    assert results_of(reader.transport, 1)[0].status is PullStatus.DONE
+
+
+def test_a_source_that_hangs_makes_its_pulls_late_and_is_reached_again(
+    source: Remote, reader: Worker
+) -> None:
+    reader.transport.connect(source.address)
+    start(reader, 0, source, [0])
+    assert results_of(reader.transport, 1)[0].status is PullStatus.DONE
+    before = reader.bytes
+    os.kill(source.process.pid, signal.SIGSTOP)
+    try:
+        start(reader, 1, source, ALL, deadline=time.monotonic() + 0.5)
+        start(reader, 2, source, ALL, deadline=time.monotonic() + 0.5)
+        ended = results_of(reader.transport, 2)
+    finally:
+        os.kill(source.process.pid, signal.SIGCONT)
+    assert {result.status for result in ended.values()} == {PullStatus.FAILED}
+    assert torch.equal(reader.bytes, before), "what comes late is written nowhere"
+    start(reader, 3, source, ALL)
+    assert results_of(reader.transport, 1)[3].status is PullStatus.DONE
+    assert torch.equal(reader.bytes, source.expected)
+
+
+def test_closing_waits_for_no_source_that_hangs(source: Remote, reader: Worker) -> None:
+    reader.transport.connect(source.address)
+    start(reader, 0, source, [0])
+    results_of(reader.transport, 1)
+    os.kill(source.process.pid, signal.SIGSTOP)
+    try:
+        start(reader, 1, source, ALL)
+        time.sleep(0.1)  # it waits for the first chunk
+        reader.transport.close()
+        assert [name for name in names_of_threads() if name.endswith("-source")] == []
+    finally:
+        os.kill(source.process.pid, signal.SIGCONT)
+    (result,) = reader.transport.poll()
+    assert result.status is PullStatus.FAILED
+
+
+def names_of_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("nanopd-torchdist")]
+
+
+@linux
+def test_nothing_stays_behind() -> None:
+    before = set(names_of_threads())
+
+    def once() -> None:
+        workers = [make_worker("torchdist", name, 8, seed=2) for name in ("one", "two")]
+        one, two = workers
+        one.transport.connect(two.address)
+        two.transport.connect(one.address)
+        one.start(0, two, [1, 2], [3, 4])
+        assert results_of(one.transport, 1)[0].status is PullStatus.DONE
+        one.transport.disconnect("two")
+        for worker in workers:
+            worker.transport.close()
+        assert set(names_of_threads()) <= before
+
+    once()
+    first = held()
+    for _ in range(5):
+        once()
+    assert all(after <= before + 2 for before, after in zip(first, held(), strict=True))
+
+
+def held() -> list[int]:
+    """Open files and threads, those of C++ as well."""
+    return [len(list(Path("/proc/self", kind).iterdir())) for kind in ("fd", "task")]
+
+
+def test_cancelling_ends_a_pull_and_leaves_the_channel_usable(source: Remote, reader: Worker) -> None:
+    reader.transport.connect(source.address)
+    for pull_id in range(6):
+        start(reader, pull_id, source, ALL)
+    for pull_id in (0, 2, 3):
+        reader.transport.cancel(pull_id)
+    ended = results_of(reader.transport, 6)
+    assert [ended[i].status is PullStatus.DONE for i in range(6)] == [False, True, False, False, True, True]
+    assert torch.equal(reader.bytes, source.expected)
+
+
+@linux
+def test_it_listens_on_loopback_unless_told_otherwise(reader: Worker) -> None:
+    details = reader.address.details
+    assert details["host"] == "127.0.0.1"
+    (service,) = reader.transport._services  # type: ignore[attr-defined]
+    ports = {details["port"], service._store.port}
+    listening = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            (host, port), state = line.split()[1].rsplit(":", 1), line.split()[3]
+            if state == "0A" and int(port, 16) in ports:
+                listening.add(host)
+    assert listening == {"0100007F"}
+
+
+def test_an_address_that_is_not_ours_is_named() -> None:
+    transport = TorchDistTransport(host="192.0.2.1")  # of the range for documentation
+    pool = Pool(torch.zeros(4, 8), transport.generations(4))
+    with pytest.raises(
+        TransferError, match=r"cannot listen on '192\.0\.2\.1'.*give an address of this machine"
+    ):
+        transport.register("reader", pool)
+    transport.close()
+
+
+def test_strangers_get_nothing(source: Remote, reader: Worker) -> None:
+    """Somebody who has the port and not the token; a source that has somebody else's port."""
+    where = source.address.details["host"], source.address.details["port"]
+    for sent in (line_of({"token": "guess"}), b"GET / HTTP/1.1\r\n\r\n", b""):
+        with socket.create_connection(where, timeout=10) as stranger:
+            stranger.sendall(sent)
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(100) == b""
+    wrong = {**source.address.details, "token": "of one who was here before"}
+    with pytest.raises(TransferError, match=r"source does not answer at 127\.0\.0\.1"):
+        reader.transport.connect(replace(source.address, details=wrong))
+    reader.transport.connect(source.address)
+    start(reader, 0, source, [5])
+    assert results_of(reader.transport, 1)[0].status is PullStatus.DONE
