@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from nanopd_lab.cost.roofline import ChunkShape, ModelDims
@@ -186,6 +186,10 @@ class IterationModel:
             host_s=launch_overhead_s,
             vocab_share=dims.vocab_weights / dims.token_weights,
         )
+
+    def scaled(self, factor: float) -> IterationModel:
+        """Of a device on which every step takes `factor` times as long."""
+        return replace(self, **{n: factor * value for n, value in vars(self).items() if n.endswith("_s")})
 
     # ---- any step --------------------------------------------------------------------------------------
 

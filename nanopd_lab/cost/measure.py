@@ -1,8 +1,8 @@
 """A cost model of this machine in about a minute: a profile by as many processes at once as there will be workers.
 
 Workers on a CPU share its memory and caches; a step that is timed alone is shorter than it will be. So all of them
-profile at the same time, and a step's time is the median of their visits. One of them then times a few of the steps
-alone, as workers are not always all busy (`cost.company`). A GPU is alone: one process is enough.
+profile at the same time, and a step's time is the median of their visits. In between one of them times a few of the
+steps alone, as workers are not always all busy (`cost.company`). A GPU is alone: one process is enough.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import Any
 
 from nanopd_lab.cluster.starting import process_context, take_environment
@@ -56,17 +60,14 @@ def measure_cost_model(job: ProfileJob, folder: Path, progress: bool = True) -> 
         RuntimeError: a process that profiles has failed; its last words are in the message.
         ValueError: as of `profile` and `fit_profile`.
     """
-    together = [folder / f"profile-{number}.json" for number in range(job.processes)]
-    _run(job, together, progress)
-    record = merged([read_json(path) for path in together])
+    files = [folder / f"profile-{number}.json" for number in range(job.processes)]
+    _run(job, files, progress)
+    record = merged([read_json(path) for path in files])
+    for path in files:
+        path.unlink()
     cost = fit_profile(record, own_link(record))
     if job.processes > 1:
-        path = folder / "profile-alone.json"
-        _run(replace(job, grid=some_of(job.grid)), [path], progress)
-        cost = with_company(cost, record, read_json(path))
-        together.append(path)
-    for path in together:
-        path.unlink()
+        cost = with_company(cost, record, {**record, "points": record["alone"]})
     cost.save(folder / "cost-model.json")
     return cost
 
@@ -116,43 +117,51 @@ def merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _run(job: ProfileJob, files: Sequence[Path], progress: bool) -> None:
-    """A process for each file, all at once."""
+    """A process for each file, all at once; the first times some steps alone, too."""
     for path in files:
         path.unlink(missing_ok=True)  # of an earlier run, which may have had other neighbours
+        path.with_suffix(".log").unlink(missing_ok=True)
     context = process_context([job.device])
+    barrier = context.Barrier(len(files)) if len(files) > 1 else None
     processes = [
         context.Process(
-            target=_profile_one, args=(job, path, progress and path is files[0], dict(os.environ))
+            target=_profile_one, args=(job, path, barrier, progress and path is files[0], dict(os.environ))
         )
         for path in files
     ]
     for process in processes:
         process.start()
     try:
-        for process in processes:
-            process.join()
+        running: dict[Any, BaseProcess] = {process.sentinel: process for process in processes}
+        while running:
+            for sentinel in wait(list(running)):
+                ended = running.pop(sentinel)
+                ended.join()
+                if ended.exitcode and barrier is not None:
+                    barrier.abort()  # the others would wait for it
     except BaseException:
         for process in processes:
             process.terminate()
             process.join()
         raise
-    for process, path in zip(processes, files, strict=True):
-        log = path.with_suffix(".log")
-        if process.exitcode:
-            words = log.read_text().strip().splitlines()[-1:]
-            raise RuntimeError(f"profiling {job.model} failed: {words[0] if words else process.exitcode}")
-        log.unlink(missing_ok=True)
+    if failed := [process for process in processes if process.exitcode]:
+        logs = [path.with_suffix(".log") for path in files]
+        words = [line for log in logs if log.exists() for line in log.read_text().strip().splitlines()[-1:]]
+        raise RuntimeError(f"profiling {job.model} failed: {words[0] if words else failed[0].exitcode}")
 
 
-def _profile_one(job: ProfileJob, path: Path, progress: bool, environment: Mapping[str, str]) -> None:
+def _profile_one(
+    job: ProfileJob, path: Path, barrier: Barrier | None, progress: bool, environment: Mapping[str, str]
+) -> None:
     """In a process of its own."""
     take_environment(environment)
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
     import torch
 
-    from nanopd_lab.cost.profile import profile
+    from nanopd_lab.cost.profile import Together, profile
 
     torch.set_num_threads(job.threads)
+    first = path.stem.endswith("-0")
     try:
         profile(
             job.model,
@@ -161,11 +170,14 @@ def _profile_one(job: ProfileJob, path: Path, progress: bool, environment: Mappi
             compilation=job.compilation,
             result=path,
             grid=job.grid,
-            transfers=path.stem.endswith("-0"),
+            transfers=first,
+            together=Together(barrier, some_of(job.grid) if first else None) if barrier else None,
             progress=progress,
         )
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenBarrierError:
+        sys.exit(1)  # because another one has failed, which says why
     except Exception as error:  # for the one who waits
         path.with_suffix(".log").write_text(f"{type(error).__name__}: {error}\n")
         sys.exit(1)

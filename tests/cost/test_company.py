@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from nanopd_lab.cost.company import Company
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.cost.grid import Grid
 from nanopd_lab.cost.iteration import IterationModel
-from nanopd_lab.cost.measure import some_of, with_company
+from nanopd_lab.cost.measure import ProfileJob, measure_cost_model, some_of, with_company
 
 MODEL = IterationModel(1e-3, 5e-3, 2e-5, 2e-8, 5e-8, 1e-5)
 GRID = Grid((16, 64, 160), (0, 256), (1, 3, 8), (64, 400), 12)
@@ -82,3 +86,27 @@ def test_a_file_keeps_it_and_one_without_still_loads(tmp_path: Path) -> None:
     record["company"] = {"decode": 0.5}
     with pytest.raises(ValueError, match="unknown field 'decode'; Company has processes, decode_alone"):
         CostModel.from_record(record)
+
+
+def test_one_that_dies_while_they_profile_holds_up_nobody(tmp_path: Path) -> None:
+    job = ProfileJob.of("random:tiny", False, "float32", "off", 2, 1, tiny=True)
+    with ThreadPoolExecutor(1) as pool:
+        measured = pool.submit(measure_cost_model, job, tmp_path, progress=False)
+        while len(multiprocessing.active_children()) < 2:
+            time.sleep(0.01)
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(RuntimeError, match="profiling random:tiny failed: -9"):
+            measured.result(timeout=120)
+    assert not multiprocessing.active_children()
+
+
+def test_a_cost_model_is_measured_together_and_alone(tmp_path: Path) -> None:
+    job = ProfileJob.of("random:tiny", False, "float32", "off", 2, 1, tiny=True)
+    cost = measure_cost_model(job, tmp_path, progress=False)
+    assert cost == CostModel.load(tmp_path / "cost-model.json")
+    assert {each.name for each in tmp_path.iterdir()} == {"cost-model.json"}
+    assert cost.company is not None
+    assert len(cost.fit["company"]) == 4
+    assert all(row["alone_s"] > 0 and row["together_s"] > 0 for row in cost.fit["company"])
+    single = measure_cost_model(replace(job, processes=1), tmp_path, progress=False)
+    assert single.company is None

@@ -213,6 +213,17 @@ def test_several_rows_take_longer_than_one() -> None:
     assert longer(ChunkShape(1, 50), ChunkShape(1, 60)) == pytest.approx(0.02 * (1 + MODEL.vocab_share))
 
 
+@given(MODELS, st.floats(0.1, 10.0), st.integers(1, 50), st.integers(0, 10_000))
+def test_a_slower_device_takes_longer_for_every_step(
+    model: IterationModel, factor: float, batch: int, context: int
+) -> None:
+    slower = model.scaled(factor)
+    chunks = [ChunkShape(1, context)] * batch + [ChunkShape(40, context)]
+    assert slower.seconds(chunks) == pytest.approx(factor * model.seconds(chunks))
+    run = slower.decode_run_seconds(batch, context, 7)
+    assert run == pytest.approx(factor * model.decode_run_seconds(batch, context, 7))
+
+
 def test_captured_steps_are_padded() -> None:
     sizes = CapturedSizes(batches=(1, 4, 8), tokens=(16, 64))
     assert sizes.rows(3, 3, 3) == (4, 4)  # a decode step; every row of its graph is projected
