@@ -58,6 +58,7 @@ def test_info_names_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--temperature", "-1", "x"], "temperature is -1.0"),
         (["bench-offline", "--peers", "vllm"], "unknown peers vllm"),
         (["bench-offline", "--min-input-len", "9", "--max-input-len", "3"], "input lengths 9 to 3"),
+        (["generate", "--workers", "0", "x"], "workers is 0; it must be an integer"),
         (["simulate", "--workers", "0"], "workers is 0; it must be at least 1"),
         (["simulate", "--policy", "3p1d", "--workers", "1"], "policy='collocated'"),
         (["simulate", "--dataset-name", "azure", "--dataset-path", "none.csv"], "none.csv: No such file"),
