@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nanopd_lab import __version__
 
@@ -25,13 +25,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser(argv[0] if argv else None).parse_args(argv)
     try:
+        _check_result(getattr(args, "result_filename", None))
         return args.run(args) or 0
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         print(f"nanopd-lab: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"nanopd-lab: {error.filename}: {error.strerror}; check the path", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nanopd-lab: interrupted", file=sys.stderr)
         return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: the usage of a command with fifty flags would bury it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _check_result(path: str | Path | None) -> None:
+    """Before anything is measured: a result that cannot be written would be lost."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise ValueError(f"--result-filename {path} is a folder; name a file in it")
+    if not Path(path).parent.is_dir():
+        raise ValueError(
+            f"--result-filename {path}: there is no folder {Path(path).parent}; make it, or name another"
+        )
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -40,7 +65,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     Args:
         command: the one that is asked for. Commands whose packages take long to import are left out if it is another.
     """
-    parser = argparse.ArgumentParser(prog="nanopd-lab", description=__doc__)
+    parser = _Parser(prog="nanopd-lab", description=__doc__)
     parser.add_argument("--version", action="version", version=f"nanopd-lab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -160,7 +185,7 @@ def _generate(args: argparse.Namespace) -> int:
     )
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     quiet = args.json or len(prompts) == 1
-    if args.workers > 1:
+    if args.workers != 1:
         from nanopd_lab.cluster.cli import cluster_of
 
         with cluster_of(args) as cluster:

@@ -58,6 +58,13 @@ def test_info_names_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--temperature", "-1", "x"], "temperature is -1.0"),
         (["bench-offline", "--peers", "vllm"], "unknown peers vllm"),
         (["bench-offline", "--min-input-len", "9", "--max-input-len", "3"], "input lengths 9 to 3"),
+        (["generate", "--workers", "0", "x"], "workers is 0; it must be an integer"),
+        (["simulate", "--workers", "0"], "workers is 0; it must be at least 1"),
+        (["simulate", "--policy", "3p1d", "--workers", "1"], "policy='collocated'"),
+        (["simulate", "--dataset-name", "azure", "--dataset-path", "none.csv"], "none.csv: No such file"),
+        (["simulate", "--dataset-name", "azure", "--dataset-path", "/"], "/: Is a directory"),
+        (["simulate", "--result-filename", "no/such/folder.json"], "there is no folder no/such"),
+        (["bench-handover", "--transports", "pinned"], "workers are on CPUs; choose auto or shm"),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -66,7 +73,17 @@ def test_bad_input_is_one_clear_line(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert "Traceback" not in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_flag_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["bench", "--dataset-name", "nosuch"])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert "invalid choice: 'nosuch'" in error
+    assert error.endswith("; see nanopd-lab bench --help\n")
+    assert error.count("\n") == 1
 
 
 def test_bench_offline_compares_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ SCHEMA = "nanopd-lab/ceilings/1"
 READ_BYTES = {"cpu": 1 << 29, "cuda": 2 << 30}
 # Side of the square matrices. Big enough that a better shape would not help.
 MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
+LONG_S = 0.1  # for one product on a CPU: one of twice the side takes eight times as long
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,26 @@ def copy_bytes_per_s(nbytes: int = READ_BYTES["cpu"], rounds: int = 4) -> float:
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> float:
-    """FLOPs a second of a large square matrix product."""
+    """FLOPs a second of a large square matrix product; of a smaller one where that would take long."""
     side = MATMUL_SIDE[device.type]
+    if device.type == "cpu":
+        side = _affordable_side(dtype, side)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * side**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device, rounds)
+
+
+def _affordable_side(dtype: torch.dtype, most: int) -> int:
+    """CPUs without matrix units for a type take 100 times as long in it: a minute for one large product."""
+    side = most // 8
+    while side < most:
+        a = torch.randn(side, side).to(dtype)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if time.perf_counter() - start > LONG_S:
+            break
+        side *= 2
+    return side
 
 
 def _best_seconds(run: Callable[[], Any], device: torch.device, rounds: int) -> float:

@@ -328,7 +328,7 @@ def bench(rungs: Sequence[str] = RUNGS, rounds: int = 31, peers: bool = True) ->
     (ValueError)."""
     if not torch.cuda.is_available():
         raise ValueError(
-            "kernels bench measures a GPU and torch sees none here; recorded runs are in data/recorded/, and "
+            "it measures a GPU, and torch sees none here; recorded runs are in data/recorded/, and "
             "`nanopd-lab kernels check` runs every kernel in the emulator"
         )
     from nanopd_lab.bench.provenance import provenance

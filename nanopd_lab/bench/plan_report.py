@@ -62,7 +62,12 @@ def ranked(plan: Plan) -> list[Simulated]:
     """The simulations, best first."""
     found = plan.simulated.values()
     return sorted(
-        found, key=lambda each: (-(each.rate if plan.rate is None else each.attainment), each.policy)
+        found,
+        key=lambda each: (
+            -(each.rate if plan.rate is None else each.attainment),
+            -each.attainment,
+            each.policy,
+        ),
     )
 
 
@@ -100,7 +105,12 @@ def _choice(plan: Plan) -> str:
         f"tokens/s a GPU), with {plan.share:.0%} within {plan.slo} ms"
     )
     if rest and rest[0][1]:
-        text += f"; {first[1] / rest[0][1] - 1:.0%} more than {rest[0][0]}, the next best"
+        more = f"{first[1] / rest[0][1] - 1:.0%}"
+        text += (
+            f"; as many as {rest[0][0]}"
+            if more == "0%"
+            else f"; {more} more than {rest[0][0]}, the next best"
+        )
     return text + "."
 
 

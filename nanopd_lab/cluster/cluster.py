@@ -172,8 +172,11 @@ class Cluster:
         return InlineLauncher(self.controller, start, config.names, self.clock, config.max_restarts)
 
     def _start_processes(self) -> ProcessLauncher:
+        from nanopd_lab.transfer.registry import check_transport
+
         config = self.config
         devices = config.worker_devices()
+        check_transport(config.transport, devices)
         threads = config.worker_threads() if devices[0].type == "cpu" else config.threads
         specs = [
             WorkerSpec(

@@ -227,10 +227,11 @@ class Controller:
         if total <= self._any_takes:
             return
         largest = max(self._capacities, key=lambda capacity: capacity.longest)
+        way_out = "" if largest.longest == largest.max_model_len else " or raise kv_cache_memory_bytes"
         raise InvalidRequestError(
             f"prompt ({len(prompt)} tokens) + max_tokens ({params.max_tokens}) = {total} tokens; the largest worker "
             f"takes {largest.longest} (max_model_len {largest.max_model_len}, {largest.num_blocks} blocks of "
-            f"{largest.block_size}); shorten the prompt, lower max_tokens or raise kv_cache_memory_bytes"
+            f"{largest.block_size}); shorten the prompt or lower max_tokens{way_out}"
         )
 
     def submit(

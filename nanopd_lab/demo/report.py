@@ -11,7 +11,7 @@ from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.demo.outcome import Outcome
 from nanopd_lab.demo.page import Shown, facts, items, page, shown, table, verdict
 from nanopd_lab.demo.predict import PaysMap
-from nanopd_lab.demo.verdict import Row, headline, reasons, sentence
+from nanopd_lab.demo.verdict import Row, headline, reasons, sentence, unsteady
 from nanopd_lab.viz.serving import words
 from nanopd_lab.viz.strategies import look_of
 
@@ -45,6 +45,7 @@ def report(outcome: Outcome, measured: Sequence[Shown], modelled: Sequence[Shown
         "<h1>When does disaggregation pay?</h1>",
         f'<p class="lead">{escape(_lead(outcome))}</p>',
         *_partial(outcome),
+        *_unsteady(outcome),
         _answer(outcome),
         "<h2>Strategies on the same workers</h2>",
         "<p>Measured here. Each strategy served the same requests at the same times, one strategy after another. Below "
@@ -92,6 +93,11 @@ def _partial(outcome: Outcome) -> list[str]:
         else "Not all of it was measured."
     )
     return [verdict("Partial", [why, "What was measured is kept. " + "; ".join(lines) + "."], warning=True)]
+
+
+def _unsteady(outcome: Outcome) -> list[str]:
+    text = unsteady(outcome.rows(), outcome.rows(simulated=True))
+    return [verdict("Judge with care", [text], warning=True)] if text else []
 
 
 def _answer(outcome: Outcome) -> str:

@@ -29,7 +29,7 @@ from nanopd_lab.demo.plan import (
 from nanopd_lab.demo.predict import REQUESTS, curve, pays_map, predicted
 from nanopd_lab.demo.report import report
 from nanopd_lab.demo.strategies import cluster_policy, default_policies
-from nanopd_lab.demo.verdict import headline, sentence
+from nanopd_lab.demo.verdict import headline, sentence, unsteady
 from nanopd_lab.router import Policy, Slo
 from nanopd_lab.sim import SimConfig
 from nanopd_lab.viz.serving import words
@@ -124,6 +124,8 @@ def run_demo(
     say(headline(outcome.comparisons()))
     for comparison in outcome.comparisons():
         say(f"  {sentence(comparison)}")
+    if doubt := unsteady(outcome.rows(), outcome.rows(simulated=True)):
+        say(f"  {doubt}")
     return outcome
 
 

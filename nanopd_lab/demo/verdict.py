@@ -13,6 +13,8 @@ from nanopd_lab.bench.request_table import RequestTable
 from nanopd_lab.router import Slo
 from nanopd_lab.viz.strategies import disaggregates, look_of
 
+STEADY = 1.5  # measured over modelled time a token: of all strategies, the largest may be so many times the smallest
+
 
 class Row(NamedTuple):
     """A strategy's figures; latencies in ms, from the schedule.
@@ -85,6 +87,9 @@ def sentence(found: Comparison, source: str = "measured") -> str:
         return f"{better} and {than} cannot be told apart here: {numbers}."
     if value > 0:
         return f"{better} beats {than} here: {numbers}."
+    numbers = (
+        f"{-value:+.0f} points of requests in time ({source}; 95 % interval {-high:+.0f} to {-low:+.0f})"
+    )
     return f"{than} beats {better} here: {numbers}."
 
 
@@ -99,6 +104,24 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     if not split.decided:
         return f"Too close to call: with these requests and promises, disaggregation changes {points}."
     return f"Disaggregation {'pays' if split.gain.value > 0 else 'does not pay'} here: {points}."
+
+
+def unsteady(measured: Sequence[Row], modelled: Sequence[Row]) -> str | None:
+    """A warning where strategies ran at unlike speeds beside one model of one machine; None: no need for one."""
+    expected = {row.policy: row.tpot_p50 for row in modelled}
+    ratios = sorted(
+        (row.tpot_p50.value / model.value, look_of(row.policy).label)
+        for row in measured
+        if row.tpot_p50 and (model := expected.get(row.policy)) and model.value
+    )
+    if len(ratios) < 2 or ratios[-1][0] <= STEADY * ratios[0][0]:
+        return None
+    (low, fast), (high, slow) = ratios[0], ratios[-1]
+    return (
+        f"The median token took {low:.2g} times as long as modelled with {fast}, and {high:.2g} times with {slow}. "
+        "Either the machine's speed changed between the two (was it busy with other things?), or the model misses "
+        "something: run it again while nothing else runs, before you believe the comparison."
+    )
 
 
 def reasons(tables: Mapping[str, RequestTable], slo: Slo) -> list[str]:

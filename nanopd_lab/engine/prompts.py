@@ -26,7 +26,8 @@ def tokenize(prompt: Prompt, tokenizer: Any, vocab_size: int, model: str) -> tup
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InvalidRequestError(f"{model} has no tokenizer; give the prompt as token ids")
-        return prompt, list(tokenizer(prompt)["input_ids"])
+        # Not verbose: it warns of long prompts that are refused, with a reason, further on.
+        return prompt, list(tokenizer(prompt, verbose=False)["input_ids"])
     ids = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
     if not all(type(token) is int for token in ids) or (ids and not 0 <= min(ids) <= max(ids) < vocab_size):
         ids = [_checked(token, position, vocab_size) for position, token in enumerate(ids)]
@@ -67,7 +68,7 @@ def render_chat(
         chat_template=chat_template,
     )
     # The template writes the special tokens itself.
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return {"prompt": text, "prompt_token_ids": ids}
 
 

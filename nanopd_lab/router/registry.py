@@ -51,9 +51,10 @@ def create_policy(name: str, num_workers: int, outlook: Outlook | None = None) -
     if match := re.fullmatch(r"(\d+)p(\d+)d", name):
         prefills, decodes = int(match[1]), int(match[2])
         if prefills < 1 or decodes < 1 or prefills + decodes != num_workers:
+            others = f"policy='1p{num_workers - 1}d'" if num_workers > 1 else "policy='collocated'"
             raise ValueError(
                 f"policy {name!r} needs {prefills} + {decodes} workers, at least one of each, and there are "
-                f"{num_workers}; set workers={prefills + decodes}, or for example policy='1p{num_workers - 1}d'"
+                f"{num_workers}; set workers={max(prefills, 1) + max(decodes, 1)}, or for example {others}"
             )
         return Disaggregated(), [Role.PREFILL] * prefills + [Role.DECODE] * decodes
     if match := re.fullmatch(r"threshold(?:-(\d+))?", name):

@@ -60,10 +60,10 @@ class Arrivals:
     ramp_up: RampUp | None = None
 
     def __post_init__(self) -> None:
-        if not self.rate > 0 or not self.burstiness > 0:
-            raise ValueError(
-                f"rate is {self.rate} requests/s, burstiness {self.burstiness}; both must be positive"
-            )
+        if not self.rate > 0:
+            raise ValueError(f"rate is {self.rate:g} requests/s; it must be positive (inf: all at once)")
+        if not self.burstiness > 0:
+            raise ValueError(f"burstiness is {self.burstiness:g}; it must be positive (1 is Poisson)")
 
     def times(self, count: int, rng: random.Random) -> list[float]:
         """Seconds at which each of `count` requests comes, in order."""

@@ -149,6 +149,8 @@ def _run(args: argparse.Namespace) -> int:
     from nanopd_lab.sim.workload import Kill
 
     slo, selection = slo_of(args), selection_of(args)
+    if args.workers < 1:
+        raise ValueError(f"workers is {args.workers}; it must be at least 1")
     workload = workload_of(args)
     machine = machine_of(args, shared=any(each.shared() for each in workload.requests))
     kills = [Kill.parse(text) for text in args.kill]

@@ -41,10 +41,9 @@ def read_trace(path: Path) -> list[SimRequest]:
                 if not isinstance(row, Mapping):
                     raise ValueError(f"{str(text)[:40]!r} is no JSON object")
                 layout = layout or _layout(row)
-                when, prompt, output = (row[column] for column in layout)
-                sizes = int(float(prompt)), int(float(output))
+                sizes = _tokens(row, layout[1]), _tokens(row, layout[2])
                 if min(sizes) >= 1:
-                    found.append((_seconds(when, layout[0]), *sizes, _hash_ids(row)))
+                    found.append((_seconds(row[layout[0]], layout[0]), *sizes, _hash_ids(row)))
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path.name}, line {line}: cannot be read: {why}") from None
@@ -67,6 +66,16 @@ def _lines(file: TextIO, json_lines: bool) -> Iterator[tuple[int, str | Mapping[
             yield reader.line_num, row
 
 
+def _tokens(row: Mapping[str, Any], column: str) -> int:
+    try:
+        found = int(float(row[column]))
+    except (ValueError, TypeError, OverflowError):
+        found = -1
+    if found < 0:
+        raise ValueError(f"{column} is {row[column]!r}; it must be a number of tokens")
+    return found
+
+
 def _hash_ids(row: Mapping[str, Any]) -> tuple[int, ...]:
     found = tuple(row.get("hash_ids") or ())
     if not all(type(each) is int and 0 <= each < FIRST_PROMPT_TOKEN for each in found):
@@ -83,12 +92,14 @@ def _layout(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _seconds(when: Any, column: str) -> float:
-    if column == "timestamp":
-        return float(when) / 1e3
     try:
-        return float(when)
-    except ValueError:
+        return float(when) / (1e3 if column == "timestamp" else 1)
+    except (ValueError, TypeError):
+        pass
+    try:
         # Azure's have seven digits behind the point, one more than datetime reads; all times are UTC.
         day, _, part = str(when).partition(".")
         digits = part.rstrip("Z").split("+")[0] or "0"
         return datetime.fromisoformat(f"{day[:19]}+00:00").timestamp() + float(f"0.{digits}")
+    except ValueError:
+        raise ValueError(f"{column} is {when!r}; write 2023-11-16 18:17:03.98, or seconds") from None

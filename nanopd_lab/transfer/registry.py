@@ -117,6 +117,25 @@ def create_transport(
     raise TransferError(f"unknown transport {name!r}; choose from auto, {', '.join(TRANSPORTS)}")
 
 
+def check_transport(name: str, devices: Sequence[torch.device]) -> None:
+    """Before worker processes are started: one that cannot serve them.
+
+    Raises:
+        TransferError: an unknown name, or a transport for other memory than theirs.
+    """
+    if name != "auto" and name not in TRANSPORTS:
+        raise TransferError(f"unknown transport {name!r}; choose from auto, {', '.join(TRANSPORTS)}")
+    if name in ("p2p", "pinned") and any(device.type == "cpu" for device in devices):
+        raise TransferError(
+            f"transport {name!r} moves blocks between GPUs, and workers are on CPUs; choose auto or shm"
+        )
+    if name == "inproc":
+        raise TransferError(
+            "transport 'inproc' is for workers of one process, and these are processes of their own; choose auto, "
+            'or set launcher="inline"'
+        )
+
+
 def _indexed(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())

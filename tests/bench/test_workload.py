@@ -197,8 +197,8 @@ def test_flags_make_the_workload_and_a_sweep_changes_rate_and_seed() -> None:
         (["--dataset-name", "azure"], "--dataset-path"),
         (["--dataset-path", "x.csv"], "leave --dataset-path out"),
         (["--random-input-len", "0"], "0 tokens"),
-        (["--burstiness", "0"], "both must be positive"),
-        (["--request-rate", "-1"], "both must be positive"),
+        (["--burstiness", "0"], "burstiness is 0; it must be positive"),
+        (["--request-rate", "-1"], "rate is -1 requests/s; it must be positive"),
         (["--ramp-up-strategy", "linear"], "needs --ramp-up-start-rps"),
         (["--ramp-up-start-rps", "1"], "need --ramp-up-strategy"),
         (

@@ -9,7 +9,7 @@ from nanopd_lab.bench.bootstrap import Bounds
 from nanopd_lab.bench.request_table import RequestTable
 from nanopd_lab.demo.predict import PaysMap
 from nanopd_lab.demo.report import where
-from nanopd_lab.demo.verdict import Comparison, compare, headline, reasons, row_of, sentence
+from nanopd_lab.demo.verdict import Comparison, Row, compare, headline, reasons, row_of, sentence, unsteady
 from nanopd_lab.router import Slo
 from tests.viz.test_serving import simulated
 
@@ -61,9 +61,27 @@ def test_what_an_interrupt_left_unfinished_is_not_compared() -> None:
 def test_no_more_than_the_interval_supports(gain: Bounds, word: str, line: str) -> None:
     comparison = Comparison("1p1d", "collocated", gain)
     assert word in sentence(comparison)
-    if gain.high:
+    if gain.high > 0:
         assert f"{100 * gain.low:+.0f} to {100 * gain.high:+.0f}" in sentence(comparison)
+    if gain.high < 0:  # the winner's gain, not the loser's loss
+        assert "+20 points of requests in time (measured; 95 % interval +10 to +30)" in sentence(comparison)
     assert headline([comparison]).startswith(line)
+
+
+def row(policy: str, tpot_ms: float) -> Row:
+    tpot = Bounds(tpot_ms, tpot_ms, tpot_ms)
+    return Row(policy, 1, 1, None, None, None, None, tpot, tpot, 1.0, False)
+
+
+def test_a_machine_that_changed_its_speed_is_told() -> None:
+    modelled = [row("collocated", 180.0), row("1p1d", 190.0)]
+    text = unsteady([row("collocated", 104.0), row("1p1d", 327.0)], modelled)
+    assert text is not None
+    assert "0.58 times as long as modelled with collocated, and 1.7 times with disaggregated 1P1D" in text
+    # Slower than modelled, but all alike: the comparison holds.
+    assert unsteady([row("collocated", 360.0), row("1p1d", 400.0)], modelled) is None
+    assert unsteady([row("collocated", 104.0)], modelled) is None
+    assert unsteady([], []) is None
 
 
 def test_without_both_sides_there_is_no_answer() -> None:

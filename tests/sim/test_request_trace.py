@@ -40,7 +40,8 @@ def test_requests_are_put_in_order(tmp_path: Path) -> None:
     [
         ("a,b\n1,2\n", "trace.csv, line 2: cannot be read: it has a, b; known are: arrived_at"),
         ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2,3\n2,x,3\n", "line 3: .*'x'"),
-        ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2\n", "line 2"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2\n", "line 2: .*num_decode_tokens is None"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,-2,3\n", "line 2: .*'-2'; it must be a number"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,2,3\n", "line 2: .*yesterday"),
         ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2,0\n", "holds no request"),
         ("", "holds no request"),
