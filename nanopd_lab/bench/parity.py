@@ -6,6 +6,10 @@ Requests arrive on a Poisson schedule, are served by worker processes, and then 
 controller, workers and schedulers with steps from the cost model. Times count from the scheduled arrival, as the
 caller sees them; a late submission counts against the system. Policies take turns, so that what slows the machine down
 for a while slows all alike, and each begins every round anew; none is told how long outputs will be.
+
+A shared machine's speed changes by the minute, which no model of its steps can know. With a yardstick, one request that
+is served alone before and after each round, the round is simulated at the speed that the machine had: what is compared
+then is everything but that one number.
 """
 
 from __future__ import annotations
@@ -45,13 +49,22 @@ RANKED = (
     ATTAINMENT,
 )
 
+YARDSTICK = SimRequest(
+    "yardstick", 0.0, 64, 16
+)  # a prompt and 15 decode steps, about a second of the embedded model
+
 Figures = dict[str, float]
+Simulate = Callable[[str, Sequence[SimRequest], float | None], SimResult]
+"""Serves requests in virtual time, by a policy's name, on a machine that takes so many seconds for the yardstick."""
 Key = tuple[str, float, int]
 """Policy, requests a second, seed."""
 
 
 class Round(NamedTuple):
-    """The same requests, served and simulated; `provenance` of the former."""
+    """The same requests, served and simulated; `provenance` of the former.
+
+    yardstick_s: what YARDSTICK took around it, if that was measured
+    """
 
     policy: str
     rate: float
@@ -60,6 +73,7 @@ class Round(NamedTuple):
     real: Figures
     simulated: Figures
     provenance: dict[str, Any]
+    yardstick_s: float | None = None
 
     @property
     def key(self) -> Key:
@@ -100,31 +114,46 @@ def figures(result: SimResult, slo: Slo | None = None) -> Figures:
 def compare(
     config: ClusterConfig,
     loads: Mapping[Key, Sequence[SimRequest]],
-    simulate: Callable[[str, Sequence[SimRequest]], SimResult],
+    simulate: Simulate,
+    with_yardstick: bool = False,
 ) -> Iterator[Round]:
     """Serve and simulate each of `loads`, in their order, all on one real cluster; a round for each as it is done.
 
     Args:
         config: its policy is not looked at; without a prefix cache, which would know the prompts of other policies
-        simulate: serves requests in virtual time, by a policy's name
+        with_yardstick: measure the machine's speed before and after each
     """
     slo = Slo.parse(config.goodput)
     with Cluster(replace(config, policy="collocated")) as cluster:
         serve(cluster, [SimRequest(f"warm-up-{n}", 0.0, 40, 4) for n in range(2 * config.workers)])
-        for (policy, rate, seed), requests in loads.items():
+        before = measured_yardstick(cluster, 0) if with_yardstick else None
+        for number, ((policy, rate, seed), requests) in enumerate(loads.items(), 1):
             cluster.use_policy(policy)
             named = [replace(each, request_id=f"{rate}-{seed}-{each.request_id}") for each in requests]
             real = SimResult(list(serve(cluster, named, seed=seed)), [], 0, 0)
             cluster.check_integrity()
+            yardstick_s = None
+            if before is not None:
+                after = measured_yardstick(cluster, number)
+                yardstick_s, before = (before + after) / 2, after
             yield Round(
                 policy,
                 rate,
                 seed,
                 len(requests),
                 figures(real, slo),
-                figures(simulate(policy, requests), slo),
+                figures(simulate(policy, requests, yardstick_s), slo),
                 provenance(),
+                yardstick_s,
             )
+
+
+def measured_yardstick(cluster: Cluster, number: int, repeats: int = 3) -> float:
+    """Seconds from arrival to end of YARDSTICK, alone on an idle cluster; the median of so many, one after another."""
+    cluster.use_policy("collocated")
+    names = [f"yardstick-{number}-{repeat}" for repeat in range(repeats)]
+    records = [serve(cluster, [replace(YARDSTICK, request_id=name)])[0] for name in names]
+    return statistics.median(each.e2e_s for each in records if each.e2e_s is not None)
 
 
 class Rounds:
@@ -183,7 +212,13 @@ def records_of(rounds: Iterable[Round]) -> list[dict[str, Any]]:
                     for name in real
                 },
                 "rounds": [
-                    {"seed": each.seed, "real": each.real, "simulated": each.simulated} for each in group
+                    {
+                        "seed": each.seed,
+                        "real": each.real,
+                        "simulated": each.simulated,
+                        **({"yardstick_s": each.yardstick_s} if each.yardstick_s else {}),
+                    }
+                    for each in group
                 ],
             }
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanopd_lab.cost.files import CostModel
+    from nanopd_lab.cost.iteration import IterationModel
     from nanopd_lab.sim import SimConfig
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -31,7 +33,13 @@ def register(subparsers: _Subparsers) -> None:
         "--simulate-with",
         type=Path,
         help="another cost model for the simulated steps, as of a profile made afterwards: all rounds are simulated "
-        "anew with it, and policies go by --cost-model as before",
+        "anew with it, and policies go by --cost-model as before; if there is none, it is measured and written there",
+    )
+    parser.add_argument(
+        "--yardstick",
+        action="store_true",
+        help="serve one request alone before and after each round, and simulate it at the speed that this shows: "
+        "for machines that others use too",
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
@@ -62,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure the cost model if need be, serve, simulate, print the tables, write the records."""
     from nanopd_lab.bench.parity import (
         RANKING_SCHEMA,
+        YARDSTICK,
         Rounds,
         compare,
         figures,
@@ -72,13 +81,12 @@ def run(args: argparse.Namespace) -> int:
     )
     from nanopd_lab.bench.provenance import provenance
     from nanopd_lab.cluster.config import ClusterConfig
-    from nanopd_lab.cost.files import CostModel
     from nanopd_lab.router import Slo, Veiled, create_policy
     from nanopd_lab.sim import SimRequest, SimResult, Simulator
     from nanopd_lab.sim.timing import CostTime
     from nanopd_lab.sim.workload import Lengths, poisson_arrivals
 
-    cost = CostModel.load(args.cost_model) if args.cost_model.exists() else _measured(args)
+    cost = _cost_model(args, args.cost_model)
     lengths = (
         Lengths(args.input_median, 0.6, round(6 * args.input_median)),
         Lengths(args.output_median, 0.5, round(5 * args.output_median)),
@@ -98,12 +106,18 @@ def run(args: argparse.Namespace) -> int:
         engine=engine,
         share_devices=args.share_devices,
     )
-    times = CostModel.load(args.simulate_with) if args.simulate_with else cost
+    times = _cost_model(args, args.simulate_with) if args.simulate_with else cost
     settings, outlook = _settings(args, times), config.outlook()
 
-    def simulate(name: str, requests: Sequence[SimRequest]) -> SimResult:
+    def simulated(name: str, requests: Sequence[SimRequest], model: IterationModel) -> SimResult:
         policy, roles = create_policy(name, args.workers, outlook)
-        return Simulator(Veiled(policy), roles, CostTime(times.iteration), requests, settings).run()
+        return Simulator(Veiled(policy), roles, CostTime(model), requests, settings).run()
+
+    modelled_s = simulated("collocated", [YARDSTICK], times.iteration).mean("e2e_s")
+
+    def simulate(name: str, requests: Sequence[SimRequest], yardstick_s: float | None) -> SimResult:
+        speed = 1.0 if yardstick_s is None else yardstick_s / modelled_s
+        return simulated(name, requests, times.iteration.scaled(speed))
 
     for policy in args.policies:  # all are checked before the first is measured
         create_policy(policy, args.workers, outlook)
@@ -120,14 +134,18 @@ def run(args: argparse.Namespace) -> int:
         return poisson_arrivals(args.num_prompts, rate, lengths, seed)
 
     loads = {turn: requests_of(turn[1], turn[2]) for turn in turns}
-    for found in compare(config, loads, simulate) if loads else ():
+    for found in compare(config, loads, simulate, args.yardstick) if loads else ():
         rounds.add(found)
         print(f"{found.policy}, {found.rate:g} requests/s, seed {found.seed}: done", flush=True)
     done = list(rounds.done.values())
     if args.simulate_with:
         slo = Slo.parse(args.goodput)
         done = [
-            each._replace(simulated=figures(simulate(each.policy, requests_of(each.rate, each.seed)), slo))
+            each._replace(
+                simulated=figures(
+                    simulate(each.policy, requests_of(each.rate, each.seed), each.yardstick_s), slo
+                )
+            )
             for each in done
         ]
     shared = {"workers": args.workers, "model": args.model, "device": cost.device}
@@ -159,11 +177,14 @@ def _turned(policies: Sequence[str], number: int) -> list[str]:
     return [*policies[number:], *policies[:number]]
 
 
-def _measured(args: argparse.Namespace) -> CostModel:
-    """By as many processes at once as there will be workers."""
+def _cost_model(args: argparse.Namespace, path: Path) -> CostModel:
+    """Of a file, or measured by as many processes at once as there will be workers."""
     from nanopd_lab.cluster.config import ClusterConfig
+    from nanopd_lab.cost.files import CostModel
     from nanopd_lab.cost.measure import ProfileJob, measure_cost_model
 
+    if path.exists():
+        return CostModel.load(path)
     config = ClusterConfig(args.model, workers=args.workers, share_devices=args.share_devices)
     cuda = config.worker_devices()[0].type == "cuda"
     job = ProfileJob.of(
@@ -175,8 +196,9 @@ def _measured(args: argparse.Namespace) -> CostModel:
         config.worker_threads(),
         tiny=args.model == "random:tiny",
     )
-    cost = measure_cost_model(job, args.cost_model.parent)
-    cost.save(args.cost_model)
+    with tempfile.TemporaryDirectory() as folder:  # beside the file there may be another `cost-model.json`
+        cost = measure_cost_model(job, Path(folder))
+    cost.save(path)
     return cost
 
 
@@ -186,7 +208,8 @@ def _shared(args: argparse.Namespace, cost: CostModel) -> Mapping[str, Any]:
         "model", "workers", "num_prompts", "input_median", "output_median", "dtype", "compilation",
         "max_num_batched_tokens", "kv_blocks", "goodput",
     )  # fmt: skip
-    return {**{name: getattr(args, name) for name in names}, "profiled": cost.source}
+    yardstick = {"yardstick": True} if args.yardstick else {}
+    return {**{name: getattr(args, name) for name in names}, **yardstick, "profiled": cost.source}
 
 
 def _settings(args: argparse.Namespace, cost: CostModel) -> SimConfig:
@@ -200,4 +223,5 @@ def _settings(args: argparse.Namespace, cost: CostModel) -> SimConfig:
         block_bytes=cost.fit["block_bytes"],
         link=cost.transfer or LinkModel(),
         ahead=bool(cost.fit.get("ahead", False)),
+        company=cost.company,
     )

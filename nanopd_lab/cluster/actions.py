@@ -26,7 +26,7 @@ class Limits:
     max_jobs: jobs a worker may have at once; the rest waits here, where it can still choose. None: twice as many as
         run at once there
     max_attempts: tries at one job
-    heartbeat_s: how long a worker may be silent before it counts as gone
+    heartbeat_s: how long a worker in a process of its own may be silent before it counts as gone
     """
 
     max_queue: int = 100_000

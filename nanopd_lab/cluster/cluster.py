@@ -8,8 +8,10 @@ with Cluster(ClusterConfig(model="smollm2", workers=3, policy="1p2d")) as cluste
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Container, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from nanopd_lab.cluster.config import ClusterConfig
 from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.host import StepRecord
 from nanopd_lab.cluster.inline import InlineLauncher
+from nanopd_lab.cluster.looking import Look
 from nanopd_lab.cluster.process import ProcessLauncher, WorkerSpec
 from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.core import FinishReason, Logprob, SamplingParams
@@ -113,18 +116,23 @@ class Cluster:
         self.config = config
         self.clock = clock
         policy, roles = config.route_policy()
-        self.controller = Controller(policy, dict(zip(config.names, roles, strict=True)), config.limits)
+        limits = config.limits
+        if config.launcher == "inline":  # workers are silent there for as long as nobody gives them a turn
+            limits = replace(limits, heartbeat_s=math.inf)
+        self.controller = Controller(policy, dict(zip(config.names, roles, strict=True)), limits)
         self._numbers = itertools.count()
         self._serial = itertools.count()
         self._tracked: dict[str, _Tracked] = {}
         self._fresh: dict[
             str, _Tracked
         ] = {}  # changed since the last poll; outputs are made when somebody looks
+        self._watchers: list[deque[ClusterOutput]] = []
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._closed = False
         self._crash: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._owner: threading.Thread | None = None  # of an inline cluster, see `alone`
         self.launcher: InlineLauncher | ProcessLauncher
         if config.launcher == "inline":
             self.launcher = self._start_inline()
@@ -214,7 +222,7 @@ class Cluster:
         else:
             next(self._serial)
         with self._lock:
-            self._check_open()
+            self._check_usable()
             name = request_id or f"cluster-{next(self._numbers)}"
             now = self.clock()
             self.controller.validate(ids, params)
@@ -245,19 +253,23 @@ class Cluster:
             self._collect()
         self._wake()
 
-    def poll(self, timeout: float = 0.0) -> list[ClusterOutput]:
+    def poll(self, timeout: float = 0.0, wanted: Container[str] | None = None) -> list[ClusterOutput]:
         """Requests that have got tokens, have ended or have settled since the last call; waits up to `timeout`
-        seconds for some."""
-        return self._poll(timeout, None)
+        seconds for some.
 
-    def _poll(self, timeout: float, wanted: Container[str] | None) -> list[ClusterOutput]:
-        """`poll` for some requests; what has become of others stays for whoever asks for them."""
+        Args:
+            wanted: only of these; what has become of others stays for whoever asks for them
+
+        Raises:
+            ValueError: the cluster is closed.
+            RuntimeError: its controller has stopped.
+        """
+        self._check_usable()
 
         def ready() -> list[str]:
             return [name for name in self._fresh if wanted is None or name in wanted]
 
         if self._thread is None:
-            self._check_open()
             deadline = self.clock() + timeout
             while True:
                 self._take(self.launcher.step())  # type: ignore[union-attr]
@@ -317,7 +329,7 @@ class Cluster:
         finished: dict[str, float] = {}
         with bar:
             while pending:
-                for output in self._poll(0.1, pending):
+                for output in self.poll(0.1, pending):
                     if output.finished and output.request_id not in finished:
                         finished[output.request_id] = self.clock()
                         bar.update()
@@ -365,10 +377,22 @@ class Cluster:
         config = replace(self.config, policy=policy, **settings)
         chosen, roles = config.route_policy()
         with self._lock:
-            self._check_open()
+            self._check_usable()
             self.controller.use_policy(chosen, dict(zip(config.names, roles, strict=True)), self.clock())
             self.config = config
             self._collect()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Meanwhile only this thread may use an inline cluster, which computes in whoever's thread polls; others get a
+        ValueError instead of a race. One over processes is for all, and stays so."""
+        with self._lock:
+            self._check_usable()
+            self._owner = threading.current_thread() if self._thread is None else None
+        try:
+            yield
+        finally:
+            self._owner = None
 
     @contextmanager
     def veiled(self) -> Iterator[None]:
@@ -390,6 +414,29 @@ class Cluster:
         """The workers that are up, as the policy sees them."""
         with self._lock:
             return self.controller.views()
+
+    @contextmanager
+    def watched(self) -> Iterator[Callable[[], Look]]:
+        """Meanwhile a function that tells what the workers have and which requests have settled, whoever polls.
+
+        It may be called from any thread; a few times a second costs the cluster nothing that could be measured.
+        """
+        ended: deque[ClusterOutput] = deque()
+
+        def look() -> Look:
+            with self._lock:
+                self.check_open()
+                taken = [ended.popleft() for _ in range(len(ended))]
+                queued, running = self.controller.queue_length, len(self._tracked)
+                return Look(self.clock(), queued, running, taken, self.controller.look())
+
+        with self._lock:
+            self._watchers = [*self._watchers, ended]
+        try:
+            yield look
+        finally:
+            with self._lock:
+                self._watchers = [each for each in self._watchers if each is not ended]
 
     def steps(self) -> dict[str, list[StepRecord]]:
         """With `trace=True`: every worker's steps since the last call, for timelines."""
@@ -413,9 +460,16 @@ class Cluster:
         with self._lock:
             return self.controller.longest
 
+    def check_open(self) -> None:
+        """Raise ValueError if it is closed, RuntimeError if its controller has stopped."""
+        if self._closed:
+            raise ValueError("the cluster is closed; make a new one")
+        self._check_crash()
+
     def check_integrity(self) -> None:
         """Raise AssertionError if a worker has lost a block, or holds one although nothing runs."""
         with self._lock:
+            self._check_owner()
             self.controller.check_integrity()
             if isinstance(self.launcher, ProcessLauncher):
                 wrong = [text for text in self.launcher.ask("check").values() if text]
@@ -489,6 +543,8 @@ class Cluster:
         for name, tracked in touched.items():
             if len(tracked.paths) == len(tracked.samples):
                 self._tracked.pop(name, None)
+                for watcher in self._watchers:
+                    watcher.append(self._output(tracked))
 
     def _read(self, tracked: _Tracked, sample: _Sample, event: Emit) -> None:
         if sample.finish is not None:
@@ -569,10 +625,16 @@ class Cluster:
             return None
         return Detokenizer(self.tokenizer, ids, params.stop_strings, params.include_stop_str_in_output)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("the cluster is closed; make a new one")
-        self._check_crash()
+    def _check_usable(self) -> None:
+        self.check_open()
+        self._check_owner()
+
+    def _check_owner(self) -> None:
+        owner = self._owner
+        if owner is not None and owner is not threading.current_thread():
+            raise ValueError(
+                f"thread {owner.name} has this inline cluster to itself: a cockpit is running, say; stop it first"
+            )
 
     def _check_crash(self) -> None:
         if self._crash is not None:

@@ -34,6 +34,7 @@ from nanopd_lab.cluster.actions import (
     State,
 )
 from nanopd_lab.cluster.asking import PolicyError, ask, told
+from nanopd_lab.cluster.looking import WorkerLook
 from nanopd_lab.cluster.messages import (
     Beat,
     Begin,
@@ -145,6 +146,23 @@ class _Worker:
         if self._view is None or view != self._view:
             self._view = view
         return self._view
+
+    def look(self) -> WorkerLook:
+        """What somebody who watches sees of it."""
+        prefilling = awaited = decoding = leaving = 0
+        for attempt in tuple(self.attempts.values()):  # another thread may be at work
+            source, target = attempt.report.route
+            if source == self.name and attempt.prefills:
+                prefilling += 1
+            elif source == self.name and attempt.leaves:
+                leaving += 1
+            elif target == self.name and attempt.arrives:
+                awaited += 1
+            elif target == self.name:
+                decoding += 1
+        return WorkerLook(
+            self.name, self.role, self.state, self.capacity, self.beat, prefilling, awaited, decoding, leaving
+        )
 
 
 def _count(attempts: Seq[_Attempt]) -> tuple[int, int]:
@@ -729,6 +747,10 @@ class Controller:
     def views(self) -> list[WorkerView]:
         """The workers that are up, as a policy would see them."""
         return [worker.view() for worker in self._workers.values() if worker.state is State.UP]
+
+    def look(self) -> list[WorkerLook]:
+        """All workers with what they have, for somebody who watches; takes as long as there are tries."""
+        return [worker.look() for worker in self._workers.values()]
 
     def state(self, worker: str) -> State:
         return self._workers[worker].state

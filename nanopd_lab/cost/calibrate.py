@@ -250,9 +250,20 @@ def describe(cost: CostModel, prompt_tokens: int = 512, context: int = 512) -> s
             if model.short_pair_s
             else []
         ),
+        *(
+            [("rows", f"{1e3 * model.rows_s:.3f} ms more for several rows than for one")]
+            if model.rows_s
+            else []
+        ),
         *([("mixed", f"{1e3 * model.mixed_s:.3f} ms a step with a prompt chunk")] if model.mixed_s else []),
         ("host", f"{1e3 * model.host_s:.3f} ms a step, beside the device"),
     ]
+    if (company := cost.company) is not None:
+        rows.append((
+            "company",
+            f"of {company.processes} busy workers; alone, decode steps take {company.decode_alone:.0%} of these times, "
+            f"prompts {company.prompt_alone:.0%}",
+        ))  # fmt: skip
     if launched := cost.fit.get("launched"):
         rows.append(("host, launched", f"{1e3 * launched['host_s']:.2f} ms a step without CUDA graphs"))
     if cost.transfer:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nanopd_lab.cost.company import Company
 from nanopd_lab.cost.iteration import CapturedSizes, IterationModel
 from nanopd_lab.cost.transfer_time import TransferModel
 
@@ -22,6 +23,7 @@ class CostModel:
     model, device: for people
     source:        where the coefficients come from: a publication, or the provenance of a profile
     fit:           what the fit said of itself: errors, numbers of steps
+    company:       what workers on one host cost one another; None: nothing, as each has a device of its own
     """
 
     model: str
@@ -30,6 +32,7 @@ class CostModel:
     transfer: TransferModel | None = None
     source: Any = None
     fit: Mapping[str, Any] = field(default_factory=dict)
+    company: Company | None = None
 
     def to_record(self) -> dict[str, Any]:
         """JSON-ready; an infinite bandwidth is null."""
@@ -46,6 +49,7 @@ class CostModel:
             "iteration": asdict(self.iteration),
             "transfer": transfer,
             "fit": dict(self.fit),
+            **({"company": asdict(self.company)} if self.company else {}),
         }
 
     @classmethod
@@ -67,6 +71,7 @@ class CostModel:
                 transfer = _build(
                     TransferModel, {**transfer, "bytes_per_s": math.inf if speed is None else speed}
                 )
+            company = record.get("company")
             return cls(
                 str(record["model"]),
                 str(record["device"]),
@@ -74,6 +79,7 @@ class CostModel:
                 transfer,
                 record.get("source"),
                 record.get("fit") or {},
+                _build(Company, company) if company is not None else None,
             )
         except KeyError as error:
             raise ValueError(f"{name}: {error.args[0]!r} is missing") from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ MIN_SAMPLES = 8
 HOST_CANDIDATES = 12
 CORNER_STEP = 1.2
 CORNERS = tuple(0.25 * CORNER_STEP**n for n in range(54))  # in tokens; up to 3,900
-T0_MUST_REACH = 0.9  # of the error without it
+MUST_REACH = 0.9  # of the error without it: what a term must do that others could stand for
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def fit_iteration(
         raise ValueError(
             f"a fit needs at least {MIN_SAMPLES} timed steps, got {len(samples)}; profile without --quick"
         )
-    table = _Table(samples, vocab_share, captured or CapturedSizes(), solve)
+    table = _Table(samples, vocab_share, captured or CapturedSizes(), solve, on_cpu=host_s == 0.0)
     if host_s is not None and table.above(host_s).sum() < MIN_SAMPLES:
         raise ValueError(
             f"only {table.above(host_s).sum()} of {len(samples)} steps take longer than the host's {host_s} s; "
@@ -127,8 +128,8 @@ def fit_iteration(
     )
 
 
-# Of the linear part: the matrices, four more terms, and two that only GPUs have.
-COLUMNS, ON_GPUS = 7, [5, 6]
+# Of the linear part: the matrices, four more terms, two that only GPUs have, and one that only CPUs have.
+COLUMNS, ON_GPUS, ON_CPUS = 8, [5, 6], [7]
 TERMS = ("reading weights", "matrix products", "constant", "attention pairs", "context", "sequences")
 
 
@@ -152,7 +153,7 @@ def fit_without(
     free = table.above(model.host_s)
     columns = np.column_stack([matrices, table.others])[free]
     used = [n for n, name in enumerate(("matrices", *TERMS[2:])) if name != term and (n != 1 or model.t0_s)]
-    used += ON_GPUS if model.captured.batches else []
+    used += (ON_GPUS if model.captured.batches else []) + (ON_CPUS if model.rows_s else [])
     found = np.zeros(COLUMNS)
     found[used] = solve(columns[:, used], table.seconds[free])
     refitted = table._model(found, corner, model.sharpness, model.host_s)
@@ -192,10 +193,13 @@ class _Table:
         vocab_share: float,
         captured: CapturedSizes,
         solve: Solve = fit_terms,
+        on_cpu: bool = False,
     ) -> None:
         steps = [s.step for s in samples]
         self.vocab_share, self.captured = vocab_share, captured
         self.solve = solve
+        self.terms = [0, 2, 3, 4, *(ON_GPUS if captured.batches else [])]
+        self.optional = [1, *(ON_CPUS if on_cpu else [])]
         self.samples = samples
         self.seconds: Array = np.array([s.seconds for s in samples])
         tokens, drawn = np.array(
@@ -206,10 +210,18 @@ class _Table:
 
     @property
     def others(self) -> Array:
-        """[steps, 6]: the terms beside the matrices."""
+        """[steps, 7]: the terms beside the matrices."""
         return np.array(
             [
-                [1.0, s.pairs, s.context, s.sequences, not s.decodes_only, s.short_pairs]
+                [
+                    1.0,
+                    s.pairs,
+                    s.context,
+                    s.sequences,
+                    not s.decodes_only,
+                    s.short_pairs,
+                    (s.tokens > 1) + self.vocab_share * (s.drawn > 1),
+                ]
                 for s in (sample.step for sample in self.samples)
             ],
             dtype=float,
@@ -226,20 +238,25 @@ class _Table:
     def fit(self, host_s: float) -> IterationModel:
         """The best for a host time, from the steps that take longer than it."""
         free = self.above(host_s)
-        # A constant time and that of the weights differ only in the corner's shape: t0 must earn its place.
-        without, having = self._search(free, host_s, with_t0=False), self._search(free, host_s, with_t0=True)
-        return (having if having[0] < T0_MUST_REACH * without[0] else without)[1]
+        choices = [chosen for n in range(len(self.optional) + 1) for chosen in combinations(self.optional, n)]
+        # A constant time and that of the weights differ only in the corner's shape, and rows only where one is alone.
+        found = [
+            (self._search(free, host_s, sorted([*self.terms, *chosen])), len(chosen)) for chosen in choices
+        ]
+        return min(found, key=lambda each: each[0][0] / MUST_REACH ** each[1])[0][1]
 
-    def _search(self, free: NDArray[np.bool_], host_s: float, with_t0: bool) -> tuple[float, IterationModel]:
+    def _search(
+        self, free: NDArray[np.bool_], host_s: float, used: list[int]
+    ) -> tuple[float, IterationModel]:
         """(root of the squared relative errors' sum, model) of the best corner."""
         others = self.others
         grid = [(corner, sharpness) for sharpness in SHARPNESSES for corner in CORNERS]
-        best = min((self._solve(free, *each, with_t0, others) for each in grid), key=lambda found: found[0])
+        best = min((self._solve(free, *each, used, others) for each in grid), key=lambda found: found[0])
         _, _, corner, sharpness = best
         # Between the corners of the grid.
         finer = np.geomspace(corner / CORNER_STEP, corner * CORNER_STEP, 21)
         distance, found, corner, sharpness = min(
-            (self._solve(free, float(each), sharpness, with_t0, others) for each in finer),
+            (self._solve(free, float(each), sharpness, used, others) for each in finer),
             key=lambda found: found[0],
         )
         return distance, self._model(found, corner, sharpness, host_s)
@@ -249,13 +266,12 @@ class _Table:
         free: NDArray[np.bool_],
         corner: float,
         sharpness: float,
-        with_t0: bool,
+        used: list[int],
         others: Array | None = None,
     ) -> tuple[float, Array, float, float]:
-        """(distance, coefficients, corner, sharpness): linear, given the last two."""
+        """(distance, coefficients, corner, sharpness) with the columns `used`: linear, given the last two."""
         others = self.others if others is None else others
         columns = np.column_stack([self.matrices(corner, sharpness), others])[free]
-        used = [0, *([1] if with_t0 else []), 2, 3, 4, *(ON_GPUS if self.captured.batches else [])]
         found = np.zeros(COLUMNS)
         found[used] = self.solve(columns[:, used], self.seconds[free])
         distance = float(np.linalg.norm(columns @ found / self.seconds[free] - 1))
@@ -269,7 +285,7 @@ class _Table:
         return found
 
     def _model(self, found: Array, corner: float, sharpness: float, host_s: float) -> IterationModel:
-        weight, t0, pair, context, sequence, mixed, short = map(float, found)
+        weight, t0, pair, context, sequence, mixed, short, rows = map(float, found)
         return IterationModel(
             t0_s=t0,
             weight_s=weight,
@@ -282,5 +298,6 @@ class _Table:
             sharpness=sharpness,
             short_pair_s=short,
             mixed_s=mixed,
+            rows_s=rows,
             captured=self.captured,
         )

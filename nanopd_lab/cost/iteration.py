@@ -8,7 +8,8 @@ matrices once, `products` that of the matrix products of all tokens: the larger 
 Launch overhead is the host's own time. It runs beside the device's, so it is a floor and not a summand: CUDA graphs
 lower `host_s`, and pad a step to one of the captured sizes, which `products` sees. On a GPU two more terms are small: a
 pair of a chunk below SHORT_CHUNK tokens takes a little longer, as another kernel computes it, and so does a step with
-prompt chunks, whose logits are not in the graph.
+prompt chunks, whose logits are not in the graph. On a CPU a matrix times one vector runs at the memory's speed, times a
+few it need not: that is a constant more.
 
 Seconds everywhere. Pure arithmetic without torch, a clock or a lookup, as a simulator asks 100,000 times a second;
 runs of decode steps of an unchanged batch have closed forms.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from nanopd_lab.cost.roofline import ChunkShape, ModelDims
@@ -129,6 +130,8 @@ class IterationModel:
     sharpness:   of the corner where products overtake reading; see `smooth_max`
     short_pair_s: what a pair of a short prompt chunk takes longer; see `short_pairs`
     mixed_s:     of a step with a prompt chunk, beside all else: its logits are behind the graph and not in it
+    rows_s:      what several tokens at once take longer than one, beside all else: of the vocabulary projection too, by
+                 its share, where several are drawn
     captured:    what CUDA graphs pad steps to
 
     Raises:
@@ -146,6 +149,7 @@ class IterationModel:
     sharpness: float = 4.0
     short_pair_s: float = 0.0
     mixed_s: float = 0.0
+    rows_s: float = 0.0
     captured: CapturedSizes = CapturedSizes()
 
     def __post_init__(self) -> None:
@@ -183,6 +187,10 @@ class IterationModel:
             vocab_share=dims.vocab_weights / dims.token_weights,
         )
 
+    def scaled(self, factor: float) -> IterationModel:
+        """Of a device on which every step takes `factor` times as long."""
+        return replace(self, **{n: factor * value for n, value in vars(self).items() if n.endswith("_s")})
+
     # ---- any step --------------------------------------------------------------------------------------
 
     def seconds(self, chunks: Iterable[ChunkShape]) -> float:
@@ -211,7 +219,10 @@ class IterationModel:
 
     def _matrices(self, tokens: int, drawn: int) -> float:
         weights = self.weight_s * (1.0 + self.vocab_share) if drawn else self.weight_s
-        return smooth_max(weights, self.token_s * (tokens + self.vocab_share * drawn), self.sharpness)
+        seconds = smooth_max(weights, self.token_s * (tokens + self.vocab_share * drawn), self.sharpness)
+        if not self.rows_s:
+            return seconds
+        return seconds + self.rows_s * ((tokens > 1) + self.vocab_share * (drawn > 1))
 
     # ---- decode steps ----------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""A cost model of this machine in under a minute: a profile by as many processes at once as there will be workers.
+"""A cost model of this machine in about a minute: a profile by as many processes at once as there will be workers.
 
 Workers on a CPU share its memory and caches; a step that is timed alone is shorter than it will be. So all of them
-profile at the same time, and a step's time is the median of their visits. A GPU is alone: one process is enough.
+profile at the same time, and a step's time is the median of their visits. In between one of them times a few of the
+steps alone, as workers are not always all busy (`cost.company`). A GPU is alone: one process is enough.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import Any
 
 from nanopd_lab.cluster.starting import process_context, take_environment
-from nanopd_lab.cost.calibrate import fit_profile, own_link
+from nanopd_lab.cost.calibrate import fit_profile, own_link, timed_points
+from nanopd_lab.cost.company import Company
 from nanopd_lab.cost.files import CostModel, read_json
 from nanopd_lab.cost.grid import Grid, grid_for
 
-CPU_GRID = Grid((16, 64, 160), (0, 256), (1, 3, 8), (64, 400), 12)
+CPU_GRID = Grid((16, 64, 160), (0, 256), (1, 2, 4, 8), (64, 400), 12)
 TINY_GRID = Grid((4, 16), (0, 16), (1, 3), (8, 32), 6)
 
 
@@ -48,43 +54,48 @@ class ProfileJob:
 
 
 def measure_cost_model(job: ProfileJob, folder: Path, progress: bool = True) -> CostModel:
-    """Profile and fit; `profile.json` and `cost-model.json` stay in the folder.
+    """Profile and fit; `cost-model.json` stays in the folder.
 
     Raises:
         RuntimeError: a process that profiles has failed; its last words are in the message.
         ValueError: as of `profile` and `fit_profile`.
     """
     files = [folder / f"profile-{number}.json" for number in range(job.processes)]
-    for path in files:
-        path.unlink(missing_ok=True)  # of an earlier run, which may have had other neighbours
-    context = process_context([job.device])
-    processes = [
-        context.Process(
-            target=_profile_one, args=(job, path, progress and path is files[0], dict(os.environ))
-        )
-        for path in files
-    ]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join()
-    except BaseException:
-        for process in processes:
-            process.terminate()
-            process.join()
-        raise
-    for process, path in zip(processes, files, strict=True):
-        if process.exitcode:
-            words = path.with_suffix(".log").read_text().strip().splitlines()[-1:]
-            raise RuntimeError(f"profiling {job.model} failed: {words[0] if words else process.exitcode}")
+    _run(job, files, progress)
     record = merged([read_json(path) for path in files])
     for path in files:
         path.unlink()
-        path.with_suffix(".log").unlink(missing_ok=True)
     cost = fit_profile(record, own_link(record))
+    if job.processes > 1:
+        cost = with_company(cost, record, {**record, "points": record["alone"]})
     cost.save(folder / "cost-model.json")
     return cost
+
+
+def some_of(grid: Grid) -> Grid:
+    """Few of its steps: prompts and batches of each size with the shortest past."""
+    return replace(grid, pasts=grid.pasts[:1], contexts=grid.contexts[:1], num_mixed=0)
+
+
+def with_company(cost: CostModel, together: Mapping[str, Any], alone: Mapping[str, Any]) -> CostModel:
+    """What workers cost one another, from steps of one profile that were timed in another one too; noted in `fit`.
+
+    Args:
+        together: of processes that were all busy, as `merged` makes it; `cost` is fitted to it
+        alone: of one process on the same machine
+
+    Raises:
+        ValueError: see `timed_points` and `Company.fit`.
+    """
+    known = dict(timed_points(together))
+    both = [(point, seconds, known[point]) for point, seconds in timed_points(alone) if point in known]
+    company = Company.fit(
+        int(together["settings"]["processes"]),
+        [(one, other) for point, one, other in both if point.kind == "decode"],
+        [(one, other) for point, one, other in both if point.kind != "decode"],
+    )
+    rows = [{**point.to_record(), "alone_s": one, "together_s": other} for point, one, other in both]
+    return replace(cost, company=company, fit={**cost.fit, "company": rows})
 
 
 def merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -105,15 +116,52 @@ def merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return first
 
 
-def _profile_one(job: ProfileJob, path: Path, progress: bool, environment: Mapping[str, str]) -> None:
+def _run(job: ProfileJob, files: Sequence[Path], progress: bool) -> None:
+    """A process for each file, all at once; the first times some steps alone, too."""
+    for path in files:
+        path.unlink(missing_ok=True)  # of an earlier run, which may have had other neighbours
+        path.with_suffix(".log").unlink(missing_ok=True)
+    context = process_context([job.device])
+    barrier = context.Barrier(len(files)) if len(files) > 1 else None
+    processes = [
+        context.Process(
+            target=_profile_one, args=(job, path, barrier, progress and path is files[0], dict(os.environ))
+        )
+        for path in files
+    ]
+    for process in processes:
+        process.start()
+    try:
+        running: dict[Any, BaseProcess] = {process.sentinel: process for process in processes}
+        while running:
+            for sentinel in wait(list(running)):
+                ended = running.pop(sentinel)
+                ended.join()
+                if ended.exitcode and barrier is not None:
+                    barrier.abort()  # the others would wait for it
+    except BaseException:
+        for process in processes:
+            process.terminate()
+            process.join()
+        raise
+    if failed := [process for process in processes if process.exitcode]:
+        logs = [path.with_suffix(".log") for path in files]
+        words = [line for log in logs if log.exists() for line in log.read_text().strip().splitlines()[-1:]]
+        raise RuntimeError(f"profiling {job.model} failed: {words[0] if words else failed[0].exitcode}")
+
+
+def _profile_one(
+    job: ProfileJob, path: Path, barrier: Barrier | None, progress: bool, environment: Mapping[str, str]
+) -> None:
     """In a process of its own."""
     take_environment(environment)
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
     import torch
 
-    from nanopd_lab.cost.profile import profile
+    from nanopd_lab.cost.profile import Together, profile
 
     torch.set_num_threads(job.threads)
+    first = path.stem.endswith("-0")
     try:
         profile(
             job.model,
@@ -122,11 +170,14 @@ def _profile_one(job: ProfileJob, path: Path, progress: bool, environment: Mappi
             compilation=job.compilation,
             result=path,
             grid=job.grid,
-            transfers=path.stem.endswith("-0"),
+            transfers=first,
+            together=Together(barrier, some_of(job.grid) if first else None) if barrier else None,
             progress=progress,
         )
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenBarrierError:
+        sys.exit(1)  # because another one has failed, which says why
     except Exception as error:  # for the one who waits
         path.with_suffix(".log").write_text(f"{type(error).__name__}: {error}\n")
         sys.exit(1)

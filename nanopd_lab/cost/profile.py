@@ -18,7 +18,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,19 @@ class StepTimer:
         return statistics.median(times)
 
 
+@dataclass(frozen=True)
+class Together:
+    """Processes that profile at once. Between their rounds they wait while one of them times a few steps alone, so that
+    a machine whose speed changes does so for both.
+
+    barrier: that all of them wait at
+    alone: what this one times alone; None: it only waits
+    """
+
+    barrier: Barrier
+    alone: Grid | None = None
+
+
 def profile(
     model: str = "smollm2",
     *,
@@ -117,6 +131,7 @@ def profile(
     result: Path | None = None,
     grid: Grid | None = None,
     transfers: bool = True,
+    together: Together | None = None,
     progress: bool = True,
     **engine_options: Any,
 ) -> dict[str, Any]:
@@ -127,6 +142,7 @@ def profile(
         rounds: visits of each point that count, at least 3
         grid: another one than `grid_for` the device
         transfers: time pulls of KV blocks too, by every transport between every pair of GPUs (or on the CPU)
+        together: other processes of this host profile as well; the one that times some steps alone has them in `alone`
         engine_options: further fields of `EngineConfig`, for example cuda_graphs=False
 
     Raises:
@@ -160,9 +176,13 @@ def profile(
         **engine_options,
     )
     engine = Engine(config)
-    points = grid.points(
-        config.max_num_batched_tokens, engine.cache.num_blocks, engine.max_model_len, config.block_size
-    )
+
+    def points_of(each: Grid) -> list[Point]:
+        return each.points(
+            config.max_num_batched_tokens, engine.cache.num_blocks, engine.max_model_len, config.block_size
+        )
+
+    points = points_of(grid)
     record = known or {
         "schema": PROFILE_SCHEMA,
         "provenance": provenance(),
@@ -178,10 +198,25 @@ def profile(
         raise ValueError(
             f"{result} has other steps than this engine can hold; name another file, or delete it"
         )
-    _visit(StepTimer(engine), record["points"], rounds, lambda: _save(record, result), progress)
+    timer = StepTimer(engine)
+    alone: list[dict[str, Any]] = []
+    if together is not None and together.alone is not None:
+        record["alone"] = alone = [
+            {**point.to_record(), "seconds": []} for point in points_of(together.alone)
+        ]
+
+    def between() -> None:
+        if together is None:
+            return
+        together.barrier.wait()
+        for row in alone:
+            row["seconds"].append(timer.seconds(Point.from_record(row), 1))
+        together.barrier.wait()
+
+    _visit(timer, record["points"], rounds, lambda: _save(record, result), between, progress)
     if transfers and "transfers" not in record:
         shape = engine.cache.shape
-        del engine  # its pool makes room for those of the transports
+        del engine, timer  # its pool makes room for those of the transports
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
@@ -192,9 +227,14 @@ def profile(
 
 
 def _visit(
-    timer: StepTimer, rows: Sequence[dict[str, Any]], rounds: int, save: Callable[[], None], progress: bool
+    timer: StepTimer,
+    rows: Sequence[dict[str, Any]],
+    rounds: int,
+    save: Callable[[], None],
+    between: Callable[[], None],
+    progress: bool,
 ) -> None:
-    """Fill in what is missing, a round at a time."""
+    """Fill in what is missing, a round at a time; `between` is called behind each."""
     left = [row for row in rows if len(row["seconds"]) < rounds]
     visits = sum(rounds - len(row["seconds"]) for row in left) + len(left)
     repeats: dict[int, int] = {}
@@ -204,6 +244,7 @@ def _visit(
             seconds = timer.seconds(Point.from_record(row), 1)
             repeats[id(row)] = max(1, min(MOST_REPEATS, round(VISIT_SECONDS / seconds)))
             bar.update()
+        between()
         for number in range(rounds):
             for row in left:
                 if len(row["seconds"]) > number:
@@ -213,6 +254,7 @@ def _visit(
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save()
                     saved = time.monotonic()
+            between()
     save()
 
 

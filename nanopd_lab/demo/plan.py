@@ -39,6 +39,7 @@ class Machine:
             block_size=int(cost.fit["block_size"]),
             ahead=bool(cost.fit.get("ahead", False)),
             link=cost.transfer or LinkModel(),
+            company=cost.company,
         )
         return cls(cost, workers, known)
 

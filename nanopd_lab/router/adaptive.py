@@ -9,7 +9,7 @@ them time and gains nothing by it; not for ever.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,7 @@ CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
 TIGHT = 2  # a first token in no more than so many times what it takes beside one output is tight
 QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
-REFRESH = 16  # ends after which forecasts are asked for anew
+REFRESH = 16  # ends after which forecasts are asked for anew; a quarter of all, once that is more
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 USUAL = 50  # requests over which means are taken
 
@@ -75,6 +75,7 @@ class Adaptive:
         self._token_s = 0.0 if link is None else outlook.block_bytes / outlook.block_size / link.bytes_per_s
         self._terms: dict[str, Terms] = {}
         self._medians: dict[int, float] = {}
+        self._refresh = 1
         self._mean_prompt, self._delay_s = 512.0, 0.0
         self._last = (0.0, 0)  # who came last: when, and its tokens
         self._gap_s = 0.0  # between arrivals
@@ -89,9 +90,10 @@ class Adaptive:
         self._under_way.ended(prompt_tokens, output_tokens, now)
         if output_tokens:
             self.predictor.observe(prompt_tokens, output_tokens, censored)
-            if self.plan.ended % REFRESH == 0:
-                self._medians.clear()
             self.plan.has_ended(prompt_tokens, output_tokens)
+            if self.plan.ended >= self._refresh:
+                self._refresh += max(REFRESH, self._refresh // 4)
+                self._medians.clear()
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
         views = list(workers)
@@ -150,7 +152,12 @@ class Adaptive:
         return role_changes(views, wanted)
 
     def _begin_plan(self, views: Sequence[WorkerView], now: float) -> None:
-        terms = [self._of(view, now) for view in views]
+        typical, terms = self._typical(), []
+        for view in views:
+            each = self._terms.get(view.name)
+            if each is None or each.view is not view or now >= each.until:
+                each = self._look(view, typical, now)
+            terms.append(each)
         paces = [each.active * each.pace_s / (1 - self._shares.of(each.view.name, now)) for each in terms]
         pace_s = sum(paces) / max(1, sum(each.active for each in terms))
         ages = self._under_way.ages(now, pace_s)
@@ -170,78 +177,83 @@ class Adaptive:
         return Ask(tokens, alone_s, pull_s, seen_s, gaps, output, now - job.arrival, weight)
 
     def _best(self, job: JobView, views: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
-        ask = self._ask(job, now)
+        ask, slo, costs = self._ask(job, now), self.slo, self.costs
+        slope = self._slope
+        found = self._pair(ask, views, now)
+        if found is None:
+            return None
+        s, t, far = found
+        first_s, waited_s = first_token_s(s, ask, costs, now), ask.waited_s
+        late = waited_s + first_s > HOPELESS * slo.ttft_s
+        if late and waited_s < max(LONGEST_S, PATIENCE * slo.ttft_s):
+            calm = now - self._last[0] > CALM_GAPS * self._gap_s
+            queues = [view.prefilling for view in views if view.role is not DECODE]
+            if s.view.prefilling or queues.count(0) < (1 if calm else min(2, len(queues))):
+                return Postponed(f"first token in {1e3 * first_s:.0f} ms where it does least harm")
+        self._slope = t.handover_slope
+        self._delay_s += (first_s - self._delay_s) / 20
+        if s.role is MIXED:
+            self._shares.charge(
+                s.view.name, costs.beside(ask.tokens, s.active) if s.active else ask.alone_s, now
+            )
+        self._under_way.begins(job.prompt_tokens, now + first_s)
+        route = Route(s.view.name, t.view.name)
+        known = self._terms.copy()
+        return Decision(route, explainer=lambda: self._explain(route, views, known, ask, slope, far, now))
+
+    def _pair(self, ask: Ask, views: Sequence[WorkerView], now: float) -> tuple[Terms, Terms, bool] | None:
+        """The pair of the lowest cost, and whether KV is far: moves only between workers of two roles.
+
+        One pass: the best and the second best of sources and of targets, and the best worker that is both. What
+        `as_source` and `as_target` say stands here without a call for each worker, and as far as it takes to see that a
+        worker is not among the best: no part of a cost is negative.
+        """
         costs, slo, known = self.costs, self.slo, self._terms
-        tokens, alone_s, weight, waited_s = ask.tokens, ask.alone_s, ask.weight, ask.waited_s
-        by_token, slope = weight * ask.output, self._slope
-        gaps, moved_s = ask.gaps, ask.moved_s
-        by_link = slope / gaps + weight
-        latest_s, scale = slo.ttft_s - waited_s, TTFT_DOUBT * slo.ttft_s
-        extras: dict[int, float] = {}
-        source: tuple[float, Terms | None] = (math.inf, None)
-        second_source = target = second_target = stays = source
-        least_tpot_s, idle, sources, mixed = math.inf, 0, 0, False
-        decodes = 0.0
-        # As `as_source` and `as_target` say it, without a call for each worker.
+        tokens, alone_s, weight, gaps, moved_s = ask.tokens, ask.alone_s, ask.weight, ask.gaps, ask.moved_s
+        by_token, by_link = weight * ask.output, self._slope / gaps + weight
+        latest_s, scale = slo.ttft_s - ask.waited_s, TTFT_DOUBT * slo.ttft_s
+        beside = costs.beside_all(tokens)
+        nobody: tuple[float, Terms | None] = (math.inf, None)
+        source = second_source = target = second_target = stays = nobody
+        least_tpot_s, decodes = math.inf, 0.0
+        typical = self._typical()
         for view in views:
             each = known.get(view.name)
             if each is None or each[0] is not view or now >= each[1]:
-                each = self._of(view, now)
+                each = self._look(view, typical, now)
             (
-                _,
-                _,
-                role,
-                queued,
-                active,
-                exposed,
-                room,
-                free_at,
-                wait_s,
-                pace_s,
-                harm,
-                tpot_s,
-                own,
-                late,
-                joining_s,
-                more,
-                spread,
-                link,
-            ) = each
+                _, _, role, active, exposed, room, free_at, wait_s, pace_s, harm,
+                tpot_s, own, late, joining_s, more, spread, link,
+            ) = each  # fmt: skip
             if role is not PREFILL:
                 decodes = own + more + by_token * spread
-                comes = decodes + (moved_s + joining_s) / gaps * (late + by_token)
-                if comes < target[0]:
-                    target, second_target = (comes, each), target
-                elif comes < second_target[0]:
-                    second_target = comes, each
+                if decodes < second_target[0]:
+                    comes = decodes + (moved_s + joining_s) / gaps * (late + by_token)
+                    if comes < target[0]:
+                        target, second_target = (comes, each), target
+                    elif comes < second_target[0]:
+                        second_target = comes, each
                 if tpot_s < least_tpot_s:
                     least_tpot_s = tpot_s
                 if role is DECODE:
                     continue
             first_s = wait_s + free_at - now if free_at > now else wait_s
             if active:
-                extra = extras.get(active)
-                if extra is None:
-                    extra = extras[active] = costs.beside(tokens, active)
-                first_s += extra + pace_s * -(-tokens // room)
+                first_s += beside[-(-active // 8)] + pace_s * -(-tokens // room)
             else:
                 first_s += alone_s
             prefills = weight * first_s
+            both = role is MIXED and prefills + decodes < stays[0]
+            if prefills >= second_source[0] and not both:
+                continue
             if exposed:
-                extra = extras.get(exposed)
-                if extra is None:
-                    extra = extras[exposed] = costs.beside(tokens, exposed)
+                extra = beside[-(-exposed // 8)]
                 harmed = harm * extra
                 prefills += (harmed if harmed < exposed else exposed) + weight * exposed * extra
             if scale < math.inf:
-                z = (first_s - latest_s) / scale
-                prefills += 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + exp(-z))
-            sources += 1
-            idle += not queued
-            if role is MIXED:
-                mixed = True
-                if prefills + decodes < stays[0]:
-                    stays = prefills + decodes, each
+                prefills += 1 / (1 + exp((latest_s - first_s) / scale))
+            if both and prefills + decodes < stays[0]:
+                stays = prefills + decodes, each
             if link:
                 prefills += link * by_link
             if prefills < source[0]:
@@ -257,40 +269,28 @@ class Adaptive:
             (second_source, target),
             (source, second_target),
         ):
-            if a is None or b is None or a is b:
-                continue
-            if mixed and far and a.view.role is Role.MIXED and b.view.role is Role.MIXED:
+            if a is None or b is None or a is b or (far and a.role is MIXED and b.role is MIXED):
                 continue
             if prefills + decodes < cost:
                 cost, s, t = prefills + decodes, a, b
-        if s is None or t is None:
-            return None
-        first_s = first_token_s(s, ask, costs, now)
-        late = waited_s + first_s > HOPELESS * slo.ttft_s
-        if late and waited_s < max(LONGEST_S, PATIENCE * slo.ttft_s):
-            calm = now - self._last[0] > CALM_GAPS * self._gap_s
-            if s.prefilling or idle < (1 if calm else min(2, sources)):
-                return Postponed(f"first token in {1e3 * first_s:.0f} ms where it does least harm")
-        self._slope = t.handover_slope
-        self._delay_s += (first_s - self._delay_s) / 20
-        if s.view.role is Role.MIXED:
-            self._shares.charge(s.view.name, costs.beside(tokens, s.active) if s.active else alone_s, now)
-        self._under_way.begins(job.prompt_tokens, now + first_s)
-        route = Route(s.view.name, t.view.name)
-        reason = f"first token in {1e3 * first_s:.0f} ms, {1e3 * t.tpot_s:.1f} ms a token, {cost:.3f} misses in all"
-        every = [known[view.name] for view in views]
-        return Decision(
-            route, reason, explainer=lambda: self._explain(route, reason, every, ask, slope, far, now)
-        )
+        return None if s is None or t is None else (s, t, far)
 
     def _explain(
-        self, route: Route, reason: str, every: list[Terms], ask: Ask, slope: float, far: bool, now: float
+        self,
+        route: Route,
+        views: Sequence[WorkerView],
+        known: Mapping[str, Terms],
+        ask: Ask,
+        slope: float,
+        far: bool,
+        now: float,
     ) -> Explanation:
-        """All pairs that were considered, with the terms of their costs."""
+        """All pairs that were considered, with the terms of their costs as they were."""
         candidates = []
+        every = [known[view.name] for view in views]
         for s in every:
             for t in every:
-                roles = s.view.role, t.view.role
+                roles = s.role, t.role
                 if roles[0] is Role.DECODE or roles[1] is Role.PREFILL:
                     continue
                 moves = s is not t
@@ -301,16 +301,20 @@ class Adaptive:
                 pair = Route(s.view.name, t.view.name)
                 candidates.append(Candidate(pair, math.fsum(found.values()), found))
         candidates.sort(key=lambda each: each.route != route)  # the first of equals is named first
+        first_s, tpot_s = (
+            first_token_s(known[route.prefill], ask, self.costs, now),
+            known[route.decode].tpot_s,
+        )
+        reason = f"first token in {1e3 * first_s:.0f} ms, {1e3 * tpot_s:.1f} ms a token"
         return Explanation.of(reason, candidates)
 
     # ------------------------------------------------------------------ what is known of a worker
 
-    def _of(self, view: WorkerView, now: float) -> Terms:
-        found = self._terms.get(view.name)
-        if found is not None and found.view is view and now < found.until:
-            return found
-        typical = Typical(max(1, int(self._mean_prompt)), self.plan.mean_output, self._delay_s)
-        share = self._shares.of(view.name, now)
+    def _typical(self) -> Typical:
+        return Typical(max(1, int(self._mean_prompt)), self.plan.mean_output, self._delay_s)
+
+    def _look(self, view: WorkerView, typical: Typical, now: float) -> Terms:
+        share = 0.0 if view.role is DECODE else self._shares.of(view.name, now)
         found = terms_of(view, self.costs, self.slo, typical, share, self._token_s, now)
         self._terms[view.name] = found
         return found

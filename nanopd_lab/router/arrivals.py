@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nanopd_lab.router.mean_length import MeanLengths
 
 GOLDEN = (math.sqrt(5) - 1) / 2
-STRATA = 16  # output lengths that a forecast is replaced by
+STRATA = 8  # output lengths that a forecast is replaced by
 SAMPLED = 8  # outputs under way of a kind that are looked at
 SLICE = 16  # requests between two pauses
 

@@ -15,6 +15,7 @@ does not depend on the request is worked out when a view is new (`Terms`); the r
 from __future__ import annotations
 
 import math
+from math import exp
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanopd_lab.router.policy import Role, WorkerView
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 SECONDS_WORTH = 0.02  # misses that count as much as the time that a request takes alone
 TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12  # how far estimates are off, as a share of the objective
 MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
+PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 FRESH_S = 0.5  # after so long a view is looked at again though nothing has happened there
 
 
 class Terms(NamedTuple):
-    """What a view says of one more request.
+    """What a view says of one more request. What its role does not allow is not worked out, and 0.
 
     until: when it is to be looked at again (s)
     active: outputs that it decodes now; room: tokens of a prompt that a step takes beside them
@@ -51,7 +53,6 @@ class Terms(NamedTuple):
     view: WorkerView
     until: float
     role: Role
-    prefilling: int
     active: int
     exposed: int
     room: int
@@ -104,60 +105,79 @@ def terms_of(
         share: of the worker's time that prompts have taken lately, beside outputs
         token_s: that the link takes for the KV of a token
     """
-    produced = typical.output_tokens / 2
-    active = view.decoding - view.arriving
-    pace_s = 0.0
+    (
+        _, role, prefilling, prefill_tokens, decoding, _, _, decode_tokens, arriving, arriving_tokens,
+        _, leaving_tokens, since, *_,
+    ) = view  # fmt: skip
+    prompt, output, delay_s = typical
+    slo_s, budget, batches, by_context, host_s = (
+        slo.tpot_s, costs.budget, costs.batches, costs.context_s, costs.host_s,
+    )  # fmt: skip
+    unmissed, by_s = 1 / TPOT_DOUBT, 1 / (TPOT_DOUBT * slo_s)
+    produced = output / 2
+    exposed = active = decoding - arriving
+    free_at, wait_s, pace_s, room = now, 0.0, 0.0, budget - active if active < budget else 1
     if active:
-        pace_s = costs.decode(active, view.decode_tokens - view.arriving_tokens + active * produced)
-    free_at, wait_s = now, 0.0
-    if view.prefilling:
-        mean = max(1, view.prefill_tokens // view.prefilling)
-        if active:
-            steps = view.prefill_tokens / max(1, costs.budget - active)
-            work_s = view.prefilling * costs.beside(mean, active) + steps * pace_s
-        else:
-            work_s = costs.queued(mean, view.prefilling)
-        free_at, wait_s = view.prefill_since + work_s, costs.rest_s
-    elif active:
+        pace_s = batches[active] + by_context * (decode_tokens - arriving_tokens + active * produced)
+        if pace_s < host_s:
+            pace_s = host_s
         wait_s = costs.wait_steps * pace_s
-    exposed = active
-    if view.prefilling and view.role is not Role.DECODE:
-        left_s, each_s = max(1e-9, free_at - now), typical.output_tokens * (pace_s or costs.decode(1, 0))
-        staying = active * max(0.0, 1.0 - left_s / each_s)
-        # Of those that come before, the last one has hardly begun then.
-        coming = max(1.0, view.arriving * min(1.0, each_s / left_s)) if view.arriving else 0.0
-        exposed = round(staying + coming)
-    # When this request decodes, some that do now have ended, and of those on their way not all have come.
-    life_s = typical.output_tokens * (pace_s or costs.decode(1, typical.prompt_tokens))
-    stay = max(0.0, 1.0 - typical.delay_s / life_s)
-    come = min(1.0, life_s / typical.delay_s) if typical.delay_s else 1.0
-    outputs = round(active * stay + view.arriving * come)
-    each = view.decode_tokens / view.decoding + produced if view.decoding else 0.0
-    before_s = costs.decode(outputs, outputs * each) if outputs else 0.0
-    after_s = costs.decode(outputs + 1, outputs * each + typical.prompt_tokens + produced)
+    if prefilling:
+        mean = max(1, prefill_tokens // prefilling)
+        if active:
+            work_s = prefilling * costs.beside(mean, active) + prefill_tokens / room * pace_s
+        else:
+            work_s = costs.queued(mean, prefilling)
+        free_at, wait_s = since + work_s, costs.rest_s
+        if decoding and role is not DECODE:
+            left_s, each_s = max(1e-9, free_at - now), output * (pace_s or costs.decode(1, 0))
+            staying = active * max(0.0, 1.0 - left_s / each_s)
+            # Of those that come before, the last one has hardly begun then.
+            coming = max(1.0, arriving * min(1.0, each_s / left_s)) if arriving else 0.0
+            exposed = round(staying + coming)
+    each = decode_tokens / decoding + produced if decoding else 0.0
     free = 1.0 - share
-    tpot_s = after_s / free if view.role is Role.MIXED else after_s
-    own = miss(tpot_s, slo.tpot_s, TPOT_DOUBT)
-    handover_slope = output_harm = prompt_harm = 0.0
-    if slo.tpot_s < math.inf:
-        step = 0.1 * slo.tpot_s
-        handover_slope = (miss(tpot_s + step, slo.tpot_s, TPOT_DOUBT) - own) / step
+    tpot_s = own = handover_slope = joining_s = output_harm = spread_s = prompt_harm = 0.0
+    if role is not PREFILL:
+        outputs = 0
+        if (
+            decoding
+        ):  # when this request decodes, some have ended, and of those on their way not all have come
+            life_s = output * (pace_s or costs.decode(1, prompt))
+            stay = max(0.0, 1.0 - delay_s / life_s)
+            outputs = round(active * stay + (arriving * min(1.0, life_s / delay_s) if delay_s else arriving))
+        after_s = batches[outputs + 1] + by_context * (outputs * each + prompt + produced)
+        if after_s < host_s:
+            after_s = host_s
+        spread_s = tpot_s = after_s / free if role is MIXED else after_s
+        before_s = 0.0
         if outputs:
-            output_harm = 0.5 * outputs * (own - miss(tpot_s * before_s / after_s, slo.tpot_s, TPOT_DOUBT))
-        if exposed and view.role is not Role.DECODE:
-            usual_s = costs.beside(typical.prompt_tokens, exposed)
-            pace = costs.decode(exposed, exposed * each) / free
-            later = miss(pace + usual_s / max(1.0, produced), slo.tpot_s, TPOT_DOUBT)
-            prompt_harm = exposed * (later - miss(pace, slo.tpot_s, TPOT_DOUBT)) / max(usual_s, 1e-9)
-    spread_s = tpot_s + (outputs * (after_s - before_s) if outputs else 0.0)
+            before_s = batches[outputs] + by_context * (outputs * each)
+            if before_s < host_s:
+                before_s = host_s
+            joining_s = JOINING_STEPS * before_s
+            spread_s += outputs * (after_s - before_s)
+        if (
+            slo_s < math.inf
+        ):  # `miss`, without its calls: an estimate can't be so low that `exp` would overflow
+            own, step = 1 / (1 + exp(unmissed - by_s * tpot_s)), 0.1 * slo_s
+            handover_slope = (1 / (1 + exp(unmissed - by_s * (tpot_s + step))) - own) / step
+            if outputs:
+                alone = 1 / (1 + exp(unmissed - by_s * tpot_s * before_s / after_s))
+                output_harm = 0.5 * outputs * (own - alone)
+    if exposed and role is not DECODE and slo_s < math.inf:
+        usual_s = costs.beside(prompt, exposed) or 1e-9
+        pace = costs.decode(exposed, exposed * each) / free
+        later = pace + (usual_s / produced if produced > 1.0 else usual_s)
+        gone = 1 / (1 + exp(unmissed - by_s * later)) - 1 / (1 + exp(unmissed - by_s * pace))
+        prompt_harm = exposed * gone / usual_s
     return Terms(
         view,
         now + FRESH_S,
-        view.role,
-        view.prefilling,
+        role,
         active,
         exposed,
-        max(1, costs.budget - active),
+        room,
         free_at,
         wait_s,
         pace_s,
@@ -165,10 +185,10 @@ def terms_of(
         tpot_s,
         own,
         handover_slope,
-        JOINING_STEPS * before_s,
+        joining_s,
         output_harm,
         spread_s,
-        view.leaving_tokens * token_s,
+        leaving_tokens * token_s,
     )
 
 
@@ -213,4 +233,4 @@ def miss(value: float, objective: float, doubt: float) -> float:
     if objective == math.inf:
         return 0.0
     z = (value / objective - 1) / doubt
-    return 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + math.exp(-z))
+    return 1.0 if z > 30 else 0.0 if z < -30 else 1 / (1 + exp(-z))

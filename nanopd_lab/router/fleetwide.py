@@ -54,7 +54,7 @@ class Fleetwide(NamedTuple):
         stuck = sum(each.active for each in terms if each.role is Role.PREFILL)
         decoding = leftovers[-1] + stuck
         known = sum(view.decode_tokens - view.arriving_tokens for view in views)
-        backlog_s = sum(max(0.0, each.free_at - now) for each in terms if each.prefilling)
+        backlog_s = sum(max(0.0, each.free_at - now) for each in terms if each.view.prefilling)
         view = views[0]
         room = Room(view.max_num_seqs or 1 << 30, FULL * view.num_blocks * view.block_size or math.inf)
         load = Load(decoding, known + decoding * mean_output / 2, backlog_s, room)

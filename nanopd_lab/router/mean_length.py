@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from math import erfc
 
 SIGMA = 0.8  # of the logarithm, where nothing is known of it
 MEDIANS = [16.0 * 2 ** (step / 2) for step in range(17)]
 LOGS = [math.log(median) for median in MEDIANS]
+_SCALE = 1 / (SIGMA * math.sqrt(2))
+PLACES = [each * _SCALE for each in LOGS]
 PRIOR, PRIOR_SIGMA, KIND_SIGMA = (
     math.log(128.0),
     1.2,
@@ -29,8 +32,8 @@ class MeanLength:
     """Of one kind of requests. Lengths are tokens."""
 
     def __init__(self) -> None:
-        self._seen = [0.0] * len(MEDIANS)  # log likelihood of what has ended
         self._weight = self._tokens = 0.0
+        self._logs = self._squares = 0.0  # sums over what has ended, of the logarithm and of its square
         self.ends = 0
         self.log_median = PRIOR
         self.mean = math.exp(PRIOR + SIGMA**2 / 2)
@@ -41,10 +44,8 @@ class MeanLength:
         self.ends += 1
         self._weight = self._weight * kept + 1
         self._tokens = self._tokens * kept + tokens
-        self._seen = [
-            kept * seen - 0.5 * ((value - each) / SIGMA) ** 2
-            for seen, each in zip(self._seen, LOGS, strict=True)
-        ]
+        self._logs = self._logs * kept + value
+        self._squares = self._squares * kept + value * value
 
     def look(
         self, under_way: int, sample: Sequence[float], prior: float = PRIOR, sigma: float = PRIOR_SIGMA
@@ -57,13 +58,15 @@ class MeanLength:
         """
         # How far they are is a guess, and wrong for all at once: they count half.
         weight = under_way / len(sample) / 2 if sample else 0.0
+        produced = [math.log(tokens + 1.0) * _SCALE for tokens in sample]
         scores = []
-        for seen, each in zip(self._seen, LOGS, strict=True):
-            alive = 0.0
-            for produced in sample:
-                z = (math.log(produced + 1.0) - each) / (SIGMA * math.sqrt(2))
-                alive += math.log(max(0.5 * math.erfc(z), 1e-12))
-            scores.append(seen + weight * alive - 0.5 * ((each - prior) / sigma) ** 2)
+        for each, place in zip(LOGS, PLACES, strict=True):
+            alive = 1.0
+            for point in produced:
+                alive *= 0.5 * erfc(point - place) + 1e-12
+            seen = self._squares - each * (2 * self._logs - each * self._weight)
+            score = weight * math.log(alive) - 0.5 * seen / SIGMA**2
+            scores.append(score - 0.5 * ((each - prior) / sigma) ** 2)
         best = max(scores)
         shares = [math.exp(score - best) for score in scores]
         self.log_median = sum(s * each for s, each in zip(shares, LOGS, strict=True)) / sum(shares)

@@ -89,6 +89,7 @@ class WorkerView(NamedTuple):
 class Decision(NamedTuple):
     """A route and, for people, why.
 
+    reason: may be left to `explain`
     roles: what workers are to be asked from now on, by name; they change before the route is taken
     explainer: makes `explain`'s answer, from what was known at the decision
     """

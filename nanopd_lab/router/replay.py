@@ -67,13 +67,15 @@ def first_tokens(
         for each in leftovers:
             worker.add(-1, each.context, each.remaining)
     for number, job in enumerate(jobs):
-        best = workers[0]
+        time, best, least_s = job.arrival, workers[0], math.inf
         for worker in workers:
-            worker.advance(job.arrival)
-            if worker.queued_s(job.arrival) < best.queued_s(job.arrival):
-                best = worker
-        if best.queued_s(job.arrival) + costs.prompt(job.prompt_tokens) <= latest_s:
-            best.take(number, job.arrival, job.prompt_tokens, 0)
+            if worker.now < time:
+                worker.advance(time)
+            queued_s = worker.queued_s(time)
+            if queued_s < least_s:
+                best, least_s = worker, queued_s
+        if least_s + costs.prompt(job.prompt_tokens) <= latest_s:
+            best.take(number, time, job.prompt_tokens, 0)
         if number % SLICE == SLICE - 1:
             yield
     for worker in workers:
@@ -132,13 +134,15 @@ def mixed_times(
         for each in running:
             worker.add(-1, each.context, each.remaining)
     for number, job in enumerate(jobs):
-        best = fleet[0]
+        time, best, fewest = job.arrival, fleet[0], math.inf
         for worker in fleet:
-            worker.advance(job.arrival)
-            if worker.jobs < best.jobs:
-                best = worker
-        if best.queued_s(job.arrival) + costs.prompt(job.prompt_tokens) <= latest_s:
-            best.take(number, job.arrival, job.prompt_tokens, job.output_tokens)
+            if worker.now < time:
+                worker.advance(time)
+            jobs_there = worker.jobs
+            if jobs_there < fewest:
+                best, fewest = worker, jobs_there
+        if best.queued_s(time) + costs.prompt(job.prompt_tokens) <= latest_s:
+            best.take(number, time, job.prompt_tokens, job.output_tokens)
         if number % SLICE == SLICE - 1:
             yield
     for worker in fleet:

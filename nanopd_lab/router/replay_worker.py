@@ -7,6 +7,7 @@ import math
 from collections import deque
 from typing import NamedTuple
 
+from nanopd_lab.cost.iteration import SHORT_CHUNK
 from nanopd_lab.router.step_costs import StepCosts
 
 
@@ -41,7 +42,7 @@ class ReplayWorker:
         self, costs: StepCosts, room: Room, firsts: list[float], ends: list[float], now: float = 0.0
     ) -> None:
         self.costs, self.room, self.firsts, self.ends = costs, room, firsts, ends
-        self.now, self.steps = now, 0.0
+        self.now, self.steps, self._token_s = now, 0.0, costs.token_s
         self.batch, self.context = 0, 0.0
         self.queue: deque[_Prompt] = deque()
         self._queued_tokens = 0
@@ -55,8 +56,8 @@ class ReplayWorker:
 
     def queued_s(self, time: float) -> float:
         """About what a prompt that comes then waits for others."""
-        left = self.now - time
-        return (left if left > 0 else 0.0) + self._queued_tokens * self.costs.token_s
+        left, queued_s = self.now - time, self._queued_tokens * self._token_s
+        return left + queued_s if left > 0 else queued_s
 
     # ------------------------------------------------------------------ prompts
 
@@ -73,30 +74,45 @@ class ReplayWorker:
         while self.queue and self.now < time:
             self.chunk_step()
         if self.now < time < math.inf:
-            self.run_until(time)
+            if self.batch:
+                self.run_until(time)
+            else:
+                self.now = time
 
     def chunk_step(self) -> None:
         """One step with prompt chunks, beside whoever decodes."""
-        queue, costs = self.queue, self.costs
-        planned = self.now
-        if costs.wait_steps > 1 and self._ended == planned:  # as the step before it began
-            planned = self._begun
-        left = costs.budget - self.batch
-        chunks: list[tuple[int, int]] = []
+        queue, costs, begun, batch = self.queue, self.costs, self.now, self.batch
+        # A step that is planned ahead is planned as the one before it begins.
+        planned = self._begun if costs.wait_steps > 1 and self._ended == begun else begun
+        left = costs.budget - batch
+        chunks = tokens = read = 0
+        pairs = short = 0.0
         for each in queue:
-            if left <= 0 or (each.arrival > planned and (chunks or self.batch)):
+            if left <= 0 or (each.arrival > planned and (chunks or batch)):
                 break
-            count = min(left, each.tokens - each.done)
-            chunks.append((each.done, count))
-            each.done += count
+            past = each.done
+            count = each.tokens - past
+            if count > left:
+                count = left
+            each.done = reached = past + count
             left -= count
-            self._queued_tokens -= count
-        if not chunks and not self.batch:  # a budget that outputs have used up
-            chunks.append((queue[0].done, 1))
+            chunks += 1
+            tokens += count
+            read += reached
+            of_chunk = count * (past + count / 2)
+            pairs += of_chunk
+            if 1 < count < SHORT_CHUNK:
+                short += of_chunk
+        self._queued_tokens -= tokens
+        if chunks:
+            seconds = costs.step(batch, self.context, chunks, tokens, pairs, short, read)
+        elif batch:
+            seconds = self.pace()
+        else:  # a budget that outputs have used up
+            seconds = costs.mixed(0, self.context, [(queue[0].done, 1)])
             queue[0].done += 1
-        self._begun = self.now
-        self.step(costs.mixed(self.batch, self.context, chunks) if chunks else self.pace())
-        self._ended = self.now
+        self._begun, self._ended = begun, begun + seconds
+        self.step(seconds)
         while queue and queue[0].done >= queue[0].tokens:
             each = queue.popleft()
             self.firsts[each.job] = self.now
@@ -123,10 +139,13 @@ class ReplayWorker:
     def run_until(self, time: float) -> None:
         """Decode steps only."""
         heap, costs, now = self._heap, self.costs, self.now
-        half, pace_of = costs.context_s / 2, costs.decode
+        host_s, by_context, batches = costs.host_s, costs.context_s, costs.batches
+        half = by_context / 2
         while heap and now < time:
             batch = self.batch
-            pace = pace_of(batch, self.context)
+            pace = batches[batch] + by_context * self.context
+            if pace < host_s:
+                pace = host_s
             steps = heap[0][0] - self.steps
             most = (time - now) / pace
             pace += half * batch * (steps if steps < most else most)
@@ -146,6 +165,8 @@ class ReplayWorker:
         """One step, which took so long."""
         self.now += seconds
         self.steps += 1.0
+        if not self.batch:
+            return
         self.context += self.batch
         while self._heap and self._heap[0][0] <= self.steps:
             self._end()

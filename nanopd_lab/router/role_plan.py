@@ -1,10 +1,10 @@
 """How many workers should prefill: the arrivals of the last while are served again under other roles, and compared.
 
-A plan is made after the first arrivals, whenever lengths are known a good deal better, and then after so many
-arrivals; each decision thinks a little. What a layout is worth is the share of requests that keep their objectives
-(`replay`), with short times to break ties. Roles change if that gains more than a margin, and more than the outputs
-that run on a worker that is to prefill would lose: hysteresis, so that a fleet on the edge between two layouts stays
-as it is.
+A plan is made after the first arrivals, whenever lengths are known a good deal better (unless the last one found
+nothing to gain), and then after so many arrivals; each decision thinks a little. What a layout is worth is the share
+of requests that keep their objectives (`replay`), with short times to break ties. Roles change if that gains more than
+a margin, and more than the outputs that run on a worker that is to prefill would lose: hysteresis, so that a fleet on
+the edge between two layouts stays as it is.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class PlanSettings(NamedTuple):
     window: int = 128
     first: int = 12
     every: int = 192
-    replayed: int = 128
-    warm: int = 32
+    replayed: int = 96
+    warm: int = 24
     margin: float = 0.03
     doubt: float = 0.25
     least: float = 0.3
@@ -83,6 +83,7 @@ class RolePlan:
         self.settings = settings or PlanSettings()
         self.latest_s = HOPELESS * slo.ttft_s
         self.plans = self.ended = 0
+        self.content = False  # the last plan found nothing to gain
         self.lengths = MeanLengths()
         self.mean_output = self.lengths.all.mean  # tokens, as forecast for the last plan
         self.worth: dict[int, float] = {}  # of the last plan: by number of prefill workers, 0 for mixed
@@ -110,7 +111,7 @@ class RolePlan:
     def has_ended(self, prompt_tokens: int, output_tokens: int) -> None:
         """A request has ended."""
         self.ended += 1
-        if self.lengths.ended(prompt_tokens.bit_length(), output_tokens) in LEARNT:
+        if self.lengths.ended(prompt_tokens.bit_length(), output_tokens) in LEARNT and not self.content:
             self._next = min(self._next, self._count)
 
     @property
@@ -148,8 +149,10 @@ class RolePlan:
         yield from arrivals.forecast(self.predictor, self.lengths, fleet.ages)
         self.mean_output = arrivals.mean_output
         worth = self.worth = {now: (yield from self._worth(arrivals, fleet, now))}
-        if worth[now] + settings.margin >= 1 + LATENCY_WORTH / 2 and self.slo.given:
-            return now  # it cannot get better by more than the margin
+        # It cannot get better by more than the margin.
+        self.content = self.slo.given and worth[now] + settings.margin >= 1 + LATENCY_WORTH / 2
+        if self.content:
+            return now
 
         def look(layout: int) -> Generator[None, None, float]:
             if layout not in worth:
@@ -202,7 +205,7 @@ class RolePlan:
         """Of a layout in which so many workers prefill."""
         costs, settings, load, now = self.costs, self.settings, fleet.load, fleet.prefills
         decodes = fleet.workers - prefills  # all, if mixed
-        total = max(settings.replayed, 16 * fleet.workers)
+        total = max(settings.replayed, 12 * fleet.workers)
         # What runs or is queued stays where it is.
         sharers = max(decodes, fleet.workers - now)
         count = round(load.decoding / sharers)
@@ -254,19 +257,21 @@ class RolePlan:
         self, times: Sequence[tuple[float, float, float]], jobs: Sequence[ReplayJob]
     ) -> Generator[None, None, float]:
         """Worth of requests with these (time to first token, to the handover's end, from there to the end)."""
-        slo, total = self.slo, 0.0
-        ideal = self.costs.decode(1, 0)
+        slo, costs, total, given = self.slo, self.costs, 0.0, self.slo.given
+        ideal = costs.decode(1, 0)
         for number, ((first, moved, rest), (_, prompt, output)) in enumerate(zip(times, jobs, strict=True)):
             if number % 16 == 0:
                 yield
             end = first + moved + rest
-            alone = self.costs.prompt(prompt) + ideal * output
+            alone = costs.prompt(prompt) + ideal * output
             quick = alone / (alone + end)
-            if slo.given:
-                kept = share(first, slo.ttft_s) * share((moved + rest) / max(1, output - 1), slo.tpot_s)
-                total += kept * share(end, slo.e2e_s) + LATENCY_WORTH * quick
-            else:
+            if not given:
                 total += quick
+                continue
+            kept = share(first, slo.ttft_s)
+            if kept:
+                kept *= share((moved + rest) / max(1, output - 1), slo.tpot_s) * share(end, slo.e2e_s)
+            total += kept + LATENCY_WORTH * quick
         return total / max(1, len(jobs))
 
 
@@ -274,4 +279,5 @@ def share(value: float, objective: float, width: float = 0.1) -> float:
     """How surely `value` keeps an objective: 1 well below, 0 well above, a straight line between."""
     if objective == math.inf:
         return 1.0
-    return min(1.0, max(0.0, 0.5 + (1.0 - value / objective) / (2 * width)))
+    found = 0.5 + (1.0 - value / objective) / (2 * width)
+    return 1.0 if found > 1.0 else found if found > 0.0 else 0.0

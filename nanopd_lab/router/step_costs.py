@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 from nanopd_lab.cost.iteration import SHORT_CHUNK, StepFeatures
 
 if TYPE_CHECKING:
+    from nanopd_lab.cost.iteration import IterationModel
     from nanopd_lab.router.outlook import Outlook
+
+
+class Batches(dict[int, float]):
+    """Decode steps by the number of sequences, without their context, s; worked out when it is asked for."""
+
+    def __init__(self, model: IterationModel) -> None:
+        self.model = model
+
+    def __missing__(self, batch: int) -> float:
+        found = self[batch] = self.model.decode_run(batch, 0)(1) if batch else 0.0
+        return found
 
 
 class StepCosts:
@@ -20,11 +32,13 @@ class StepCosts:
         self.transfer = outlook.transfer
         self.block_bytes, self.block_size = outlook.block_bytes, outlook.block_size
         self.wait_steps = 1.5 if outlook.ahead else 0.5  # until a step takes in who comes while others run
+        self.host_s, self._read_s = self.model.host_s, self.model.context_s
+        self._pair_s, self._short_pair_s = self.model.pair_s, self.model.short_pair_s
         self.context_s = self.model.pair_s + self.model.context_s
         self._prompts: dict[int, float] = {}
-        self._beside: dict[tuple[int, int], float] = {}
+        self._beside: dict[int, Beside] = {}
         self._shared: dict[tuple[int, int], float] = {}
-        self._batches: dict[int, float] = {}
+        self.batches = Batches(self.model)
         self._pulls: dict[int, tuple[float, float]] = {}
         self._steps: dict[tuple[int, int], float] = {}
         self.rest_s = self.prompt(self.budget) / 2  # of a full step
@@ -32,15 +46,12 @@ class StepCosts:
 
     def decode(self, batch: int, context: float) -> float:
         """One decode step of `batch` sequences with `context` tokens together."""
-        fixed = self._batches.get(batch)
-        if fixed is None:
-            fixed = self._batches[batch] = self.model.decode_run(batch, 0)(1) if batch else 0.0
-        return max(self.model.host_s, fixed + self.context_s * context)
+        seconds = self.batches[batch] + self.context_s * context
+        return seconds if seconds > self.host_s else self.host_s
 
     def mixed(self, batch: int, context: float, chunks: Sequence[tuple[int, int]]) -> float:
-        """One step of `batch` decodes and chunks of (past, count) tokens; the products' share in steps of 16 tokens."""
-        model = self.model
-        tokens, pairs, short, read = batch, batch / 2, 0.0, batch
+        """One step of `batch` decodes and chunks of (past, count) tokens."""
+        tokens, pairs, short, read = 0, 0.0, 0.0, 0
         for past, count in chunks:
             of_chunk = count * (past + count / 2)
             tokens += count
@@ -48,15 +59,25 @@ class StepCosts:
             pairs += of_chunk
             if 1 < count < SHORT_CHUNK:
                 short += of_chunk
-        sequences = batch + len(chunks)
-        key = (tokens + 15) // 16, (sequences + 7) // 8
+        return self.step(batch, context, len(chunks), tokens, pairs, short, read)
+
+    def step(
+        self, batch: int, context: float, chunks: int, tokens: int, pairs: float, short: float, read: int
+    ) -> float:
+        """As `mixed`, of sums over the chunks; the products' share in steps of 16 tokens."""
+        tokens += batch
+        key = (tokens + 15) >> 4, (batch + chunks + 7) >> 3
         fixed = self._steps.get(key)
         if fixed is None:
-            fixed = self._steps[key] = model.device_seconds(
-                StepFeatures(16 * key[0], 8 * key[1], 0.0, 0, 8 * key[1] if tokens > 8 * key[1] else 0)
-            )
-        fixed += model.pair_s * pairs + model.short_pair_s * short + model.context_s * read
-        return max(model.host_s, fixed + self.context_s * context)
+            rows, sequences = 16 * key[0], 8 * key[1]
+            drawn = sequences if tokens > sequences else 0
+            fixed = self.model.device_seconds(StepFeatures(rows, sequences, 0.0, 0, drawn))
+            self._steps[key] = fixed
+        fixed += (
+            self._pair_s * (batch / 2 + pairs) + self._short_pair_s * short + self._read_s * (batch + read)
+        )
+        seconds = fixed + self.context_s * context
+        return seconds if seconds > self.host_s else self.host_s
 
     def prompt(self, tokens: int) -> float:
         """A prompt alone on its worker, chunk by chunk."""
@@ -64,7 +85,7 @@ class StepCosts:
         if found is None:
             if len(self._prompts) > 1 << 14:
                 self._prompts.clear()
-            found = self._prompts[tokens] = self._walk(tokens, 0)
+            found = self._prompts[tokens] = self.walk(tokens, 0)
         return found
 
     def queued(self, tokens: int, count: int) -> float:
@@ -80,17 +101,22 @@ class StepCosts:
 
     def beside(self, tokens: int, batch: int) -> float:
         """What a prompt adds to the steps of `batch` decodes, s; in steps of sizes, as it is asked often."""
-        key = -(-tokens // 32), -(-batch // 8)
-        found = self._beside.get(key)
+        return self.beside_all(tokens)[-(-batch // 8)]
+
+    def beside_all(self, tokens: int) -> Beside:
+        """`beside` of a prompt, by eighths of the batch, rounded up."""
+        size = -(-tokens // 32)
+        found = self._beside.get(size)
         if found is None:
-            tokens, batch = 32 * key[0], 8 * key[1]
-            steps = -(-tokens // max(1, self.budget - batch))
-            found = self._walk(tokens, batch) - steps * self.decode(batch, 0)
-            self._beside[key] = found = max(found, 0.0)
+            found = self._beside[size] = Beside(self, 32 * size)
         return found
 
-    def _walk(self, tokens: int, batch: int) -> float:
+    def walk(self, tokens: int, batch: int) -> float:
+        """A prompt in chunks beside so many decodes."""
         room = max(1, self.budget - batch)
+        if tokens <= room:
+            pairs = tokens * (tokens / 2)
+            return self.step(batch, 0, 1, tokens, pairs, pairs if 1 < tokens < SHORT_CHUNK else 0.0, tokens)
         seconds, past = 0.0, 0
         while past < tokens:
             count = min(room, tokens - past)
@@ -111,9 +137,22 @@ class StepCosts:
         if found is None:
             if len(self._pulls) > 1 << 14:
                 self._pulls.clear()
-            found = self._pulls[tokens] = self.pull(tokens), self.last_pull(tokens)
+            whole = self.pull(tokens)
+            # Chunks before the last are pulled while the next is computed.
+            last = tokens - (tokens - 1) // self.budget * self.budget
+            found = self._pulls[tokens] = whole, whole if last == tokens else self.pull(last)
         return found
 
-    def last_pull(self, tokens: int) -> float:
-        """What of it can be seen: chunks before the last are pulled while the next is computed."""
-        return self.pull(tokens - (tokens - 1) // self.budget * self.budget)
+
+class Beside(dict[int, float]):
+    """What one prompt adds to the steps of decodes, s, by eighths of their number; worked out when it is asked for."""
+
+    def __init__(self, costs: StepCosts, tokens: int) -> None:
+        self.costs, self.tokens = costs, tokens
+
+    def __missing__(self, eighths: int) -> float:
+        costs, batch = self.costs, 8 * eighths
+        steps = -(-self.tokens // max(1, costs.budget - batch))
+        found = costs.walk(self.tokens, batch) - steps * costs.decode(batch, 0)
+        self[eighths] = found = max(found, 0.0)
+        return found

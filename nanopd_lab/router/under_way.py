@@ -16,7 +16,9 @@ class UnderWay:
 
     def begins(self, prompt_tokens: int, when: float) -> None:
         """An output gets its first token then."""
-        self._begun.setdefault(prompt_tokens, deque()).append(when)
+        if (came := self._begun.get(prompt_tokens)) is None:
+            came = self._begun[prompt_tokens] = deque()
+        came.append(when)
 
     def ended(self, prompt_tokens: int, output_tokens: int, now: float) -> None:
         """One has ended."""
@@ -50,6 +52,7 @@ class PromptShares:
         self.memory_s = memory_s
         self._busy: dict[str, tuple[float, float]] = {}  # seconds of prompts, decayed, and as of when
         self._begun = 0.0
+        self._all = 0.0, -math.inf  # what there would be if prompts had taken all time, and as of when
 
     def charge(self, name: str, seconds: float, now: float) -> None:
         """A prompt that outputs of the same worker wait for."""
@@ -64,6 +67,8 @@ class PromptShares:
         if found is None:
             return 0.0
         total, since = found
-        # What there would be if prompts had taken all time.
-        seen_s = self.memory_s / math.log(2) * (1 - 0.5 ** ((now - self._begun) / self.memory_s))
+        seen_s, asked = self._all
+        if asked != now:
+            seen_s = self.memory_s / math.log(2) * (1 - 0.5 ** ((now - self._begun) / self.memory_s))
+            self._all = seen_s, now
         return min(0.9, total * 0.5 ** ((now - since) / self.memory_s) / max(seen_s, total))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanopd_lab.bench.report import Setting
+    from nanopd_lab.cost.company import Company
     from nanopd_lab.cost.iteration import IterationModel
     from nanopd_lab.router import Outlook, Slo
     from nanopd_lab.sim.results import SimResult
@@ -181,6 +182,8 @@ def _hindsight(
 
     if args.kill or args.beat is not None:
         raise ValueError("the oracle knows no --kill and needs no --beat; leave them out")
+    # Bounds hold for steps of fixed times.
+    machine = replace(machine, config=replace(machine.config, company=None))
     config = replace(machine.config, trace=False)
     instance = Instance(tuple(requests), args.workers, machine.time, slo, config)
     found = oracle(instance, machine.outlook(slo), args.oracle_simulations, args.seed)
@@ -283,6 +286,7 @@ def _fitted(args: argparse.Namespace) -> Machine:
         args.num_blocks or 4096,
         block_bytes or 0,
         bool(cost.fit.get("ahead", False)),
+        cost.company,
     )
 
 
@@ -295,6 +299,7 @@ def _machine(
     blocks: int,
     block_bytes: int,
     ahead: bool,
+    company: Company | None = None,
 ) -> Machine:
     from nanopd_lab.sim.simulator import SimConfig
     from nanopd_lab.sim.timing import CostTime
@@ -306,6 +311,7 @@ def _machine(
         block_bytes=block_bytes,
         enable_prefix_caching=args.enable_prefix_caching,
         ahead=ahead,
+        company=company,
         link=link,
         beat_s=args.beat,
         trace=getattr(args, "trace", None) is not None,

@@ -33,12 +33,14 @@ from nanopd_lab.cluster.actions import (
 from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Capacity, FromWorker, Hello, ToWorker
+from nanopd_lab.cost.company import Company
 from nanopd_lab.engine.handover import HandoverScheduler
 from nanopd_lab.engine.lockstep import LockstepScheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import BlockAllocator, CountedBlocks
 from nanopd_lab.router import Policy, Role
 from nanopd_lab.sim.clock import EventQueue, Kind
+from nanopd_lab.sim.host import Host
 from nanopd_lab.sim.links import Flow, LinkModel, Links
 from nanopd_lab.sim.results import PullSpan, RequestRecord, SimResult, WorkerTotals
 from nanopd_lab.sim.timing import StepTime
@@ -58,6 +60,7 @@ class SimConfig:
     message_s: what a message between controller and worker takes
     beat_s: between a worker's reports to the controller; None: policies don't see free blocks
     ahead: workers plan a step while the one before it runs, as engines on GPUs do
+    company: workers are on one host, and steps are faster while others rest; None: each has a device of its own
     skip: jump over runs of equal decode steps
     trace: keep what every worker did
     """
@@ -75,6 +78,7 @@ class SimConfig:
     message_s: float = 0.0
     beat_s: float | None = None
     ahead: bool = False
+    company: Company | None = None
     skip: bool = True
     trace: bool = False
 
@@ -122,6 +126,7 @@ class Simulator:
         self.time = time
         self.requests = in_order(requests)
         self.queue = EventQueue()
+        self.host = Host(self.config.company) if self.config.company else None
         self.links = Links(self.config.link, self.queue, self._pull_ended)
         self.names = [f"w{number}" for number in range(len(roles))]
         self.controller = Controller(policy, dict(zip(self.names, roles, strict=True)), self.config.limits)
@@ -346,6 +351,7 @@ class Simulator:
             self._outgoing,
             config.skip,
             config.ahead,
+            self.host,
             self.spans if config.trace else None,
         )
         self.workers[name] = worker

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nanopd_lab.cost.iteration import SHORT_CHUNK, IterationModel, StepFeatures
+from nanopd_lab.sim.host import Progress
 
 
 class StepTime(Protocol):
@@ -139,6 +140,12 @@ class RunClock:
             self._ends = [start]  # as far as somebody has asked
             self.end = self._added_up
             self._even = False
+
+    def paced_by(self, progress: Progress) -> None:
+        """Take the times so far for work, from 0 on, that gets done like this."""
+        work = self.end
+        self.start = progress.began
+        self.end = lambda steps: progress.when(work(steps))
 
     def _added_up(self, steps: int) -> float:
         ends = self._ends

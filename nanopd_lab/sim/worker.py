@@ -23,6 +23,7 @@ from nanopd_lab.engine.handover import HandoverScheduler
 from nanopd_lab.engine.lockstep import LockstepScheduler
 from nanopd_lab.kv import BlockAllocator
 from nanopd_lab.sim.clock import EventQueue, Kind
+from nanopd_lab.sim.host import Host, Progress
 from nanopd_lab.sim.timing import RunClock, StepTime
 from nanopd_lab.transfer import Pull, PullResult
 
@@ -152,6 +153,7 @@ class SimWorker:
     skip: start runs; without it every step is planned by itself
     ahead: as an engine that plans a step while the one before it runs: what comes in during a step finds the next one
         planned already, and waits for the one after it
+    host: what it shares with other workers, which makes a step under way faster or slower; None: it has its own
     spans: where to write down what it does
     """
 
@@ -162,6 +164,7 @@ class SimWorker:
     outgoing: Outgoing
     skip: bool = True
     ahead: bool = False
+    host: Host | None = None
     spans: list[StepSpan] | None = None
     inbox: deque[tuple[float, ToWorker | PullResult]] = field(default_factory=deque)  # with when it came
     in_transit: deque[FromWorker] = field(default_factory=deque)  # on their way to the controller
@@ -173,6 +176,8 @@ class SimWorker:
     _run: RunClock | None = None
     _steps: int = 0  # of the run, as far as it is known to go
     _began: float = 0.0
+    _progress: Progress | None = None  # of the step or run under way, on a host that is shared
+    _work_s: float = 0.0  # of the step under way there
     _turn: int = 0  # the order of the event at which the loop comes round next, 0 if there is none
     _wake_at: float = -math.inf  # the last one asked for
 
@@ -188,7 +193,7 @@ class SimWorker:
         over = self._over(run)
         # A worker that plans ahead has planned one step more, and looks behind it.
         seen = over + 2 if self.ahead and run.end(over) < now else over + 1
-        if isinstance(message, Expect) and seen <= self._steps and not self.inbox:
+        if isinstance(message, Expect) and seen <= self._steps and not self.inbox and self.host is None:
             core = self.core
             if not core.scheduler.blocks.caching:
                 # It waits for its source and stops nobody: no need to cut the run short.
@@ -263,6 +268,8 @@ class SimWorker:
             self._send()
         if core.timed:
             self._watch()
+        if self.host is not None:
+            self.host.turned(self, self.alive and (self._plan is not None or self._run is not None))
 
     def _take_in(self, seen: float) -> None:
         """Handle what had come by then: messages first, as the host does, which then looks for ended pulls."""
@@ -289,6 +296,8 @@ class SimWorker:
             self._note(run.end(done), done)
         self._turn = 0
         self.alive = False
+        if self.host is not None:
+            self.host.turned(self, False)
         self.core.report_all()
         return [*self.in_transit, *self.core.outbox]
 
@@ -299,17 +308,25 @@ class SimWorker:
         if core.idle:
             return
         steps = core.start_run(1 if self.inbox else _LONGEST_RUN) if self.skip else 0
+        begin = now if self.host is None else 0.0  # on a shared host a clock counts work, not time
         if steps:
             if (lockstep := core.lockstep) is not None:
                 run = RunClock(
-                    self.time, now, lockstep.lockstepping, lockstep.total_context, lockstep.contexts
+                    self.time, begin, lockstep.lockstepping, lockstep.total_context, lockstep.contexts
                 )
             else:
                 contexts = [each.num_computed for each in core.scheduler.running]
-                run = RunClock(self.time, now, len(contexts), sum(contexts), lambda: contexts)
+                run = RunClock(self.time, begin, len(contexts), sum(contexts), lambda: contexts)
+            if self.host is not None:
+                self._progress = progress = self.host.begin(self, now, decodes_only=True)
+                run.paced_by(progress)
             self._run, self._steps, end = run, steps, run.end(steps)
         elif (plan := core.schedule()) is not None:
-            self._plan, end = plan, now + self._seconds(plan)
+            self._plan, end = plan, now + (seconds := self._seconds(plan))
+            if self.host is not None:
+                decodes_only = all(chunk.count == 1 for chunk in plan.chunks)
+                self._progress = progress = self.host.begin(self, now, decodes_only)
+                self._work_s, end = seconds, progress.when(seconds)
         else:
             return
         if not end > now:
@@ -318,6 +335,17 @@ class SimWorker:
             )
         self._began = now
         self._turn = self.queue.push(end, Kind.LOOP, self._loop, self.rank)
+
+    def keep_pace(self) -> None:
+        """Others of the host have begun or ended: what is under way ends sooner or later than thought."""
+        progress, run, now = self._progress, self._run, self.queue.now
+        assert progress is not None, f"{self.core.name} is in no step"
+        assert self.host is not None
+        if (speed := self.host.speed(progress.decodes_only)) == progress.speed:
+            return
+        progress.go_on(now, speed)
+        end = progress.when(self._work_s) if run is None else run.end(self._steps)
+        self._turn = self.queue.push(max(now, end), Kind.LOOP, self._loop, self.rank)
 
     def _seconds(self, plan: StepPlan) -> float:
         chunks = [(chunk.start, chunk.count) for chunk in plan.chunks]

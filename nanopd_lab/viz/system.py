@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -38,20 +38,21 @@ COST = Box(1, 2, 17, 14, "Cost model", "cost/, sim/", "07", FAINT, later=True)
 BOXES = (QUEUE, SCHEDULER, RUNNER, ANSWERS, ALLOCATOR, POOL, ROUTER, PEER, COST)
 
 
-def system_map(trace: Trace | None = None, step: int = 0) -> LabFigure:
+def system_map(trace: Trace | None = None, step: int = 0, whole: bool = False) -> LabFigure:
     """The parts of the engine and how a request travels; with a trace, how things stood after one step.
 
     Args:
         trace: a recorded run, or None for the map alone
         step: which of the run's steps, 1 for the first; 0 for the moment before it
+        whole: everything runs, nothing comes later
     """
     fig = figure(9.6, 5.4)
     ax = fig.add_subplot(xlim=(0, 100), ylim=(0, 58))
     ax.set_axis_off()
     for box in BOXES:
-        _draw(ax, box, detailed=trace is None)
-    _arrows(ax)
-    if trace is None:
+        _draw(ax, replace(box, later=False) if whole else box, detailed=trace is None)
+    _arrows(ax, later=not whole)
+    if trace is None and not whole:
         ax.text(
             40,
             44.6,
@@ -61,7 +62,7 @@ def system_map(trace: Trace | None = None, step: int = 0) -> LabFigure:
             fontsize=9,
             color=FAINT,
         )
-    else:
+    if trace is not None:
         if not 0 <= step <= len(trace.steps):
             raise ValueError(f"step is {step}; this run has steps 1 to {len(trace.steps)}, and 0 before them")
         _live(ax, trace, step)
@@ -110,7 +111,9 @@ def _draw(ax: Axes, box: Box, detailed: bool) -> None:
             ax.text(middle, box.y + 2.5, tail, ha="center", va="center", fontsize=9, color=ink)
 
 
-def _arrows(ax: Axes) -> None:
+def _arrows(ax: Axes, later: bool) -> None:
+    """`later`: between workers nothing flows yet."""
+
     def arrow(
         start: tuple[float, float], end: tuple[float, float], later: bool = False, bend: float = 0
     ) -> None:
@@ -141,9 +144,9 @@ def _arrows(ax: Axes) -> None:
     label(57.8, 20.5, "write K, V")
     arrow((66, 16), (66, 25))
     label(72.5, 20.5, "attend to all")
-    arrow((9.5, 48), (9.5, 41), later=True)
-    arrow((70, 48), (70, 41), later=True)
-    arrow((70, 41), (70, 48), later=True)
+    arrow((9.5, 48), (9.5, 41), later=later)
+    arrow((70, 48), (70, 41), later=later)
+    arrow((70, 41), (70, 48), later=later)
 
 
 def _live(ax: Axes, trace: Trace, step: int) -> None:

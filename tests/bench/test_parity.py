@@ -83,15 +83,47 @@ def test_the_command_writes_both_sides_ranks_and_goes_on(
     assert "rounds of other settings" in capsys.readouterr().err
 
 
+def test_with_a_yardstick_the_models_speed_does_not_matter(tmp_path: Path) -> None:
+    """A model that is four times as slow says the same of a round whose machine's speed was measured."""
+    models = tmp_path / "model.json", tmp_path / "slow.json"
+    for path, factor in zip(models, (1.0, 4.0), strict=True):
+        model = IterationModel(1e-3, 1e-3, 1e-5, 0.0, 0.0, 0.0).scaled(factor)
+        CostModel("tiny", "here", model, fit={"block_bytes": 2048}).save(path)
+    result = tmp_path / "parity.json"
+    arguments = [
+        "parity", "--model", "random:tiny", "--cost-model", str(models[0]), "--policies", "collocated",
+        "--request-rates", "20", "--num-prompts", "6", "--input-median", "20", "--output-median", "6", "--kv-blocks",
+        "100", "--seeds", "0", "--rounds-filename", str(tmp_path / "rounds.jsonl"), "--result-filename", str(result),
+    ]  # fmt: skip
+    assert main([*arguments, "--yardstick"]) == 0
+    (first,) = json.loads(result.read_text())
+    (each,) = first["rounds"]
+    # 16 steps of about 2 ms by the model; the simulated times are those of a machine that takes what was measured.
+    assert each["simulated"]["p50_tpot_ms"] == pytest.approx(1e3 * each["yardstick_s"] / 16, rel=0.2)
+    assert main([*arguments, "--yardstick", "--simulate-with", str(models[1])]) == 0
+    (again,) = json.loads(result.read_text())
+    assert again["simulated"] == pytest.approx(first["simulated"])
+    assert main(arguments) == 2  # rounds of other settings
+
+
 def test_a_cost_model_that_is_not_there_is_measured(tmp_path: Path) -> None:
-    path = tmp_path / "model.json"
+    """By both processes, and by one alone; and another one, with which rounds that were served are simulated anew."""
+    path, rounds, again = tmp_path / "cost-model.json", tmp_path / "rounds.jsonl", tmp_path / "again.json"
     arguments = [
         "parity", "--model", "random:tiny", "--cost-model", str(path), "--policies", "collocated", "--request-rates",
         "20", "--num-prompts", "2", "--seeds", "0", "--input-median", "20", "--output-median", "3", "--kv-blocks",
-        "100",
+        "100", "--rounds-filename", str(rounds),
     ]  # fmt: skip
     assert main(arguments) == 0
-    assert CostModel.load(path).fit["block_bytes"] > 0
+    measured = CostModel.load(path)
+    assert measured.fit["block_bytes"] > 0
+    assert measured.company is not None
+    assert measured.company.processes == 2
+    served = rounds.read_text()
+    assert main([*arguments, "--simulate-with", str(again)]) == 0
+    assert rounds.read_text() == served
+    assert CostModel.load(path) == measured != CostModel.load(again)
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, rounds.name, again.name}
 
 
 def test_two_are_told_apart_if_all_seeds_say_so() -> None:

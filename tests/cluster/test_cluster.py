@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nanopd_lab import LLM, Cluster, ClusterConfig, SamplingParams
 from nanopd_lab.cluster.cluster import RequestFailedError
+from nanopd_lab.cluster.inline import InlineLauncher
 from nanopd_lab.errors import InvalidRequestError
 from tests.engine.test_token_identity import prompts
 from tests.hf import CONFIGS, assert_same_tokens, greedy, save_tiny
@@ -196,3 +198,20 @@ def test_requests_come_and_go_while_others_run() -> None:
         assert {len(done[name].outputs[0].token_ids) for name in (names[0], names[2], late)} == {10}
         assert all(view.jobs == 0 for view in cluster.workers())
         cluster.check_integrity()
+
+
+def test_an_inline_cluster_may_be_left_alone_between_calls() -> None:
+    """Its workers are silent then, which says nothing of them."""
+    ahead = 0.0
+    options = {"kv_cache_memory_bytes": POOL}
+    config = ClusterConfig(
+        "random:tiny", policy="1p1d", launcher="inline", devices=("cpu",) * 2, engine=options
+    )
+    with Cluster(config, lambda: time.monotonic() + ahead) as cluster:
+        assert isinstance(cluster.launcher, InlineLauncher)
+        hosts = dict(cluster.launcher.hosts)
+        for _ in range(3):
+            (output,) = cluster.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
+            assert len(output.paths[0].attempts) == 1
+            ahead += 10 * config.limits.heartbeat_s
+        assert cluster.launcher.hosts == hosts

@@ -70,6 +70,20 @@ def test_planted_coefficients_come_back() -> None:
     assert found.t0_s + found.weight_s == pytest.approx(PLANTED.t0_s + PLANTED.weight_s, rel=0.15)
 
 
+def test_what_several_rows_take_longer_is_found_on_a_cpu() -> None:
+    """And it isn't looked for on a GPU, nor found where there is none."""
+    planted = replace(PLANTED, t0_s=0.0, sharpness=1.0, rows_s=15e-3)
+    samples = timed(planted, 0.01)
+    found = fit_iteration(samples, vocab_share=0.27, host_s=0.0)
+    assert found.rows_s == pytest.approx(15e-3, rel=0.1)
+    assert found.weight_s == pytest.approx(20e-3, rel=0.1)
+    assert fit_iteration(samples, vocab_share=0.27).rows_s == 0
+    without = fit_iteration(timed(replace(planted, rows_s=0.0), 0.01), vocab_share=0.27, host_s=0.0)
+    assert without.rows_s < 1e-3
+    thinner = fit_without(found, samples, None)
+    assert thinner.rows_s == pytest.approx(found.rows_s, rel=0.01)
+
+
 def test_without_noise_the_fit_is_exact() -> None:
     samples = timed(PLANTED, 0.0)
     assert errors(fit_iteration(samples, vocab_share=0.27, host_s=0.0), samples).maximum < 0.01
@@ -211,7 +225,11 @@ def test_another_solver_is_asked() -> None:
     samples = timed(PLANTED, 0.01)
     assert fit_iteration(samples, host_s=0.0, solve=solve) == fit_iteration(samples, host_s=0.0)
     assert {rows for rows, _ in asked} == {len(samples)}
-    assert {columns for _, columns in asked} == {4, 5}
+    assert {columns for _, columns in asked} == {
+        4,
+        5,
+        6,
+    }  # without and with a constant, and what several rows take
 
 
 @pytest.mark.parametrize("term", TERMS)

@@ -30,6 +30,7 @@ MODELS = st.builds(
     pair_s=st.floats(0, 1e-7),
     context_s=st.floats(0, 1e-6),
     sequence_s=SECONDS,
+    rows_s=SECONDS,
     host_s=st.floats(0, 0.1),
     vocab_share=st.floats(0, 1),
     sharpness=st.floats(1, 8),
@@ -197,6 +198,30 @@ def test_a_cache_that_costs_next_to_nothing() -> None:
     model = IterationModel(1e-3, 0, 0, 0, 5e-324, 0, host_s=2e-3)
     assert model.decode_run_seconds(1, 1, 10) == pytest.approx(20e-3)
     assert model.decode_steps_within(1, 1, 1.001) == 500
+
+
+def test_several_rows_take_longer_than_one() -> None:
+    """0.02 s, and its share of the vocabulary projection where several are drawn."""
+    model = replace(MODEL, rows_s=0.02)
+
+    def longer(*chunks: ChunkShape) -> float:
+        return model.seconds(chunks) - MODEL.seconds(chunks)
+
+    assert longer(ChunkShape(1, 50)) == 0
+    assert longer(ChunkShape(7, 50, 0)) == pytest.approx(0.02)
+    assert longer(ChunkShape(7, 50), ChunkShape(5, 0, 0)) == pytest.approx(0.02)
+    assert longer(ChunkShape(1, 50), ChunkShape(1, 60)) == pytest.approx(0.02 * (1 + MODEL.vocab_share))
+
+
+@given(MODELS, st.floats(0.1, 10.0), st.integers(1, 50), st.integers(0, 10_000))
+def test_a_slower_device_takes_longer_for_every_step(
+    model: IterationModel, factor: float, batch: int, context: int
+) -> None:
+    slower = model.scaled(factor)
+    chunks = [ChunkShape(1, context)] * batch + [ChunkShape(40, context)]
+    assert slower.seconds(chunks) == pytest.approx(factor * model.seconds(chunks))
+    run = slower.decode_run_seconds(batch, context, 7)
+    assert run == pytest.approx(factor * model.decode_run_seconds(batch, context, 7))
 
 
 def test_captured_steps_are_padded() -> None:

@@ -43,6 +43,24 @@ SETTINGS = {
 WAIT_MS = 240_000
 READY = """path => { const p = window.jupyterapp?.shell.currentWidget;
     return p?.context?.path === path && p.sessionContext?.session?.kernel?.status === 'idle' }"""
+COCKPIT = (
+    "from nanopd_lab import Cluster, ClusterConfig",
+    "from nanopd_lab.router import Slo",
+    "from nanopd_lab.viz.cluster_cockpit import ClusterCockpit",
+    "",
+    'engine = {"kv_cache_memory_bytes": 1 << 20}',
+    'config = ClusterConfig("random:tiny", policy="1p1d", launcher="inline", devices=("cpu",) * 2, engine=engine)',
+    "cluster = Cluster(config)",
+    'cockpit = ClusterCockpit(cluster, Slo(1.0, 0.5), rate=8.0, policies=("collocated",), window_s=2.0)',
+    "cockpit",
+)
+ASK = (
+    "cluster.check_integrity()",
+    'print("whole", cockpit.phase.value, cockpit.load.rate, cockpit.load.error)',
+    "if cockpit.watch.value:",
+    "    display(cockpit.replay())",
+)
+RUN_CELL = "() => window.jupyterapp.commands.execute('notebook:run-cell')"
 RUN_ALL = "() => window.jupyterapp.commands.execute('notebook:restart-run-all')"
 THEME = "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})"
 BYTES = "async i => [...new Uint8Array(await (await fetch(i.src)).arrayBuffer())]"
@@ -66,6 +84,7 @@ def server(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     root.mkdir()
     for notebook in NOTEBOOKS:
         shutil.copy(notebook, root)
+    (root / "cockpit.ipynb").write_text(notebook_of(COCKPIT, ASK))
     for name, value in SETTINGS.items():
         path = tmp / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +126,14 @@ def server(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def notebook_of(*cells: tuple[str, ...]) -> str:
+    """A file with these code cells."""
+    each = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
+    found = [{**each, "id": f"cell-{n}", "source": "\n".join(cell)} for n, cell in enumerate(cells)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return json.dumps({"cells": found, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5})
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -161,8 +188,9 @@ def test_runs_clean(page: Any) -> None:
 
 
 def test_a_slider_changes_the_picture(page: Any) -> None:
-    handle = page.locator(".widget-slider .noUi-handle").first
-    image = page.locator(".widget-image").first
+    explorer = page.locator(".widget-vbox:has(> .widget-image)").first
+    handle = explorer.locator(".widget-slider .noUi-handle").first
+    image = explorer.locator(".widget-image").first
     start = float(handle.get_attribute("aria-valuenow"))
     seen = {start: pixels(image)}
     for key in ("ArrowRight", "ArrowRight", "End", "Home"):
@@ -193,3 +221,51 @@ def test_it_looks_the_same_in_both_themes(page: Any, theme: str) -> None:
     page.screenshot(path=file, animations="disabled")
     page.set_viewport_size({"width": 1200, "height": 1000})
     assert file.stat().st_size > 50_000
+
+
+def test_a_cockpit_is_started_steered_stopped_and_replayed(server: tuple[str, str], browser: Any) -> None:
+    address, token = server
+    page = browser.new_page(viewport={"width": 1200, "height": 1100})
+    page.set_default_timeout(WAIT_MS)
+    page.goto(f"{address}/doc/tree/cockpit.ipynb?reset&token={token}")
+    page.wait_for_function(READY, arg="cockpit.ipynb")
+    assert page.evaluate(RUN_ALL) is True
+    start, stop = (page.locator(".widget-button", has_text=name) for name in ("Start", "Stop"))
+    shown = page.locator(".cockpit-page")
+    sync_api.expect(stop).to_be_disabled()
+    start.click()
+    sync_api.expect(shown).to_contain_text("ended, by route: w0→w1", timeout=WAIT_MS)
+    sync_api.expect(start).to_be_disabled()
+    text = shown.inner_text()
+    page.wait_for_function("text => document.querySelector('.cockpit-page').innerText !== text", arg=text)
+    handle = page.locator(".widget-slider .noUi-handle").first
+    handle.focus()
+    page.keyboard.press("End")
+    sync_api.expect(handle).to_have_attribute("aria-valuenow", "32.0")
+    line = shown.locator("polyline").first.get_attribute("points")
+    sync_api.expect(shown.locator("polyline").first).not_to_have_attribute("points", line, timeout=WAIT_MS)
+    SCREENSHOTS.mkdir(exist_ok=True)
+    for theme in ("Light", "Dark"):
+        page.evaluate(THEME, f"JupyterLab {theme}")
+        page.wait_for_function(
+            "f => document.body.dataset.jpThemeLight === f", arg=str(theme == "Light").lower()
+        )
+        page.screenshot(path=SCREENSHOTS / f"cockpit-{theme.lower()}.png", animations="disabled")
+    stop.click()
+    sync_api.expect(start).to_be_enabled(timeout=WAIT_MS)
+    sync_api.expect(shown).to_contain_text(" 0 running ")
+    page.locator(".jp-Notebook .jp-CodeCell").last.locator(".cm-content").click()
+    assert page.evaluate(RUN_CELL) is True
+    sync_api.expect(page.locator(".jp-OutputArea").last).to_contain_text(
+        "whole idle 32.0 None", timeout=WAIT_MS
+    )
+    image = page.locator(".widget-image").first
+    source, handle = image.get_attribute("src"), page.locator(".widget-slider .noUi-handle").last
+    handle.focus()
+    page.keyboard.press("Home")
+    sync_api.expect(image).not_to_have_attribute("src", source, timeout=WAIT_MS)
+    assert {each.strip() for each in page.locator(".plot-error").all_inner_texts()} == {""}
+    assert page.locator('.jp-OutputArea [data-mime-type="application/vnd.jupyter.error"]').count() == 0
+    image.scroll_into_view_if_needed()
+    page.screenshot(path=SCREENSHOTS / "cockpit-replay.png", animations="disabled")
+    page.close()

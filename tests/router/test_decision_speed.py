@@ -1,12 +1,16 @@
 """How long decisions take, by policy and number of workers: `pytest tests/router/test_decision_speed.py`.
 
 Questions are those that a simulated fleet of H100s under load asks; each is put to the policy that has served it so
-far, over a fleet that is kept as the controller keeps it. Nothing is asserted of the times: they depend on the machine.
+far, over a fleet that is kept as the controller keeps it. `-k run -s` prints the CPU time of all decisions of whole
+runs instead, the first ones, role plans and replays among them, which their mean spreads over all. Nothing is asserted
+of the times: they depend on the machine.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +53,42 @@ class Keeping:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)
+
+
+class Timed:
+    """A policy that notes the CPU time of each decision, in µs."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.name = policy, policy.name
+        self.times_us: list[float] = []
+
+    def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
+        begun = time.thread_time_ns()
+        answer = self.policy.choose(job, workers, now)
+        self.times_us.append((time.thread_time_ns() - begun) / 1e3)
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+
+@pytest.mark.parametrize("per_worker", [PER_WORKER, 11.0])
+@pytest.mark.parametrize("workers", [8, 64, pytest.param(256, marks=pytest.mark.slow)])
+def test_decisions_of_a_run(workers: int, per_worker: float) -> None:
+    link = COST.transfer or LinkModel()
+    block_bytes = int(COST.fit.get("block_bytes", 0))
+    outlook = Outlook(COST.iteration, SLO, link, block_bytes, ahead=True)
+    chosen, roles = create_policy("adaptive", workers, outlook)
+    config = SimConfig(25_000, max_num_seqs=256, block_bytes=block_bytes, link=link, ahead=True)
+    requests = poisson_arrivals(max(1600, 6 * workers), per_worker * workers, AZURE_LIKE, 0)
+    timed = Timed(chosen)
+    Simulator(Veiled(timed), roles, CostTime(COST.iteration), requests, config).run()
+    times = sorted(timed.times_us)
+    assert len(times) >= len(requests)
+    print(
+        f"\n{workers} workers, {per_worker:g} requests/s each: {len(times)} decisions, median "
+        f"{statistics.median(times):.0f} µs, mean {statistics.mean(times):.0f}, p99 {times[len(times) * 99 // 100]:.0f}"
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES)

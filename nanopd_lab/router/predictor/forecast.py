@@ -45,7 +45,7 @@ class BayesianForecast:
         if left < 1 or p == 1:
             return float(max(left, 0))
         share = between((1 - p) * self.above(produced), self.table, EDGES)
-        log_length = self.t.mean - self.t.scale * stdtrit(self.t.df, share)
+        log_length = self.t.mean - self.t.scale * float(stdtrit(self.t.df, share))
         if log_length > LONGEST:
             return float(left)
         return float(min(left, max(1, math.ceil(math.exp(log_length) - 0.5) - produced)))

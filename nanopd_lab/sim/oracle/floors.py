@@ -35,7 +35,7 @@ def floors_of(time: StepTime) -> tuple[Floor, ...]:
 
     `IterationModel` takes the p-norm of w, the time to read the weights, and x, that of the products. By Hölder's
     inequality it is at least `a·w + b·x` for all a, b ≥ 0 with `a^q + b^q = 1` and `1/p + 1/q = 1`; the floors are
-    those of some a. Padding, the host's time, short chunks and mixed steps only add.
+    those of some a. Padding, the host's time, short chunks, mixed steps and several rows only add.
 
     Raises:
         ValueError: a cost model of another kind.

@@ -88,8 +88,8 @@ class Instance:
     """Requests and a cluster of equal workers, named w0, w1, …; a route is any ordered pair of them.
 
     Raises:
-        ValueError: no request, worker or objective; a prefix cache, for which bounds do not hold; a request that every
-            worker refuses.
+        ValueError: no request, worker or objective; a prefix cache or a shared host, for which bounds do not hold; a
+            request that every worker refuses.
     """
 
     requests: tuple[SimRequest, ...]
@@ -107,6 +107,8 @@ class Instance:
             )
         if self.config.enable_prefix_caching:
             raise ValueError("an instance with a prefix cache; set enable_prefix_caching=False")
+        if self.config.company is not None:
+            raise ValueError("an instance of workers that share a host; set company=None")
         longest = min(self.config.max_model_len, self.config.num_blocks * self.config.block_size)
         for request in self.requests:
             if (total := request.prompt_tokens + request.output_tokens) > longest:
