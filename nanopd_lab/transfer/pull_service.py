@@ -28,7 +28,7 @@ from nanopd_lab.transfer.base import Pool
 from nanopd_lab.transfer.process_groups import CONNECT_S, PairGroup, listening_store
 from nanopd_lab.transfer.staging import Staging
 
-WINDOW = 3  # chunks asked for and not taken in
+WINDOW = 4  # chunks asked for and not taken in
 _JOIN_S = 2.0
 
 

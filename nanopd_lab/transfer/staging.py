@@ -14,7 +14,7 @@ from nanopd_lab.cpu import block_copy
 from nanopd_lab.transfer.base import Pool
 
 DIRECT_BYTES = 256 << 10  # from here on, on CPUs: a message takes some 50 us, a copy of as much too
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 
 
 class Staging:

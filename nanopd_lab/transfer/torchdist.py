@@ -15,6 +15,7 @@ import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, MutableSequence, Sequence
 from contextlib import suppress
 from typing import Any
@@ -227,6 +228,8 @@ class TorchDistTransport(PoolTransport):
         self._tables = SharedGenerations()
         self._services: list[PullService] = []
         self._links: dict[Peer, Link] = {}
+        # Also when it is forgotten, or the process ends: torch's threads must not outlive their groups.
+        self._finalizer = weakref.finalize(self, _close_all, self._services, self._links)
         self._done: queue.SimpleQueue[tuple[Job, str | None, float]] = queue.SimpleQueue()
 
     def allocate(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -280,8 +283,11 @@ class TorchDistTransport(PoolTransport):
         memory = torch.empty(address.num_blocks, address.block_bytes, dtype=torch.uint8, device="meta")
         peer = Peer(address.worker, Pool(memory, table if table is not None else heard or []))
 
-        def release() -> None:
-            self._links.pop(peer).close()
+        links = self._links
+
+        def release() -> None:  # without the transport: it may be forgotten before its peers
+            if (link := links.pop(peer, None)) is not None:
+                link.close()
 
         peer.release = release
         self._links[peer] = link
@@ -311,11 +317,16 @@ class TorchDistTransport(PoolTransport):
             link.close()  # its pulls fail in any case
 
     def _stop(self) -> None:
-        links = list(self._links.values())
-        for link in links:
-            link.close()
-        for service in self._services:
-            service.close()
-        for link in links:
-            link.thread.join(_JOIN_S)
+        self._finalizer()
         self._tables.close()
+
+
+def _close_all(services: list[PullService], links: dict[Peer, Link]) -> None:
+    for link in links.values():
+        link.close()
+    for service in services:
+        service.close()
+    for link in links.values():
+        link.thread.join(_JOIN_S)
+    links.clear()
+    services.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from nanopd_lab.transfer.staging import CHUNK_BYTES, DIRECT_BYTES
 from nanopd_lab.transfer.torchdist import TorchDistTransport
 from tests.transfer.workers import Remote, Worker, make_worker, remote_worker, results_of, soon
 
-BLOCKS = 64
+BLOCKS = 128
 SIZE = (8, 4, 3, 16, 256)  # 786 KB a block: a pull of all is several chunks
 ALL = list(range(BLOCKS))
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into Linux's /proc")
@@ -168,6 +169,34 @@ def test_nothing_stays_behind() -> None:
 def held() -> list[int]:
     """Open files and threads, those of C++ as well."""
     return [len(list(Path("/proc/self", kind).iterdir())) for kind in ("fd", "task")]
+
+
+SCRIPT = """
+from tests.transfer.workers import make_worker, remote_worker, results_of, Worker
+if __name__ == "__main__":
+    with remote_worker("torchdist", "source", 8) as source, remote_worker("torchdist", "doomed", 8) as doomed:
+        reader = make_worker("torchdist", "reader", 8)
+        for remote in (source, doomed):
+            reader.transport.connect(remote.address)
+        source.ask("connect", reader.address)
+        for number, remote in enumerate((source, doomed)):
+            reader.start(number, Worker(remote.name, reader.transport, reader.pool, remote.address), [1], [number])
+        print(*(result.status.value for result in results_of(reader.transport, 2).values()))
+        doomed.kill()
+        {end}
+"""
+
+
+@pytest.mark.parametrize("end", ["source.ask('close'); reader.transport.close()", "pass", "del reader"])
+def test_no_complaints_at_the_end(end: str, tmp_path: Path) -> None:
+    """Orderly or not. C++ aborts a process whose threads outlive what they belong to."""
+    script, root = tmp_path / "script.py", Path(__file__).parents[2]
+    script.write_text(SCRIPT.replace("{end}", end))
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, timeout=120,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr, run.stdout) == (0, "", "done done\n")
 
 
 def test_small_blocks_travel_packed() -> None:
