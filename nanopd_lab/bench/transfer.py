@@ -141,7 +141,7 @@ class Pair:
             )
             for _ in range(in_flight)
         ]  # fmt: skip
-        on_cpu = self.plan.target.type == "cpu"
+        by_threads = self.plan.target.type == "cpu" or self.name == "torchdist"
         ended = 0
         begun = time.perf_counter()
         for pull in pulls:
@@ -151,9 +151,9 @@ class Pair:
                 if result.status is not PullStatus.DONE:
                     raise RuntimeError(f"{self.name}: {result}")
                 ended += 1
-            if on_cpu:
+            if by_threads:
                 time.sleep(2e-5)  # what copies needs Python's lock between its pieces
-        if self.name == "inproc" and not on_cpu:  # orders its copies on the stream, and waits for none
+        if self.name == "inproc" and self.plan.target.type != "cpu":  # orders its copies on the stream, and waits for none
             torch.cuda.synchronize(self.plan.target)
         seconds = time.perf_counter() - begun
         if check:
