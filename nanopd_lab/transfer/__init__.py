@@ -9,7 +9,7 @@
     torchdist  processes of one host or several, through torch.distributed: gloo on CPUs, NCCL on GPUs
 
 `pulls` holds what they do alike, `segments` memory that processes share, `cuda_pools` and `device_memory` the same for
-GPUs; `pull_service`, `process_groups` and `staging` belong to torchdist.
+GPUs; `pull_service`, `pull_link`, `process_groups` and `staging` belong to torchdist.
 """
 
 from nanopd_lab.transfer.base import (
