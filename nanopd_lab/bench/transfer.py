@@ -153,7 +153,7 @@ class Pair:
                 ended += 1
             if by_threads:
                 time.sleep(2e-5)  # what copies needs Python's lock between its pieces
-        if self.name == "inproc" and self.plan.target.type != "cpu":  # orders its copies on the stream, and waits for none
+        if self.name == "inproc" and self.plan.target.type != "cpu":  # its copies are ordered on the stream
             torch.cuda.synchronize(self.plan.target)
         seconds = time.perf_counter() - begun
         if check:

@@ -123,6 +123,8 @@ def check_transport(name: str, devices: Sequence[torch.device]) -> None:
     Raises:
         TransferError: an unknown name, or a transport for other memory than theirs.
     """
+    if name.startswith("torchdist:"):  # an address behind it
+        name = "torchdist"
     if name != "auto" and name not in TRANSPORTS:
         raise TransferError(f"unknown transport {name!r}; choose from auto, {', '.join(TRANSPORTS)}")
     if name in ("p2p", "pinned") and any(device.type == "cpu" for device in devices):

@@ -95,7 +95,8 @@ def test_one_that_dies_while_they_profile_holds_up_nobody(tmp_path: Path) -> Non
         while len(multiprocessing.active_children()) < 2:
             time.sleep(0.01)
         multiprocessing.active_children()[0].kill()
-        with pytest.raises(RuntimeError, match="profiling random:tiny failed: -9"):
+        # -9, or 1: the other one has noticed first that it is alone.
+        with pytest.raises(RuntimeError, match=r"profiling random:tiny failed: (-9|1)"):
             measured.result(timeout=120)
     assert not multiprocessing.active_children()
 

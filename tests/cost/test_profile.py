@@ -253,7 +253,7 @@ def test_fit_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     share = 49152 * 576 / (30 * 576 * (2 * 9 * 64 + 2 * 3 * 64 + 3 * 1536))
     planted = IterationModel(0.0, 40e-3, 2e-3, 7e-7, 3e-6, 1e-3, vocab_share=share, sharpness=2.0)
     (tmp_path / "profile.json").write_text(json.dumps(synthetic(planted)))
-    transfer = next((data_dir() / "recorded").glob("transfer-cpu-*.json"))
+    transfer = data_dir() / "recorded/transfer-cpu-2026-11-25.json"
     arguments = ["fit", str(tmp_path / "profile.json"), "--transfer", str(transfer)]
     assert main([*arguments, "--result-filename", str(tmp_path / "model.json")]) == 0
     out = capsys.readouterr().out

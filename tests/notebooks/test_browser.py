@@ -191,15 +191,14 @@ def test_a_slider_changes_the_picture(page: Any) -> None:
     explorer = page.locator(".widget-vbox:has(> .widget-image)").first
     handle = explorer.locator(".widget-slider .noUi-handle").first
     image = explorer.locator(".widget-image").first
-    start = float(handle.get_attribute("aria-valuenow"))
-    seen = {start: pixels(image)}
+    seen = [pixels(image)]
     for key in ("ArrowRight", "ArrowRight", "End", "Home"):
         source = image.get_attribute("src")
         handle.focus()
         page.keyboard.press(key)
         sync_api.expect(image).not_to_have_attribute("src", source, timeout=WAIT_MS)  # a new blob URL
-        seen[float(handle.get_attribute("aria-valuenow"))] = pixels(image)
-    assert len(seen) == len(set(seen.values())) == 5, seen
+        seen.append(pixels(image))
+    assert len(set(seen)) == 5, seen
     assert page.locator(".plot-error").first.inner_text().strip() == ""
 
 
