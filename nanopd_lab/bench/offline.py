@@ -117,7 +117,9 @@ def _hf_batch(model: Any, batch: list[list[int]], output_len: int, start: float)
     return first.at - start, out[:, longest:].numel()
 
 
-def _hf_padded(model: Any) -> Run:
+def hf_padded(model: Any) -> Run:
+    """Hugging Face's `generate` on one batch, padded to the longest prompt on the left."""
+
     def run(prompts: list[list[int]], output_len: int) -> Timing:
         start = time.perf_counter()
         ttft, tokens = _hf_batch(model, prompts, output_len, start)
@@ -215,7 +217,7 @@ def run_offline(
             )
         hf = AutoModelForCausalLM.from_pretrained(llm.model_path, dtype=llm.engine.cache.shape.dtype)
         hf = hf.to(llm.engine.device).eval()
-        make = {"hf-padded": _hf_padded, "hf-continuous": hf_continuous, "hf-sequential": _hf_sequential}
+        make = {"hf-padded": hf_padded, "hf-continuous": hf_continuous, "hf-sequential": _hf_sequential}
         systems |= {name: make[name](hf) for name in peers}
 
     prompts = workload.prompts(llm.engine.loaded.geometry.vocab_size)

@@ -190,6 +190,7 @@ def served_per_s(
         engines, model: as of `step_times`
         requests: prompt and number of tokens to generate, greedily and to the end
     """
+    from nanopd_lab.bench.offline import hf_padded
     from nanopd_lab.core import SamplingParams
 
     prompts = [prompt for prompt, _ in requests]
@@ -201,7 +202,8 @@ def served_per_s(
         name: lambda llm=llm: llm.generate(prompts, wanted, use_tqdm=False)  # type: ignore[misc]
         for name, llm in engines.items()
     }
-    runs["Hugging Face"] = lambda: _padded(model, prompts, max(count for _, count in requests))
+    padded = hf_padded(model)
+    runs["Hugging Face"] = lambda: padded(prompts, max(count for _, count in requests))
     seconds = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():
@@ -210,17 +212,6 @@ def served_per_s(
             seconds[name] = min(seconds[name], time.perf_counter() - begun)
     tokens = sum(count for _, count in requests)
     return {name: tokens / each for name, each in seconds.items()}
-
-
-def _padded(model: Any, prompts: Seq[list[int]], count: int) -> None:
-    import torch
-
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    model.generate(
-        ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
-    )
 
 
 def _some_ids(batch: int, length: int, vocab: int) -> torch.Tensor:

@@ -13,9 +13,7 @@ from nanopd_lab.core import SamplingParams
 from nanopd_lab.engine.prompts import Prompt
 
 POLL_S = 0.5
-SETTLE_S = (
-    0.5  # what the workers say of a request that has ended comes milliseconds later, unless one has died
-)
+SETTLE_S = 2.0  # accounts come milliseconds behind the last token, unless a worker has died
 
 
 class _Inbox:
