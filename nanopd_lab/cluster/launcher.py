@@ -150,7 +150,7 @@ class WorkerLauncher:
         self.clock = clock
         self.events: list[Action] = []
         self.answers: dict[str, Answer] = {}
-        self._starter = starter
+        self.starter = starter
         self._start_timeout_s = start_timeout_s
         self._children: dict[str, _Child] = {}
         self._restarts = {spec.name: max_restarts for spec in specs}
@@ -172,7 +172,7 @@ class WorkerLauncher:
 
     def _start(self, spec: WorkerSpec) -> None:
         deadline = time.monotonic() + self._start_timeout_s
-        child = _Child(spec, self._starter.start(spec, self.wake), deadline)
+        child = _Child(spec, self.starter.start(spec, self.wake), deadline)
         self._children[spec.name] = child
         child.begin_to_send()
 
@@ -347,6 +347,6 @@ class WorkerLauncher:
                 child.give_up()
             self._children.clear()
         finally:
-            self._starter.close()
+            self.starter.close()
             self._wake.close()
             self._awake.close()

@@ -79,7 +79,7 @@ class WorkerActor:
             ) from error
         here = Here(
             call.ticket, os.getpid(), context.get_node_id(), address, machine_identity(), clock_identity(),
-            device_of(gpus),
+            device_of(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")),
         )  # fmt: skip
         connection.send(here)
         spec = _spec_after_pings(connection)

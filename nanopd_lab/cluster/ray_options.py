@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -128,12 +127,12 @@ def _times(each: Mapping[str, float], count: int) -> dict[str, float]:
     return {name: amount * count for name, amount in each.items()}
 
 
-def device_of(gpu_ids: Sequence[str], visible: str | None = os.environ.get("CUDA_VISIBLE_DEVICES")) -> str:
+def device_of(gpu_ids: Sequence[str], visible: str | None) -> str:
     """What torch calls the GPU that Ray has given to a worker that sees all of the node's.
 
     Args:
         gpu_ids: as Ray names them: by number, or as `CUDA_VISIBLE_DEVICES` did when the node was started
-        visible: that variable
+        visible: that variable, None if it is not set
     """
     if not gpu_ids:
         return "cpu"

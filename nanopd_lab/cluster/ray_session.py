@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def _opened(options: RayOptions) -> RaySession:
     common = {"namespace": options.namespace, "log_to_driver": False, "logging_level": logging.ERROR}
     if options.address is not None:
         _check_reached(options.address)
-        with _explained(f"Ray at {options.address}"):
+        with _explained(f"Ray at {options.address}"), _quietly(ray):
             ray.init(address=options.address, _node_ip_address=options.host, **common)
         return RaySession(ray, local=False, ours=True)
     folder = _folder(options.temp_dir)
@@ -131,7 +132,7 @@ def _opened(options: RayOptions) -> RaySession:
     session.watch()
     session._users = 1
     try:
-        with _explained("a Ray of our own"), _loopback_only(ray):
+        with _explained("a Ray of our own"), _quietly(ray), _loopback_only(ray):
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -148,6 +149,20 @@ def _opened(options: RayOptions) -> RaySession:
         raise
     session._users = 0
     return session
+
+
+@contextmanager
+def _quietly(ray: Any) -> Iterator[None]:
+    """Ray takes SIGTERM for itself, and prints what its nodes die of on our standard output; accounts tell it too."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if main and before is not None:
+            signal.signal(signal.SIGTERM, before)
+        with suppress(Exception):  # private, and not worth failing for
+            ray._private.ray_logging.global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
 
 
 @contextmanager
