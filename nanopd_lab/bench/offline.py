@@ -81,8 +81,10 @@ def _ours(llm: LLM) -> Run:
 def _settings(model: Any, output_len: int) -> Any:
     """Greedy, exactly `output_len` tokens, nothing that stops early."""
     settings = copy.deepcopy(model.generation_config)
+    # None would mean the model's own, and -1 is complained of: no token has the number of all tokens.
+    nothing = model.config.vocab_size
     settings.update(
-        max_new_tokens=output_len, min_new_tokens=None, do_sample=False, eos_token_id=-1, pad_token_id=0
+        max_new_tokens=output_len, min_new_tokens=None, do_sample=False, eos_token_id=nothing, pad_token_id=0
     )
     return settings
 
