@@ -24,6 +24,7 @@ import torch
 from nanopd_lab import LLM, SamplingParams
 from nanopd_lab.bench.ceilings import read_bytes_per_s
 from nanopd_lab.bench.provenance import provenance
+from nanopd_lab.cpu.features import has_bf16_matrix_unit
 
 PEERS = ("hf-padded", "hf-continuous", "hf-sequential")
 SCHEMA = "nanopd-lab/offline/1"
@@ -185,7 +186,7 @@ def decode_step_ms(llm: LLM, contexts: list[int], steps: int = 20) -> float:
 def run_offline(
     model: str,
     *,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     workload: Workload | None = None,
     peers: tuple[str, ...] = ("hf-padded", "hf-continuous"),
     rounds: int = 3,
@@ -194,6 +195,9 @@ def run_offline(
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Run the workload on this engine and its peers, interleaved; returns a JSON-ready result.
+
+    Args:
+        dtype: None: bfloat16, and float32 on a CPU that has no unit for it
 
     Raises:
         ValueError: an unknown peer, or a model without a folder that Hugging Face could load.
@@ -204,6 +208,9 @@ def run_offline(
     unknown = set(peers) - set(PEERS)
     if unknown:
         raise ValueError(f"unknown peers {', '.join(sorted(unknown))}; choose from {', '.join(PEERS)}")
+    if dtype is None:
+        on_gpu = torch.cuda.is_available() and not device.startswith("cpu")
+        dtype = "bfloat16" if on_gpu or has_bf16_matrix_unit() else "float32"
     llm = LLM(
         model,
         dtype=dtype,
