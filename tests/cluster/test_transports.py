@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from nanopd_lab import LLM, SamplingParams
-from tests.cluster.test_process import ENGINE, GREEDY, alone, finish, route, start, tokens_of, wait_for
+from tests.cluster.launched import ENGINE, GREEDY, alone, finish, route, start, tokens_of, wait_for
 from tests.engine.test_token_identity import prompts
 
 SOME = SamplingParams(max_tokens=120, temperature=0, ignore_eos=True)
