@@ -13,7 +13,7 @@ from __future__ import annotations
 import queue
 import weakref
 from abc import abstractmethod
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -32,7 +32,7 @@ _JOIN_S = 2.0
 
 class PairTransport(PoolTransport):
     """Every pair of workers for itself. A transport adds what the source answers (`_answers`), the reader's channel
-    (`_channel`), and which pools it cannot join (`_check`).
+    (`_channel_maker`), and which pools it cannot join (`_check`).
 
     Other processes of the same machine read the generation table themselves; to other machines the source says what
     they are when the bytes have arrived.
@@ -60,8 +60,9 @@ class PairTransport(PoolTransport):
         """For readers of the own pool. OSError: not an address of this machine."""
 
     @abstractmethod
-    def _channel(self, details: dict[str, Any], own: Pool) -> Channel:
-        """To a source. Must not hold on to this transport: it may be forgotten first."""
+    def _channel_maker(self) -> Callable[[dict[str, Any], Pool], Channel]:
+        """From the details of a source's address, and the own pool. Must not hold on to this transport: it may be
+        forgotten first."""
 
     def _check(self, address: PoolAddress, own: Pool) -> None:
         """TransferError if their memory cannot be joined."""
@@ -104,7 +105,7 @@ class PairTransport(PoolTransport):
         with suppress(TransferError, KeyError):
             table = map_integers(address.details["generations"])
         heard = None if table is not None else [0] * address.num_blocks
-        details, make = address.details, self._channel
+        details, make = address.details, self._channel_maker()
         try:
             link = Link(address, lambda: make(details, own), heard, self._done, self.name)
         except (OSError, ValueError) as error:

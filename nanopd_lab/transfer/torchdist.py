@@ -5,8 +5,6 @@ Every pair has a process group of its own; see `pairs`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from nanopd_lab.transfer.base import Pool, PoolAddress, TransferError
 from nanopd_lab.transfer.device_memory import uuid_of
 from nanopd_lab.transfer.group_answers import GroupAnswers
@@ -29,6 +27,5 @@ class TorchDistTransport(PairTransport):
     def _answers(self, pool: Pool, host: str) -> GroupAnswers:
         return GroupAnswers(pool, host)
 
-    @staticmethod
-    def _channel(details: dict[str, Any], own: Pool) -> GroupChannel:
-        return GroupChannel(details, own)
+    def _channel_maker(self) -> type[GroupChannel]:
+        return GroupChannel
