@@ -27,7 +27,6 @@ class DoorRule:
 
     name: one of RULES; "prefix": requests whose prompts begin alike go to the same shard; "least" looks at all
     digest_s: between two reports of a shard; 0: it sees what is
-    own: it counts what it has sent since the last report on top
 
     Raises:
         ValueError: an unknown rule, or a negative age.
@@ -35,7 +34,6 @@ class DoorRule:
 
     name: str = "random"
     digest_s: float = 0.0
-    own: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
@@ -49,9 +47,7 @@ class DoorRule:
         return self.name in ("two-choices", "least")
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}, {self.digest_s:g} s old{', own counted' * self.own}" if self.looks else self.name
-        )
+        return f"{self.name}, {self.digest_s:g} s" if self.looks else self.name
 
 
 class FrontDoor:
@@ -102,12 +98,8 @@ class FrontDoor:
             return up[rng.randrange(len(up))]
         candidates = rng.sample(up, 2) if name == "two-choices" else rng.sample(up, len(up))
         if self.rule.digest_s:
-            found = min(candidates, key=self.seen.__getitem__)
-        else:
-            found = min(candidates, key=lambda shard: self.load(shard) / self.sizes[shard])
-        if self.rule.own:
-            self.seen[found] += 1 / self.sizes[found]
-        return found
+            return min(candidates, key=self.seen.__getitem__)
+        return min(candidates, key=lambda shard: self.load(shard) / self.sizes[shard])
 
     def _by_prefix(self, request: SimRequest) -> int:
         """The same one for all prompts that begin alike; the next one if that is away."""
