@@ -260,8 +260,7 @@ class FleetSimulator:
         shard.fail(kill.restart_s)
         now = self.queue.now
         self.queue.push(now + self.fleet.failover_s, Kind.WAKE, partial(self._give_up, kill.shard))
-        if kill.restart_s > self.fleet.failover_s:
-            self.queue.push(now + kill.restart_s, Kind.WAKE, partial(self._back, kill.shard))
+        self.queue.push(now + kill.restart_s, Kind.WAKE, partial(self._back, kill.shard))
 
     def _give_up(self, number: int, _: int) -> None:
         """It has not answered for too long."""
