@@ -272,7 +272,7 @@ def test_prompts_that_begin_alike_go_to_one_shard() -> None:
 def test_the_end_leaves_open_only_what_could_not_be_in_time() -> None:
     """What is judged when the run ends early is judged as in the whole run."""
     requests = some(900, 300.0, 2)
-    fleet = FleetConfig(16, 4, busy=lambda workers: ControllerTime(0.016, 1e-3))
+    fleet = FleetConfig(16, 4, busy=lambda workers: ControllerTime(0.08, 1e-3))
     whole = FleetSimulator(fleet, Policies("least-loaded"), CostTime(H100.iteration), requests, CONFIG).run()
     cut = FleetConfig(16, 4, busy=fleet.busy, until_s=judged_by(requests, SLO))
     short = FleetSimulator(cut, Policies("least-loaded"), CostTime(H100.iteration), requests, CONFIG).run()
