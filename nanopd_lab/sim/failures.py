@@ -1,7 +1,7 @@
 """When GPUs and controllers of a fleet die, at rates that were seen, or faster.
 
 Llama 3 405B was trained for 54 days on 16,384 H100s with 419 unexpected interruptions (Grattafiori et al., The Llama 3
-Herd of Models, 2024, section 3.3.4): one in 50,676 hours of a GPU. Ten thousand GPUs see one every five hours, so that
+Herd of Models, 2024, section 3.3.4): one in 50,677 hours of a GPU. Ten thousand GPUs see one every five hours, so that
 whoever wants to see some in a simulation of seconds lets them come faster, and counts by failure.
 """
 

@@ -5,9 +5,8 @@
                      └───────► …
 
 Shards, policies and workers are those of `Simulator`; one shard whose controller takes no time is a `Simulator` to the
-bit. A fleet under full load makes millions of tokens a second, so that a run may end at a given time (`until_s`):
-requests that are still open are recorded as that. If nothing that is open by then could have been in time any more
-(`judged_by`), the share in time is exact.
+bit. A fleet under full load makes millions of tokens a second, so that a run may end before all is served: when none
+of those that are open could be in time any more (`slo`). They are recorded as open, and the share in time is exact.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from nanopd_lab.sim.simulator import SimConfig, uncollected
 from nanopd_lab.sim.timing import StepTime
 from nanopd_lab.sim.workload import Kill, SimRequest, in_order
 
-_NEVER = float("inf")
+LOOKS_S = 0.1  # virtual seconds between two looks whether the run may end
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class FleetConfig:
     busy: how long a controller takes, from the number of its workers
     topology: the network; None: every worker has a card of its own (`SimConfig.link`), which is shared by its pulls
     failover_s: after which the front door gives up a controller that does not answer, and asks others
-    until_s: when the simulation ends; what is open then is recorded as that
+    slo: the simulation ends when nobody who is open can be served like this any more; None: when all are served
 
     Raises:
         ValueError: no shard, or a shard without workers.
@@ -49,7 +48,7 @@ class FleetConfig:
     busy: Callable[[int], ControllerTime] = lambda workers: ControllerTime()
     topology: Topology | None = None
     failover_s: float = 1.0
-    until_s: float = _NEVER
+    slo: Slo | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.shards <= self.workers:
@@ -68,6 +67,7 @@ class FleetConfig:
 class FleetResult:
     """`result` is of all shards; by shard: requests it was offered and seconds its controller was busy.
 
+    messages: of workers that controllers took in
     waits: of every request for a controller's turn, s
     lost_tokens: whose KV was on workers that died; failed_over: requests that went to another shard
     sent_bytes: over each kind of link of the network
@@ -76,22 +76,12 @@ class FleetResult:
     result: SimResult
     offered: list[int]
     busy_s: list[float]
+    messages: int
     waits: list[float]
     lost_tokens: int
     failed_over: int
     ended_s: float
     sent_bytes: dict[str, float]
-
-
-def judged_by(requests: Iterable[SimRequest], slo: Slo) -> float:
-    """When the last of them has either been served as promised or not."""
-    return max(
-        (
-            each.arrival + min(slo.e2e_s, slo.ttft_s + (each.output_tokens - 1) * slo.tpot_s)
-            for each in requests
-        ),
-        default=0.0,
-    )
 
 
 class FleetSimulator:
@@ -156,8 +146,8 @@ class FleetSimulator:
                     f"the controller of shard {kill.shard} is to be killed; there are {len(sizes)}"
                 )
             self.queue.push(kill.time, Kind.FAULT, partial(self._strike, kill))
-        if fleet.until_s < _NEVER:
-            self.queue.push(fleet.until_s, Kind.FAULT, self._end)
+        if fleet.slo is not None and self.requests:
+            self.queue.push(self.requests[-1].arrival + LOOKS_S, Kind.FAULT, self._look)
 
     def _by_shard(self, kills: Iterable[Kill], firsts: Sequence[int]) -> list[list[Kill]]:
         found: list[list[Kill]] = [[] for _ in firsts]
@@ -217,6 +207,7 @@ class FleetSimulator:
             result,
             self.offered,
             [each.busy_s for each in self.shards],
+            sum(each.messages for each in self.shards),
             [wait for each in self.shards for wait in each.waits],
             sum(each.lost_tokens for each in self.shards),
             self.failed_over,
@@ -224,8 +215,11 @@ class FleetSimulator:
             self.network.sent_bytes if self.network else {},
         )
 
-    def _end(self, _: int) -> None:
-        self._over = True
+    def _look(self, _: int) -> None:
+        """Has anybody something to hope for?"""
+        assert self.fleet.slo is not None
+        self._over = not any(each.may_please(self.fleet.slo) for each in self.shards) and not self._unhoused
+        self.queue.push(self.queue.now + LOOKS_S, Kind.FAULT, self._look)
 
     # ------------------------------------------------------------------ requests
 

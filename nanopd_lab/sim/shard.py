@@ -13,16 +13,19 @@ beginning, and it gets out at its end. The caller's clock runs from the arrival 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from nanopd_lab.cluster.accounts import PathReport
 from nanopd_lab.cluster.actions import ClusterBusyError, ClusterDownError, Settled
 from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.messages import FromWorker
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.router import Policy, Role
 from nanopd_lab.router.policy import Decision, JobView, Postponed, WorkerView
+from nanopd_lab.router.slo import Slo
 from nanopd_lab.sim.clock import EventQueue, Kind
 from nanopd_lab.sim.results import RequestRecord, WorkerTotals
 from nanopd_lab.sim.simulator import SimConfig, Simulator
@@ -42,6 +45,10 @@ class ControllerTime(NamedTuple):
 
     decision_s: float = 0.0
     message_s: float = 0.0
+
+
+def _firsts(path: PathReport) -> list[float]:
+    return [each.first_token for each in path.attempts if each.first_token is not None]
 
 
 class Counted:
@@ -86,6 +93,7 @@ class Shard(Simulator):
         ] = []  # offered to a controller that was dead, or that has died
         self.waits: list[float] = []  # of each request, for the controller's turn, s
         self.busy_s = 0.0  # of the controller
+        self.messages = 0  # that it has taken in, where they take time
         self.lost_tokens = 0  # whose KV was on workers that died
         self.past_decisions = 0  # of controllers that have died
         self._told = settled
@@ -170,6 +178,7 @@ class Shard(Simulator):
                 worker = self._messages.popleft()
                 if not worker.alive:
                     continue
+                self.messages += 1
                 self._handle(worker.core.name, worker.in_transit.popleft())
                 seconds = self.busy.message_s + self.busy.decision_s * (self.counted.asks - asks)
             elif self._requests:
@@ -256,19 +265,30 @@ class Shard(Simulator):
         """Routes that were decided."""
         return self.past_decisions + self.controller.decisions
 
+    def may_please(self, slo: Slo) -> bool:
+        """True if one that is open may still be served as promised."""
+        now = self.queue.now
+        for request, _ in (*self.open.values(), *self.stranded):
+            latest = request.arrival + slo.ttft_s
+            if now > min(latest + (request.output_tokens - 1) * slo.tpot_s, request.arrival + slo.e2e_s):
+                continue
+            path = self.controller.path_of(request.request_id)
+            if now <= latest or (path and min(_firsts(path), default=math.inf) <= latest):
+                return True
+        return False
+
     def left_open(self) -> list[RequestRecord]:
         """Records of those that have not settled, as far as they have come."""
         return [self._unfinished(request) for request, _ in (*self.open.values(), *self.stranded)]
 
     def _unfinished(self, request: SimRequest) -> RequestRecord:
         path = self.controller.path_of(request.request_id)
-        firsts = [each.first_token for each in path.attempts if each.first_token is not None] if path else []
         return RequestRecord(
             request.request_id,
             request.arrival,
             request.prompt_tokens,
             path.output_tokens if path else 0,
-            first_token=min(firsts, default=None),
+            first_token=min(_firsts(path), default=None) if path else None,
             finish_reason="open",
             error=f"not finished at {self.queue.now:g} s, when the simulation ended",
             path=path,
