@@ -38,6 +38,7 @@ MODULES = (
     "cluster/messages",
     "cluster/worker",
     "sim/clock",
+    "sim/shard",
     "sim/simulator",
     "sim/timing",
     "sim/worker",
