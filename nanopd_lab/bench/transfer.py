@@ -35,7 +35,7 @@ from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.kv.cache import KVShape
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullStatus, Transport
 from nanopd_lab.transfer.device_memory import can_reach, copy_async, enable_peer_access, open_memory
-from nanopd_lab.transfer.process_groups import LOOPBACK
+from nanopd_lab.transfer.pull_service import LOOPBACK
 from nanopd_lab.transfer.registry import create_transport
 from nanopd_lab.transfer.segments import map_tensor
 

@@ -745,6 +745,11 @@ class Controller:
     def queue_length(self) -> int:
         return len(self._queue) + len(self._postponed)
 
+    def path_of(self, request_id: str, index: int = 0) -> PathReport | None:
+        """The accounts so far of a sample that has not settled; None if there is none of that name."""
+        job = self._jobs.get((request_id, index))
+        return job.path if job else None
+
     def views(self) -> list[WorkerView]:
         """The workers that are up, as a policy would see them."""
         return [worker.view() for worker in self._workers.values() if worker.state is State.UP]

@@ -100,7 +100,7 @@ class CapturedSizes:
     tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, sizes in vars(self).items():
+        for name, sizes in (("batches", self.batches), ("tokens", self.tokens)):
             if any(b <= a for a, b in zip((0, *sizes), sizes, strict=False)):
                 raise ValueError(f"{name} are {sizes}; sizes are positive and ascending")
 

@@ -111,6 +111,7 @@ class Simulator:
         time: how long steps take
         requests: in any order
         kills: workers that die
+        queue: a clock that others share; None: its own
     """
 
     def __init__(
@@ -121,14 +122,16 @@ class Simulator:
         requests: Iterable[SimRequest],
         config: SimConfig | None = None,
         kills: Iterable[Kill] = (),
+        queue: EventQueue | None = None,
     ) -> None:
         self.config = config or SimConfig()
         self.time = time
         self.requests = in_order(requests)
-        self.queue = EventQueue()
+        self.queue = EventQueue() if queue is None else queue
         self.host = Host(self.config.company) if self.config.company else None
         self.links = Links(self.config.link, self.queue, self._pull_ended)
         self.names = [f"w{number}" for number in range(len(roles))]
+        self._ranks = {name: rank for rank, name in enumerate(self.names)}
         self.controller = Controller(policy, dict(zip(self.names, roles, strict=True)), self.config.limits)
         self.workers: dict[str, SimWorker] = {}
         self.spans: list[StepSpan] = []
@@ -345,7 +348,7 @@ class Simulator:
             scheduler = HandoverScheduler(allocator, **options)
         worker = SimWorker(
             SimCore(name, scheduler, config.terms),
-            self.names.index(name),
+            self._ranks[name],
             self.queue,
             self.time,
             self._outgoing,

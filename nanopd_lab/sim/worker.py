@@ -116,6 +116,10 @@ class SimCore(WorkerCore):
     def _sampled(self, sequence: Sequence, new: Seq[int]) -> tuple[SampledToken, ...]:
         return (TOKEN,) * len(new)
 
+    def held_tokens(self) -> int:
+        """Tokens whose KV is here; of one that has stopped."""
+        return sum(each.sequence.num_computed for each in self._tries.values())
+
     def table_of(self, pull_id: int) -> int:
         """The first block of the table that this pull under way is from."""
         return self._pulling[pull_id][1].blocks[0]

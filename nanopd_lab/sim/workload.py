@@ -135,6 +135,9 @@ AZURE_LIKE = (Lengths(1020.0, 0.9, 8000), Lengths(129.0, 1.0, 2000))
 """Prompt and output: log-normal with means of about 1,500 and 205 tokens, the size of Azure's conversation trace of
 2023 (means of 1,155 and 211; Patel et al., Splitwise, ISCA 2024)."""
 
+AZURE_CODE_LIKE = (Lengths(1500.0, 0.8, 8000), Lengths(13.0, 1.2, 200))
+"""Of the medians of Azure's coding trace (Splitwise): long prompts, short outputs, so many requests a GPU."""
+
 
 def poisson_arrivals(
     count: int, rate: float, lengths: tuple[Sizes, Sizes], seed: int = 0

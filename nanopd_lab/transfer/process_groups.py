@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-CONNECT_S = 5.0
-LOOPBACK = "127.0.0.1"
+from nanopd_lab.transfer.pull_service import CONNECT_S
+
 _LOOK_S = 2e-5  # between two looks at whether NCCL has ended; it takes a pull's chunk some 100 us
 _FOREVER_S = 3600.0
 

@@ -10,7 +10,8 @@ import torch
 
 from nanopd_lab.transfer.base import Pool, TransferError, Transport
 
-TRANSPORTS = ("inproc", "shm", "p2p", "pinned", "torchdist")
+TRANSPORTS = ("inproc", "shm", "p2p", "pinned", "torchdist", "nixl")
+NETWORKED = ("torchdist", "nixl")  # between machines; may be followed by ":HOST"
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,11 @@ def create_transport(
     if name.partition(":")[0] == "torchdist":
         from nanopd_lab.transfer.torchdist import TorchDistTransport
 
-        if host := name.partition(":")[2]:
-            options["host"] = host
-        return TorchDistTransport(**options)
+        return TorchDistTransport(**_host_of(name), **options)
+    if name.partition(":")[0] == "nixl":
+        from nanopd_lab.transfer.nixl import NixlTransport
+
+        return NixlTransport(**_host_of(name), **options)
     raise TransferError(f"unknown transport {name!r}; choose from auto, {', '.join(TRANSPORTS)}")
 
 
@@ -123,8 +126,8 @@ def check_transport(name: str, devices: Sequence[torch.device]) -> None:
     Raises:
         TransferError: an unknown name, or a transport for other memory than theirs.
     """
-    if name.startswith("torchdist:"):  # an address behind it
-        name = "torchdist"
+    if name.partition(":")[0] in NETWORKED:  # an address may stand behind it
+        name = name.partition(":")[0]
     if name != "auto" and name not in TRANSPORTS:
         raise TransferError(f"unknown transport {name!r}; choose from auto, {', '.join(TRANSPORTS)}")
     if name in ("p2p", "pinned") and any(device.type == "cpu" for device in devices):
@@ -136,6 +139,11 @@ def check_transport(name: str, devices: Sequence[torch.device]) -> None:
             "transport 'inproc' is for workers of one process, and these are processes of their own; choose auto, "
             'or set launcher="inline"'
         )
+
+
+def _host_of(name: str) -> dict[str, Any]:
+    host = name.partition(":")[2]
+    return {"host": host} if host else {}
 
 
 def _indexed(device: torch.device) -> torch.device:

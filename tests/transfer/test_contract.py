@@ -9,12 +9,13 @@ import torch
 
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullStatus, TransferError
 from tests.transfer.simulated_gpus import SimulatedEvent, SimulatedGpus
-from tests.transfer.workers import Worker, make_worker, results_of
+from tests.transfer.workers import Worker, make_worker, needs_nixl, results_of
 
 KINDS = [
     pytest.param(("inproc", "cpu"), id="inproc"),
     pytest.param(("shm", "cpu"), id="shm"),
     pytest.param(("torchdist", "cpu"), id="torchdist"),
+    pytest.param(("nixl", "cpu"), id="nixl", marks=needs_nixl),
     pytest.param(("p2p", "simulated"), id="p2p-simulated"),
     pytest.param(("pinned", "simulated"), id="pinned-simulated"),
     pytest.param(("inproc", "cuda"), id="inproc-cuda", marks=pytest.mark.gpu),

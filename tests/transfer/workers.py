@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 import torch
 
 from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullResult, TransferError, Transport
+from nanopd_lab.transfer.nixl_agent import INSTALL, is_installed
 from nanopd_lab.transfer.registry import create_transport
 
 SIZE = (3, 2, 8, 16)  # of a block: 1,536 bytes in bf16
 FOREVER = 60.0
+needs_nixl = pytest.mark.skipif(not is_installed(), reason=f"nixl is not installed: {INSTALL}")
 
 
 @dataclass

@@ -1,0 +1,45 @@
+"""`nixl`: NIXL carries the blocks over whatever joins both ends: RDMA, NVLink, a copy between processes, else TCP.
+
+Every pair has two agents of its own; see `pairs`. The source's writes into the reader's pool, as the reader asks. A
+read by the reader would be one-sided in the other direction and need no answer, and was tried first. Over TCP, where
+UCX imitates reads and not writes, it copies twice more, a late one can only be ended by dropping the agent, and a source
+that finds the reader of a queued read gone is aborted by UCX, the whole process (NIXL 1.5.1).
+
+UCX knows no passwords: whoever reaches its port can read and write the memory of this process. Hence loopback by
+default, and otherwise a network of one's own.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from nanopd_lab.transfer.base import Pool
+from nanopd_lab.transfer.nixl_agent import load_bindings
+from nanopd_lab.transfer.nixl_answers import NixlAnswers
+from nanopd_lab.transfer.nixl_channel import NixlChannel
+from nanopd_lab.transfer.pairs import PairTransport
+from nanopd_lab.transfer.pull_service import LOOPBACK
+
+
+class NixlTransport(PairTransport):
+    """Pulls through NIXL; see `PairTransport`.
+
+    Args:
+        tls: UCX's transports to use, one of its names ("tcp"); default: UCX's choice
+
+    Raises:
+        TransferError: NIXL is not installed.
+    """
+
+    name = "nixl"
+
+    def __init__(self, host: str = LOOPBACK, shared_tables: bool = True, tls: str | None = None) -> None:
+        load_bindings()
+        super().__init__(host, shared_tables)
+        self._tls = tls
+
+    def _answers(self, pool: Pool, host: str) -> NixlAnswers:
+        return NixlAnswers(pool, self._tls)
+
+    def _channel_maker(self) -> partial[NixlChannel]:
+        return partial(NixlChannel, tls=self._tls)
