@@ -30,9 +30,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-# Only the tests need it, and a demo need not wait for it.
+# Only the tests need these, and a demo need not wait for them.
 $(LOAD): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[load]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[load,nixl]"
 	@touch $@
 
 clean:
