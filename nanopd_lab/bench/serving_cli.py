@@ -47,7 +47,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="each with an engine (default 2)")
     parser.add_argument("--launcher", choices=("process", "inline"), default="process")
     parser.add_argument(
-        "--transport", default="auto", help="auto, inproc, shm, p2p, pinned, torchdist[:HOST]"
+        "--transport", default="auto", help="auto, inproc, shm, p2p, pinned, torchdist[:HOST], nixl[:HOST]"
     )
     parser.add_argument("--device", default="auto", help="of all workers: auto, cpu, cuda")
     parser.add_argument("--share-devices", action="store_true", help="allow more workers than GPUs")

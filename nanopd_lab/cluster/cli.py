@@ -21,7 +21,10 @@ def register(commands: _Subparsers) -> None:
     )
     bench.add_argument("--model", default="smollm2")
     bench.add_argument(
-        "--transports", nargs="+", default=["auto"], help="auto, shm, p2p, pinned, torchdist[:HOST]"
+        "--transports",
+        nargs="+",
+        default=["auto"],
+        help="auto, shm, p2p, pinned, torchdist[:HOST], nixl[:HOST]",
     )
     bench.add_argument("--prompt-lengths", nargs="+", type=int, default=[256, 1024])
     bench.add_argument("--rounds", type=int, default=5, help="prompts of each length; the median counts")
@@ -43,7 +46,9 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", default="least-loaded", help="collocated, 1p2d, round-robin, least-loaded, ..."
     )
-    parser.add_argument("--transport", default="auto", help="auto, shm, p2p, pinned, torchdist[:HOST]")
+    parser.add_argument(
+        "--transport", default="auto", help="auto, shm, p2p, pinned, torchdist[:HOST], nixl[:HOST]"
+    )
     parser.add_argument("--share-devices", action="store_true", help="allow more workers than GPUs")
 
 

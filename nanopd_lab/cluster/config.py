@@ -55,7 +55,8 @@ class ClusterConfig:
                  for "smollm2" the one fitted to a CPU, otherwise none
     goodput:     what requests are promised, in ms, for example ("ttft:500", "tpot:100")
     launcher:    "process" (one process a worker) or "inline" (all in this thread, one after another)
-    transport:   "auto", "inproc", "shm", "p2p", "pinned", "torchdist" or "torchdist:HOST" (an address of this machine)
+    transport:   "auto", "inproc", "shm", "p2p", "pinned", "torchdist", "nixl", either with ":HOST" behind it (an
+        address of this machine to listen on), or one inside a machine and one between machines: "auto+nixl:HOST"
     devices:     of the workers, for example ("cuda:0", "cuda:1"); None: a GPU each, or the CPU
     share_devices: allow more workers than GPUs; they then share them
     threads:     of each worker process on a CPU; None: the cores, divided
