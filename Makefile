@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 
 # Only the tests need these, and a demo need not wait for them.
 $(TESTED): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[load,dist]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[load,dist,nixl]"
 	@touch $@
 
 clean:

@@ -185,7 +185,7 @@ def _generate(args: argparse.Namespace) -> int:
     )
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     quiet = args.json or len(prompts) == 1
-    if args.workers != 1:
+    if args.workers != 1 or args.launcher != "process":
         from nanopd_lab.cluster.cli import cluster_of
 
         with cluster_of(args) as cluster:

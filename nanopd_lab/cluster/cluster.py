@@ -186,8 +186,10 @@ class Cluster:
 
     def _start_actors(self, roles: Seq[Role]) -> WorkerLauncher:
         from nanopd_lab.cluster.ray_launcher import RayStarter
+        from nanopd_lab.transfer.registry import check_transport
 
         config = self.config
+        check_transport(config.transport, [])  # the name; what it joins is known when the workers are placed
         on_cpus = config.devices is not None and set(config.devices) == {"cpu"}
         threads = config.worker_threads() if config.ray.address is None else config.threads or 1
         starter = RayStarter(config.ray, config.names, roles, on_cpus, threads)

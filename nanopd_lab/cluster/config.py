@@ -57,7 +57,8 @@ class ClusterConfig:
     goodput:     what requests are promised, in ms, for example ("ttft:500", "tpot:100")
     launcher:    "process" (one process a worker), "ray" (an actor a worker, on one machine or many) or "inline" (all in
                  this thread, one after another)
-    transport:   "auto", "inproc", "shm", "p2p", "pinned", "torchdist" or "torchdist:HOST" (an address of this machine)
+    transport:   "auto", "inproc", "shm", "p2p", "pinned", "torchdist", "nixl", either with ":HOST" behind it (an
+                 address of this machine to listen on), or one inside a machine and one between: "auto+nixl:HOST"
     devices:     of the workers, for example ("cuda:0", "cuda:1"); None: a GPU each, or the CPU
     share_devices: allow more workers than GPUs; they then share them
     threads:     of each worker process on a CPU; None: the cores, divided
@@ -103,7 +104,9 @@ class ClusterConfig:
         if self.launcher == "ray":
             self._check_ray()
         elif self.ray != RayOptions():
-            raise ValueError(f'ray is set, and launcher is {self.launcher!r}; set launcher="ray"')
+            raise ValueError(
+                f'settings of Ray, and launcher is {self.launcher!r}; set launcher="ray" (--launcher ray)'
+            )
         if self.launcher != "inline" and self.parts != ClusterParts():
             raise ValueError(
                 f"parts are exchanged, and launcher is {self.launcher!r}: code cannot be sent to another process; set "

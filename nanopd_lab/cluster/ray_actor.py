@@ -7,7 +7,6 @@ process of this machine (a call to an actor takes longer than a decode step of a
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,13 +17,14 @@ from nanopd_lab.cluster.clocks import Ping, Pong, clock_identity
 from nanopd_lab.cluster.ray_options import device_of
 from nanopd_lab.cluster.ray_socket import connect
 from nanopd_lab.cluster.worker_loop import WorkerSpec, run_worker
+from nanopd_lab.transfer.offers import Offer, own_offer
 
 
 @dataclass(frozen=True)
 class Call:
     """Where the controller waits, and with what to prove that one may come: Ray has carried it.
 
-    ticket: this worker's
+    ticket: of this life of the worker
     environment: to be added to the worker's
     """
 
@@ -32,6 +32,7 @@ class Call:
     port: int
     key: bytes
     ticket: str
+    worker: str
     environment: Mapping[str, str]
 
 
@@ -39,19 +40,16 @@ class Call:
 class Here:
     """A worker's first message: where Ray has put it.
 
-    address: of its node; node: Ray's name for it
-    machine: the same for workers that can share memory
+    offer: its device there, and how KV can get to it and from it
+    address: of its node
     clock: the same for workers whose `time.monotonic()` is the same
-    device: "cpu", or a GPU by its number there
     """
 
     ticket: str
     pid: int
-    node: str
     address: str
-    machine: str
+    offer: Offer
     clock: str
-    device: str
     version: str = __version__
 
 
@@ -77,10 +75,9 @@ class WorkerActor:
                 f"node {address} does not reach the controller at {call.host}, port {call.port}: {error}; open that "
                 "port to it (RayOptions.port fixes its number)"
             ) from error
-        here = Here(
-            call.ticket, os.getpid(), context.get_node_id(), address, machine_identity(), clock_identity(),
-            device_of(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")),
-        )  # fmt: skip
+        device = device_of(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        offer = own_offer(call.worker, device)
+        here = Here(call.ticket, os.getpid(), address, offer, clock_identity())
         connection.send(here)
         spec = _spec_after_pings(connection)
         stopped = spec is not None and run_worker(connection, spec)
@@ -100,12 +97,3 @@ def _spec_after_pings(connection: Connection) -> WorkerSpec | None:
                 connection.send(Pong.to(message))
     except (EOFError, OSError):
         return None
-
-
-def machine_identity() -> str:
-    """The same for processes that share memory: one boot of one machine, with one folder for it."""
-    try:
-        folder = os.stat("/dev/shm")  # noqa: PTH116 - the device is what tells containers apart
-    except OSError:
-        return f"{os.uname().nodename} {time.time_ns()}"
-    return f"{clock_identity().split(' ')[0]} {folder.st_dev}"

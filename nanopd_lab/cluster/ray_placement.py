@@ -11,7 +11,9 @@ from nanopd_lab.cluster.launcher import WorkerStartError
 from nanopd_lab.cluster.ray_actor import Here
 from nanopd_lab.cluster.ray_options import Bundles, RayOptions, bundles_for
 from nanopd_lab.router import Role
-from nanopd_lab.transfer.registry import check_transport
+from nanopd_lab.transfer import TransferError
+from nanopd_lab.transfer.offers import choose_between
+from nanopd_lab.transfer.registry import NETWORKED, Choice, check_transport
 
 
 def reserve(
@@ -43,6 +45,12 @@ def reserve(
     )
 
 
+def can_move(ray: Any, options: RayOptions) -> bool:
+    """True if a worker that is started again may come to another machine than the others, though all were on one."""
+    nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    return len(nodes) > 1 and options.placement != "together" and not options.nodes
+
+
 def _listed(resources: Mapping[str, float]) -> str:
     shown = {
         name: amount for name, amount in resources.items() if name.isidentifier() and "memory" not in name
@@ -50,25 +58,34 @@ def _listed(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"
 
 
-def transport_of(name: str, own: Here, all_workers: Iterable[Here]) -> str:
-    """The transport for one worker, given where all are.
+def transport_between(name: str, workers: Iterable[Here], movable: bool) -> Choice:
+    """The transport between workers that are where they are, and why.
 
-    On one machine what was asked for; "auto" over several, or "torchdist" without an address, is torch.distributed at
-    the address of the worker's node.
+    Args:
+        movable: a worker that is started again may come to another machine
 
     Raises:
         TransferError: a transport for one machine, or for other devices, and the workers are elsewhere.
     """
-    workers = list(all_workers)
-    check_transport(name, [torch.device(each.device) for each in workers])
-    if len({each.machine for each in workers}) == 1 and name != "torchdist":
-        return name
-    if name in ("auto", "torchdist"):
-        return f"torchdist:{own.address}"
-    if not name.startswith("torchdist:"):
-        addresses = sorted({each.address for each in workers})
-        raise WorkerStartError(
-            f"transport {name!r} joins workers of one machine, and these are on {', '.join(addresses)}; choose auto or "
-            'torchdist, or keep them "together"'
-        )
-    return name
+    workers = list(workers)
+    offers = [each.offer for each in workers]
+    check_transport(name, [torch.device(offer.device) for offer in offers])
+    several = len({offer.host for offer in offers}) > 1
+    inside, plus, between = name.partition("+")
+    if name != "auto":
+        if (several or movable) and not plus and inside.partition(":")[0] not in NETWORKED:
+            hosts = ", ".join(sorted({each.address for each in workers}))
+            raise TransferError(
+                f"transport {name!r} joins workers of one machine, and these are on {hosts}, or may come to others; "
+                f'choose auto or {name}+{NETWORKED[0]}, or keep them "together"'
+            )
+        return Choice(name, "asked for")
+    choice = choose_between(offers)
+    if several or not movable:
+        return choice
+    between = next(
+        (each for each in reversed(NETWORKED) if all(each in offer.transports for offer in offers)), ""
+    )
+    return Choice(
+        f"auto+{between}", f"{choice.reason}; {between} if one has to be started on another machine"
+    )

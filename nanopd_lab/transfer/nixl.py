@@ -1,9 +1,9 @@
 """`nixl`: NIXL carries the blocks over whatever joins both ends: RDMA, NVLink, a copy between processes, else TCP.
 
-Every pair has two agents of its own; see `pairs`. The source's writes into the reader's pool, as the reader asks. A
-read by the reader would be one-sided in the other direction and need no answer, and was tried first. Over TCP, where
-UCX imitates reads and not writes, it copies twice more, a late one can only be ended by dropping the agent, and a source
-that finds the reader of a queued read gone is aborted by UCX, the whole process (NIXL 1.5.1).
+Every pair has two agents of its own; see `pairs`. The source's agent writes into the reader's pool, as the reader asks.
+A read by the reader would need no answer, and was tried first (NIXL 1.5.1). Over TCP UCX has writes and only imitates
+reads: these copy twice more, a late one is ended only by dropping the agent, and a source that then finds the reader
+of a queued read gone is aborted by UCX, the whole process.
 
 UCX knows no passwords: whoever reaches its port can read and write the memory of this process. Hence loopback by
 default, and otherwise a network of one's own.

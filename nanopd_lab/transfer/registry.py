@@ -77,15 +77,27 @@ def create_transport(
 
     Args:
         name: one of `TRANSPORTS`, or "auto" for what `choose_transport` says; "torchdist:HOST" listens at that address
-            of this machine instead of loopback
+            of this machine instead of loopback; "auto+nixl:HOST" is one inside a machine and one between machines
         devices: of all workers; for "auto"
         one_process: all workers live in this process; for "auto"
         pools: for 'inproc', which needs it: the mapping that all workers of the process share
-        options: of the transport's constructor
+        options: of the transport's constructor; with a +, that of the one between machines, and `host_identity`, for
+            those who are not to share memory though they could
 
     Raises:
         TransferError: unknown name, or 'inproc' without `pools`.
     """
+    inside, plus, between = name.partition("+")
+    if plus:
+        from nanopd_lab.transfer.mixed import MixedTransport
+        from nanopd_lab.transfer.offers import host_identity
+
+        host = options.pop("host_identity", host_identity())
+        return MixedTransport(
+            create_transport(inside, devices, one_process, pools),
+            create_transport(between, shared_tables=False, **options),
+            host,
+        )
     if name == "auto":
         name = choose_transport(devices, one_process).name
     # Imported when asked for: who has no GPU need not load what drives one.
@@ -126,6 +138,14 @@ def check_transport(name: str, devices: Sequence[torch.device]) -> None:
     Raises:
         TransferError: an unknown name, or a transport for other memory than theirs.
     """
+    inside, plus, between = name.partition("+")
+    if plus:
+        if between.partition(":")[0] not in NETWORKED or inside.partition(":")[0] in NETWORKED:
+            raise TransferError(
+                f"transport {name!r}: in front of the + stands one inside a machine (auto, shm, p2p, pinned), behind "
+                f"it one between machines ({', '.join(NETWORKED)}), as in auto+nixl:HOST"
+            )
+        name = inside
     if name.partition(":")[0] in NETWORKED:  # an address may stand behind it
         name = name.partition(":")[0]
     if name != "auto" and name not in TRANSPORTS:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
 
 import pytest
 
@@ -34,6 +36,30 @@ EACH = {"CPU": 2.0, "GPU": 1.0}
 def test_what_is_out_of_range_is_named(options: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)):
         RayOptions(**options)  # type: ignore[arg-type]
+
+
+def test_flags_say_the_same() -> None:
+    from nanopd_lab.bench.serving_cli import add_engine_options, cluster_config
+
+    parser = argparse.ArgumentParser()
+    add_engine_options(parser)
+    parser.set_defaults(cost_model=None, goodput=[])
+    plain = cluster_config(parser.parse_args([]), "1p1d")
+    assert (plain.launcher, plain.ray) == ("process", RayOptions())
+    words = shlex.split(
+        "--launcher ray --ray-address 10.0.0.1:6379 --ray-nodes 10.0.0.1 10.0.0.2 --ray-num-cpus 4 --ray-num-gpus 0.5 "
+        "--ray-resources accelerator_type:H100=1 --ray-host 10.0.0.9 --ray-port 7000 --ray-namespace us "
+        "--ray-timeout-sec 5"
+    )
+    config = cluster_config(parser.parse_args(words), "1p1d")
+    assert config.ray == RayOptions(
+        address="10.0.0.1:6379", namespace="us", nodes=("10.0.0.1", "10.0.0.2"), num_cpus=4.0, num_gpus=0.5,
+        resources={"accelerator_type:H100": 1.0}, host="10.0.0.9", port=7000, place_timeout_s=5.0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="NAME=AMOUNT"):
+        cluster_config(parser.parse_args(["--launcher", "ray", "--ray-resources", "fast"]), "1p1d")
+    with pytest.raises(ValueError, match="--launcher ray"):
+        cluster_config(parser.parse_args(["--ray-placement", "spread"]), "1p1d")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ KINDS = [
     pytest.param(("shm", "cpu"), id="shm"),
     pytest.param(("torchdist", "cpu"), id="torchdist"),
     pytest.param(("nixl", "cpu"), id="nixl", marks=needs_nixl),
+    pytest.param(("shm+torchdist", "cpu"), id="mixed-near"),
+    pytest.param(("shm+torchdist", "apart"), id="mixed-far"),
     pytest.param(("p2p", "simulated"), id="p2p-simulated"),
     pytest.param(("pinned", "simulated"), id="pinned-simulated"),
     pytest.param(("inproc", "cuda"), id="inproc-cuda", marks=pytest.mark.gpu),
@@ -39,7 +41,9 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     def build(name: str, num_blocks: int = 20, **options: object) -> Worker:
         # With several GPUs, workers are on different ones; with one they share it.
-        place = f"cuda:{len(made) % torch.cuda.device_count()}" if device == "cuda" else device
+        if device == "apart":
+            options["host_identity"] = name
+        place = f"cuda:{len(made) % torch.cuda.device_count()}" if device == "cuda" else "cpu"
         made.append(make_worker(kind, name, num_blocks, pools, device=place, **options))  # type: ignore[arg-type]
         return made[-1]
 

@@ -59,8 +59,9 @@ def make_worker(
     size: tuple[int, ...] = SIZE,
     device: str = "cpu",
     seed: int = 0,
+    **options: Any,
 ) -> Worker:
-    transport = create_transport(kind, pools=pools)
+    transport = create_transport(kind, pools=pools, **options)
     memory = transport.allocate((num_blocks, *size), torch.bfloat16, torch.device(device))
     fill(memory, seed)
     pool = Pool(memory, transport.generations(num_blocks))
