@@ -29,6 +29,7 @@ OBJECT_STORE_BYTES = 80 << 20  # about the least that Ray takes: no KV goes ther
 REACH_S = 5.0
 CLEAR_S = 20.0
 LONGEST_FOLDER = 40  # characters: Ray's sockets lie below, and a socket's path has 107
+_AUTH_MODE = "RAY_AUTH_MODE"  # a Ray of our own turns tokens on for all that this process starts
 _LOOPBACK_ONLY = (
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # off elsewhere than on Linux; no nodes but this, no open ports
 )
@@ -47,6 +48,7 @@ class RaySession:
         self._folder = folder
         self._users = 0
         self._janitor: subprocess.Popen[bytes] | None = None
+        self._auth = os.environ.get(_AUTH_MODE)
 
     @classmethod
     def acquire(cls, options: RayOptions) -> RaySession:
@@ -77,6 +79,7 @@ class RaySession:
             if self._ours:
                 with suppress(Exception):
                     self.ray.shutdown()
+                _set(_AUTH_MODE, self._auth)
             if self._janitor is not None and self._janitor.stdin is not None:
                 self._janitor.stdin.close()
                 with suppress(subprocess.TimeoutExpired):
@@ -218,7 +221,11 @@ def _loopback_only(ray: Any) -> Iterator[None]:
     finally:
         if known is not None:
             constants.ENABLE_RAY_CLUSTER = known
-        if before is None:
-            del os.environ[_LOOPBACK_ONLY]
-        else:
-            os.environ[_LOOPBACK_ONLY] = before
+        _set(_LOOPBACK_ONLY, before)
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
