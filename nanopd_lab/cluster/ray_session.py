@@ -45,7 +45,7 @@ class RaySession:
         self.ray = ray
         self.local = local  # our own Ray, or somebody's on this machine alone
         self._ours = ours
-        self._folder = folder
+        self.folder = folder
         self._users = 0
         self._janitor: subprocess.Popen[bytes] | None = None
         self._auth = os.environ.get(_AUTH_MODE)
@@ -103,9 +103,9 @@ class RaySession:
 
     def watch(self) -> None:
         """Have somebody clear up should this process be killed."""
-        if self._folder is not None:
+        if self.folder is not None:
             self._janitor = subprocess.Popen(
-                [sys.executable, "-I", "-S", janitor.__file__, str(self._folder)],
+                [sys.executable, "-I", "-S", janitor.__file__, str(self.folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
