@@ -80,6 +80,7 @@ class RaySession:
                 with suppress(Exception):
                     self.ray.shutdown()
                 _set(_AUTH_MODE, self._auth)
+                _print_events(self.ray, True)
             if self._janitor is not None and self._janitor.stdin is not None:
                 self._janitor.stdin.close()
                 with suppress(subprocess.TimeoutExpired):
@@ -164,8 +165,13 @@ def _quietly(ray: Any) -> Iterator[None]:
     finally:
         if main and before is not None:
             signal.signal(signal.SIGTERM, before)
-        with suppress(Exception):  # private, and not worth failing for
-            ray._private.ray_logging.global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+        _print_events(ray, False)
+
+
+def _print_events(ray: Any, wanted: bool) -> None:
+    """A private switch of Ray, which may be gone in another version: what it prints is not worth failing for."""
+    if hasattr(ray._private.worker, "_worker_logs_enabled"):
+        ray._private.worker._worker_logs_enabled = wanted
 
 
 @contextmanager
