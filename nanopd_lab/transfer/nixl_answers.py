@@ -20,9 +20,9 @@ from typing import BinaryIO, NamedTuple
 
 from nanopd_lab.transfer.base import Pool
 from nanopd_lab.transfer.nixl_agent import Agent
+from nanopd_lab.transfer.pull_link import START_S
 from nanopd_lab.transfer.pull_service import line_of
 
-START_S = 60.0  # an agent takes half a second to start, on busy cores several
 IN_FLIGHT = 2  # chunks that are written at once, so that the link never waits for a line
 _LOOK_S = (2e-5, 1e-3)  # between two looks at whether one has arrived: a tenth of what it has taken so far
 

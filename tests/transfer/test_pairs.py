@@ -206,6 +206,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parametrize("kind", ["torchdist", pytest.param("nixl", marks=needs_nixl)])
 @pytest.mark.parametrize("end", ["source.ask('close'); reader.transport.close()", "pass", "del reader"])
 def test_no_complaints_at_the_end(kind: str, end: str, tmp_path: Path) -> None:
     """Orderly or not. C++ aborts a process whose threads outlive what they belong to."""
