@@ -44,7 +44,9 @@ MODULES = (
     "cluster/messages",
     "cluster/positions",
     "cluster/worker",
+    "cost/iteration",
     "router/fleet",
+    "router/policy",
     "router/static",
     "router/veil",
     "sim/clock",
@@ -53,9 +55,10 @@ MODULES = (
     "sim/simulator",
     "sim/timing",
     "sim/worker",
+    "sim/workload",
 )
-"""What every event of a simulation passes through, up to the simplest policies. Those that estimate stay as they are,
-and so do cost models: they are what people replace."""
+"""What every event of a simulation passes through, up to the simplest policies. Those that estimate stay as they are:
+they are what people replace."""
 
 # What these modules name in annotations only need not be looked through.
 _MYPY = """[mypy]
