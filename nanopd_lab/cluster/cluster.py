@@ -190,9 +190,9 @@ class Cluster:
 
         config = self.config
         check_transport(config.transport, [])  # the name; what it joins is known when the workers are placed
-        on_cpus = config.devices is not None and set(config.devices) == {"cpu"}
+        kinds = {device.partition(":")[0] for device in config.devices or ()}
         threads = config.worker_threads() if config.ray.address is None else config.threads or 1
-        starter = RayStarter(config.ray, config.names, roles, on_cpus, threads)
+        starter = RayStarter(config.ray, config.names, roles, kinds, threads)
         return self._launch(
             starter, ("cpu",) * config.workers, threads
         )  # a worker's device is where Ray puts it

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanopd_lab.cluster.actions import Limits
 from nanopd_lab.cluster.lease import Lease, LeaseTerms
-from nanopd_lab.cluster.ray_options import RayOptions
+from nanopd_lab.cluster.ray_options import RayOptions, bundles_for
 from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.router import Outlook, Policy, Role, Slo, create_policy, needs_outlook
@@ -135,10 +135,17 @@ class ClusterConfig:
             raise ValueError(
                 f"devices names {numbered[0]!r}, and Ray gives out the GPUs; leave it out, or name 'cpu'"
             )
+        if len(set(self.devices or ())) > 1:
+            raise ValueError(
+                f"devices are {', '.join(self.devices or ())}; all workers of Ray are on CPUs or all on GPUs"
+            )
+        if "cpu" in (self.devices or ()) and self.ray.num_gpus:
+            raise ValueError(
+                f"devices are 'cpu', and each worker takes {self.ray.num_gpus:g} GPU; leave one of them out"
+            )
         if self.share_devices:
             raise ValueError("share_devices with launcher 'ray': set ray.num_gpus below 1 instead")
-        if self.ray.nodes and len(self.ray.nodes) != self.workers:
-            raise ValueError(f"{len(self.ray.nodes)} nodes for {self.workers} workers; name one for each")
+        bundles_for(self.ray, self.route_policy()[1], {})
 
     def route_policy(self) -> tuple[Policy, list[Role]]:
         """A policy to route with, and the workers' roles."""

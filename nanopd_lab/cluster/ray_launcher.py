@@ -14,7 +14,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,7 +45,7 @@ class RayStarter:
         options: see `RayOptions`
         names: of the workers
         roles: of the workers
-        on_cpus: they use no GPU, whatever Ray has
+        kinds: of devices that are asked for; none: a GPU each if Ray has any
         threads: of each worker
 
     Raises:
@@ -57,7 +57,7 @@ class RayStarter:
         options: RayOptions,
         names: Sequence[str],
         roles: Sequence[Role],
-        on_cpus: bool = True,
+        kinds: Collection[str] = (),
         threads: int = 1,
     ) -> None:
         self.choice: Choice | None = None  # of the transport, once all are there
@@ -71,7 +71,7 @@ class RayStarter:
         self._desk: CallDesk | None = None
         self._closed = False
         try:
-            self._takes = _taken(session, options, on_cpus, threads)
+            self._takes = _taken(session, options, kinds, threads)
             self._group, bundles = reserve(session.ray, options, roles, self._takes)
             self._bundle = dict(zip(names, bundles.of_worker, strict=True))
             self._movable = not session.local and can_move(session.ray, options)
@@ -189,12 +189,14 @@ class RayStarter:
         self._session.release()
 
 
-def _taken(session: RaySession, options: RayOptions, on_cpus: bool, threads: int) -> dict[str, float]:
+def _taken(
+    session: RaySession, options: RayOptions, kinds: Collection[str], threads: int
+) -> dict[str, float]:
     """What each worker takes."""
-    gpus = 0.0
-    if not on_cpus:
+    gpus = options.num_gpus
+    if gpus is None:
         has_gpus = session.ray.cluster_resources().get("GPU", 0) > 0
-        gpus = float(has_gpus) if options.num_gpus is None else options.num_gpus
+        gpus = float("cuda" in kinds or (has_gpus and "cpu" not in kinds))
     cpus = options.num_cpus
     if cpus is None:
         cpus = 0.0 if session.local else float(threads)

@@ -39,8 +39,9 @@ def reserve(
     where = f"on the nodes {', '.join(options.nodes)}" if options.nodes else f'placed "{options.placement}"'
     raise WorkerStartError(
         f"Ray has found no room for {len(roles)} workers with {_listed(takes)} each, {where}, within "
-        f"{options.place_timeout_s:g} s; its {len(nodes)} node(s) ({', '.join(sorted(nodes))}) have {_listed(has)}, of "
-        f"which {_listed({name: free.get(name, 0.0) for name in has})} is free. Start fewer workers, lower num_cpus or "
+        f"{options.place_timeout_s:g} s; its {len(nodes)} node(s) ({', '.join(sorted(nodes))}) have "
+        f"{_listed({name: has.get(name, 0.0) for name in takes})} in all, of which "
+        f"{_listed({name: free.get(name, 0.0) for name in takes})} free. Start fewer workers, lower num_cpus or "
         "num_gpus, or add nodes"
     )
 
@@ -52,10 +53,7 @@ def can_move(ray: Any, options: RayOptions) -> bool:
 
 
 def _listed(resources: Mapping[str, float]) -> str:
-    shown = {
-        name: amount for name, amount in resources.items() if name.isidentifier() and "memory" not in name
-    }
-    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(resources.items()))
 
 
 def transport_between(name: str, workers: Iterable[Here], movable: bool) -> Choice:

@@ -29,6 +29,7 @@ OBJECT_STORE_BYTES = 80 << 20  # about the least that Ray takes: no KV goes ther
 REACH_S = 5.0
 CLEAR_S = 20.0
 LONGEST_FOLDER = 40  # characters: Ray's sockets lie below, and a socket's path has 107
+_AUTH_MODE = "RAY_AUTH_MODE"  # a Ray of our own turns tokens on for all that this process starts
 _LOOPBACK_ONLY = (
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # off elsewhere than on Linux; no nodes but this, no open ports
 )
@@ -44,9 +45,10 @@ class RaySession:
         self.ray = ray
         self.local = local  # our own Ray, or somebody's on this machine alone
         self._ours = ours
-        self._folder = folder
+        self.folder = folder
         self._users = 0
         self._janitor: subprocess.Popen[bytes] | None = None
+        self._auth = os.environ.get(_AUTH_MODE)
 
     @classmethod
     def acquire(cls, options: RayOptions) -> RaySession:
@@ -77,6 +79,7 @@ class RaySession:
             if self._ours:
                 with suppress(Exception):
                     self.ray.shutdown()
+                _set(_AUTH_MODE, self._auth)
             if self._janitor is not None and self._janitor.stdin is not None:
                 self._janitor.stdin.close()
                 with suppress(subprocess.TimeoutExpired):
@@ -100,9 +103,9 @@ class RaySession:
 
     def watch(self) -> None:
         """Have somebody clear up should this process be killed."""
-        if self._folder is not None:
+        if self.folder is not None:
             self._janitor = subprocess.Popen(
-                [sys.executable, "-I", "-S", janitor.__file__, str(self._folder)],
+                [sys.executable, "-I", "-S", janitor.__file__, str(self.folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -219,7 +222,11 @@ def _loopback_only(ray: Any) -> Iterator[None]:
     finally:
         if known is not None:
             constants.ENABLE_RAY_CLUSTER = known
-        if before is None:
-            del os.environ[_LOOPBACK_ONLY]
-        else:
-            os.environ[_LOOPBACK_ONLY] = before
+        _set(_LOOPBACK_ONLY, before)
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value

@@ -203,11 +203,13 @@ class LauncherSuite:
             name = cluster.submit(batch[1], LONG)
             wait_for(cluster, lambda: tokens_of(cluster, name) >= 3)
             stopped = route(cluster, name)[1]
-            os.kill(cluster.launcher.pid(stopped), signal.SIGSTOP)  # type: ignore[arg-type, union-attr]
+            pid = cluster.launcher.pid(stopped)  # type: ignore[union-attr]
+            os.kill(pid, signal.SIGSTOP)  # type: ignore[arg-type]
             output = finish(cluster, [name])[name]
             assert output.outputs[0].token_ids == want[1]
             assert f"{stopped} was silent for 4.0 s" in str(output.paths[0].attempts[0].failure)
             wait_for(cluster, lambda: len(cluster.workers()) == 3, 60)
+            wait_for(cluster, lambda: not Path(f"/proc/{pid}").exists(), 60)
             cluster.check_integrity()
 
     def test_without_restarts_the_last_death_is_an_error(self, llm: LLM) -> None:

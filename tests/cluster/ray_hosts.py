@@ -30,7 +30,7 @@ def why_not() -> str | None:
         return f"needs the program {missing[0]}"
     name = f"npdt{os.getpid()}"[:15]
     for command in (
-        ["unshare", "--net", "--mount", "--pid", "--time", "--monotonic", "1", "--fork", "true"],
+        ["unshare", "--net", "--ipc", "--mount", "--pid", "--time", "--monotonic", "1", "--fork", "true"],
         ["ip", "link", "add", name, "type", "bridge"],
         ["ip", "link", "del", name],
     ):
@@ -60,7 +60,11 @@ class Hosts:
 
     def start_head(self, bridge: str) -> None:
         run("ip", "link", "add", bridge, "type", "bridge")
-        run("ip", "addr", "add", f"{self.head}/24", "dev", bridge)
+        own = f"{bridge}h"  # UCX leaves bridges alone
+        run("ip", "link", "add", own, "type", "veth", "peer", "name", f"{bridge}v1")
+        run("ip", "link", "set", f"{bridge}v1", "master", bridge, "up")
+        run("ip", "addr", "add", f"{self.head}/24", "dev", own)
+        run("ip", "link", "set", own, "up")
         run("ip", "link", "set", bridge, "up")
         self._ray([], self.head, "--head", "--port=6399", "--include-dashboard=false", "--no-monitor")
         deadline = time.monotonic() + 60
@@ -74,9 +78,10 @@ class Hosts:
 
     def start_other(self, bridge: str, number: int) -> None:
         link, address = f"{bridge}v{number}", f"{self.network}.{number}"
-        apart = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--time"]
+        apart = ["unshare", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc", "--time"]
         inside = (
-            "mount -t tmpfs tmpfs /dev/shm; read up; ip link set lo up; ip link set eth0 up; "
+            "mount -t tmpfs tmpfs /dev/shm; mount -t sysfs sysfs /sys; read up; "
+            "ip link set lo up; ip link set eth0 up; "
             f'ip addr add {address}/24 dev eth0; exec "$0" "$@"'
         )
         clock = ["--monotonic", str((number - 1) * AHEAD_S)]
@@ -134,7 +139,7 @@ class Hosts:
             process.wait()
         janitor.clear(str(self.folder), 0.0)
         # A host's network outlives its processes for as long as it has something to send.
-        for link in (*(each for each, _ in self.others.values()), bridge):
+        for link in (*(each for each, _ in self.others.values()), f"{bridge}h", bridge):
             subprocess.run(["ip", "link", "del", link], capture_output=True)
 
 

@@ -27,7 +27,7 @@ def three() -> Iterator[Hosts]:
         pytest.skip(reason)
     from nanopd_lab.cluster.ray_session import RaySession
 
-    with hosts(others=2, cpus=4) as made:
+    with hosts(others=2, cpus=8) as made:
         session = RaySession.acquire(RayOptions(address=made.address, host=made.head))
         deadline = time.monotonic() + 120
         while sum(node["Alive"] for node in session.ray.nodes()) < 3:
@@ -123,7 +123,10 @@ def test_a_host_is_killed(three: Hosts, cluster: Cluster, llm: LLM) -> None:
 
 def test_no_room_is_said_with_what_there_is(three: Hosts, cluster: Cluster) -> None:
     options = RayOptions(address=three.address, host=three.head, num_cpus=100, place_timeout_s=0.5)
-    with pytest.raises(WorkerStartError, match=r"no room for 2 workers with 100 CPU each.*have \d+ CPU"):
+    with pytest.raises(
+        WorkerStartError,
+        match=r"no room for 2 workers with 100 CPU each.*have \d+ CPU in all, of which \d+ CPU free",
+    ):
         start(launcher="ray", ray=options)
     nowhere = RayOptions(
         address=three.address, host=three.head, nodes=("10.0.0.1", "10.0.0.2"), place_timeout_s=0.5

@@ -67,6 +67,12 @@ def test_flags_say_the_same() -> None:
     [
         ({"launcher": "process", "ray": RayOptions(placement="spread")}, 'set launcher="ray"'),
         ({"launcher": "ray", "devices": ("cuda:0", "cuda:1")}, "Ray gives out the GPUs"),
+        ({"launcher": "ray", "devices": ("cpu", "cuda")}, "all on GPUs"),
+        ({"launcher": "ray", "devices": ("cpu",) * 2, "ray": RayOptions(num_gpus=0.5)}, "takes 0.5 GPU"),
+        (
+            {"launcher": "ray", "policy": "collocated", "ray": RayOptions(placement="apart")},
+            "prefill from decode",
+        ),
         ({"launcher": "ray", "share_devices": True}, "num_gpus below 1"),
         ({"launcher": "ray", "ray": RayOptions(nodes=("10.0.0.1",))}, "1 nodes for 2 workers"),
     ],
