@@ -9,8 +9,7 @@ several under way (as when a prompt's chunks follow each other); its bytes are c
     p2p           one large copy between the same two GPUs (or inside the one they share)
     pinned        large pinned copies, source GPU to host and host to target GPU, both at once; each alone is given too
     torchdist,    one TCP connection over loopback between two processes, with nothing but the kernel's copies; on GPUs
-    nixl          as p2p. On one machine `nixl` takes the other process's memory without a network; `nixl-tcp` is what
-                  it does between machines without RDMA
+    nixl          as p2p
 
 On GPUs nanoPD's way is timed beside them: layer-major pools, one copy a block and layer, first all out, then all in.
 """
@@ -50,21 +49,14 @@ LINKS = {
     "pinned": "both ways at once",
     "torchdist": "large copy",
     "nixl": "large copy",
-    "nixl-tcp": "large copy",
 }
-BETWEEN = ("torchdist", "nixl", "nixl-tcp")
+BETWEEN = ("torchdist", "nixl")
 SOCKET = "loopback socket"
 
 
 def link_name(transport: str, target: torch.device) -> str:
     """Which yardstick."""
     return SOCKET if transport in BETWEEN and target.type == "cpu" else LINKS[transport]
-
-
-def _made(name: str, pools: dict[str, Pool] | None = None) -> Transport:
-    if name == "nixl-tcp":
-        return create_transport("nixl", tls="tcp")
-    return create_transport(name, pools=pools)
 
 
 def kv_shape(name: str, block_size: int = 16) -> KVShape:
@@ -123,7 +115,7 @@ class Pair:
 
     def __init__(self, name: str, plan: Plan, address: PoolAddress, pools: dict[str, Pool]) -> None:
         self.name, self.plan = name, plan
-        self.reader = _made(name, pools)
+        self.reader = create_transport(name, pools=pools)
         self.own = plan.pool(self.reader, plan.target, 0)
         self.reader.register("reader", self.own)
         self.reader.connect(address)
@@ -184,7 +176,7 @@ class Pair:
 
 
 def _source_process(names: Sequence[str], plan: Plan, pipe: Connection) -> None:
-    transports = [_made(name) for name in names]
+    transports = [create_transport(name) for name in names]
     pools = [plan.pool(transport, plan.source, 0) for transport in transports]
     pipe.send([t.register("source", pool) for t, pool in zip(transports, pools, strict=True)])
     pipe.recv()
@@ -201,7 +193,9 @@ def sources(
     with ExitStack() as stack:
         shared: list[dict[str, Pool]] = [{} for _ in names]
         if processes == 1:
-            transports = [_made(name, pools) for name, pools in zip(names, shared, strict=True)]
+            transports = [
+                create_transport(name, pools=pools) for name, pools in zip(names, shared, strict=True)
+            ]
             addresses = [t.register("source", plan.pool(t, plan.source, 0)) for t in transports]
             for transport in transports:
                 stack.callback(transport.close)

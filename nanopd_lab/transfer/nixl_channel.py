@@ -18,8 +18,7 @@ CHUNK_BYTES = 16 << 20  # asked for at once: 5 ms over TCP, and a line each
 class NixlChannel(Channel):
     """See `Channel`."""
 
-    def __init__(self, details: dict[str, Any], own: Pool, seconds: float, tls: str | None) -> None:
-        self._tls = tls
+    def __init__(self, details: dict[str, Any], own: Pool, seconds: float) -> None:
         self._agent: Agent | None = None
         self._heard: dict[int, int] = {}
         super().__init__(details, own, seconds)
@@ -27,7 +26,7 @@ class NixlChannel(Channel):
     def join(self, seconds: float) -> None:
         """See `Channel`."""
         if self._agent is None:
-            self._agent = Agent(self.address, self.own.memory, self._tls)
+            self._agent = Agent(self.address, self.own.memory, passive=True)
             self.say(self._agent.card)
             self._answer(seconds)
 

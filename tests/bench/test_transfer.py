@@ -19,7 +19,7 @@ def test_bench_writes_a_record(
     monkeypatch.setattr(transfer, "LINK_BYTES", 1 << 20)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     path = tmp_path / "record.json"
-    between = ["torchdist", "nixl", "nixl-tcp"] if is_installed() else ["torchdist"]
+    between = ["torchdist", "nixl"] if is_installed() else ["torchdist"]
     arguments = [
         "--transports",
         "inproc",

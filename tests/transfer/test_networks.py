@@ -101,13 +101,8 @@ class Three:
 
 
 @pytest.fixture(scope="module", params=["torchdist", pytest.param("nixl", marks=needs_nixl)])
-def kind(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = os.environ.get("UCX_TLS")
-    os.environ["UCX_TLS"] = "tcp"  # on one machine it would take the processes' memory directly
-    yield request.param
-    os.environ.pop("UCX_TLS")
-    if before is not None:
-        os.environ["UCX_TLS"] = before
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
