@@ -84,7 +84,7 @@ def _saturation(ax: Axes, rows: Sequence[Mapping[str, Any]], policy: str) -> Non
     ax.set_ylabel("requests in time")
     workers = mine[0]["settings"]["workers"]
     ax.set_title(f"{workers:,} workers, {policy}: modelled", loc="left", fontsize=10.5, color=INK)
-    ax.legend(frameon=False, fontsize=9, loc="center right")
+    ax.legend(frameon=False, fontsize=8.5, handlelength=1.2, loc="center left", bbox_to_anchor=(0.19, 0.58))
     tidy(ax, "y")
 
 
@@ -124,7 +124,8 @@ def _controllers(ax: Axes, record: Mapping[str, Any]) -> None:
     ax.set_xlabel("workers of one controller")
     ax.set_ylabel("a second")
     ax.set_title("one controller: measured", loc="left", fontsize=10.5, color=INK)
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.0, 0.5))
+    ax.set_ylim(bottom=2)
+    ax.legend(frameon=False, fontsize=8, loc="lower left")
     tidy(ax, "y")
 
 
