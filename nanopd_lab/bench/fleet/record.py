@@ -59,8 +59,8 @@ def controller_table(points: Sequence[Point]) -> str:
 def cell_table(rows: Sequence[dict[str, Any]]) -> str:
     """A line a cell."""
     lines = [
-        "workers shards policy        req/s/GPU  what                                  controller  its queue (formula)   "
-        "TTFT p99   in time  goodput/GPU"
+        "workers shards policy        req/s/GPU  what                                  controller  its queue "
+        "(formula)   TTFT p99   in time  goodput/GPU"
     ]
     for row in rows:
         s = row["settings"]
