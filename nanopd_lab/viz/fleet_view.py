@@ -84,7 +84,7 @@ def _saturation(ax: Axes, rows: Sequence[Mapping[str, Any]], policy: str) -> Non
     ax.set_ylabel("requests in time")
     workers = mine[0]["settings"]["workers"]
     ax.set_title(f"{workers:,} workers, {policy}: modelled", loc="left", fontsize=10.5, color=INK)
-    ax.legend(frameon=False, fontsize=9, loc="lower left")
+    ax.legend(frameon=False, fontsize=8.5, handlelength=1.2, loc="center left", bbox_to_anchor=(0.19, 0.58))
     tidy(ax, "y")
 
 
@@ -124,6 +124,7 @@ def _controllers(ax: Axes, record: Mapping[str, Any]) -> None:
     ax.set_xlabel("workers of one controller")
     ax.set_ylabel("a second")
     ax.set_title("one controller: measured", loc="left", fontsize=10.5, color=INK)
+    ax.set_ylim(bottom=2)
     ax.legend(frameon=False, fontsize=8, loc="lower left")
     tidy(ax, "y")
 
@@ -132,22 +133,22 @@ def _news(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     def door(row: Mapping[str, Any]) -> str:
         return str(row["settings"]["door"]["name"])
 
+    ages = sorted({row["settings"]["door"]["digest_s"] for row in rows})
     looks = {"two-choices": REQUESTS[2], "least": REQUESTS[4]}
     for name, colour in looks.items():
         line = [row for row in rows if door(row) == name]
-        ages = [1e3 * row["settings"]["door"]["digest_s"] for row in line]
-        ax.plot(ages, [1e3 * row["p99_ttft_s"] for row in line], "o-", color=colour, label=f"{name}, by news")
+        places = [ages.index(row["settings"]["door"]["digest_s"]) for row in line]
+        ax.plot(
+            places, [1e3 * row["p99_ttft_s"] for row in line], "o-", color=colour, label=f"{name}, by news"
+        )
     for name, style in (("random", "--"), ("round-robin", ":")):
         for row in rows:
             if door(row) == name:
                 ax.axhline(1e3 * row["p99_ttft_s"], color=FAINT, linestyle=style, label=name)
-    ax.set_xscale("symlog", linthresh=50)
     ax.set_yscale("log")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(_PLAIN)
-        axis.set_minor_formatter(NullFormatter())
-    ages = sorted({1e3 * row["settings"]["door"]["digest_s"] for row in rows})
-    ax.set_xticks(ages)
+    ax.yaxis.set_major_formatter(_PLAIN)
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xticks(range(len(ages)), [f"{1e3 * age:,.0f}" for age in ages])
     ticks = [250, 500, 1000, 2000, 5000, 10_000]
     low, high = ax.get_ylim()
     ax.set_yticks([tick for tick in ticks if low <= tick <= high])

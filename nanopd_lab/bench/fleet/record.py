@@ -59,8 +59,8 @@ def controller_table(points: Sequence[Point]) -> str:
 def cell_table(rows: Sequence[dict[str, Any]]) -> str:
     """A line a cell."""
     lines = [
-        "workers shards policy        req/s/GPU  what                        controller  its queue (formula)   "
-        "TTFT p99   in time  goodput/GPU"
+        "workers shards policy        req/s/GPU  what                                  controller  its queue "
+        "(formula)   TTFT p99   in time  goodput/GPU"
     ]
     for row in rows:
         s = row["settings"]
@@ -68,7 +68,7 @@ def cell_table(rows: Sequence[dict[str, Any]]) -> str:
         told = "for ever" if formula is None else f"{1e3 * formula:.2f}"
         late = ">" if row["censored"] else " "
         lines.append(
-            f"{s['workers']:7,} {s['shards']:6} {s['policy']:13} {s['rate']:9g}  {what(s):26.26}  "
+            f"{s['workers']:7,} {s['shards']:6} {s['policy']:13} {s['rate']:9g}  {what(s):36.36}  "
             f"{row['controller_load']:9.0%}  {1e3 * (row['mean_wait_s'] or 0):8.2f} ms ({told:>8}) "
             f"{late}{1e3 * row['p99_ttft_s']:7,.0f} ms  {row['in_time']:7.1%}  {row['goodput_per_worker']:7.2f}"
         )
@@ -88,5 +88,5 @@ def what(settings: dict[str, Any]) -> str:
     if failures:
         found.append(f"failures x {failures['accelerate']:g}")
     if settings["controller_kill"]:
-        found.append("a controller dies")
+        found.append(f"one dies, given up in {settings['failover_s']:g} s")
     return ", ".join(found)
