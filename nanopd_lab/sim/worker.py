@@ -99,9 +99,12 @@ class SimCore(WorkerCore):
         super().report_all()
 
     def _wanted(self, each: Try, offered: int) -> Seq[int]:
-        if each.under_way or each.arrived.others:
-            return super()._wanted(each, offered)
-        return range(each.arrived.first, offered)
+        behind = each.arrived.first  # of what is here or on its way, mostly without gaps
+        for positions in each.under_way.values():
+            if not isinstance(positions, range) or positions.start != behind:
+                return super()._wanted(each, offered)
+            behind = positions.stop
+        return super()._wanted(each, offered) if each.arrived.others else range(behind, offered)
 
     def generations(self, blocks: Seq[int]) -> Seq[int]:
         """See `WorkerCore`; a counted block's number never comes back, and is as good as a generation."""
