@@ -15,7 +15,8 @@ from nanopd_lab import __version__
 # Modules with a function `register`, which adds a command; the second ones' packages take long to import.
 COMMANDS = (
     "demo.cli", "cluster.cli", "transfer.cli", "sim.cli", "cost.cli", "bench.parity_cli", "bench.serving_cli",
-    "bench.sweep_cli", "bench.plan_cli", "bench.regret.cli", "bench.simulator", "serve.cli",
+    "bench.sweep_cli", "bench.plan_cli", "bench.regret.cli", "bench.simulator", "bench.fleet.cli",
+    "serve.cli",
 )  # fmt: skip
 SLOW_TO_IMPORT = ("kernels.cli", "router.predictor.cli")
 

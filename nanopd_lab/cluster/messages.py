@@ -69,8 +69,8 @@ class Published:
     """
 
     key: str
-    blocks: tuple[int, ...]
-    generations: tuple[int, ...]
+    blocks: Sequence[int]
+    generations: Sequence[int]
     num_tokens: int
     token: SampledToken | None = None
 

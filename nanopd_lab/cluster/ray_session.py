@@ -181,7 +181,8 @@ def _explained(what: str) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         raise WorkerStartError(
             f"{what} cannot be used: {type(error).__name__}: {error}. Is it up (`ray status`), is this machine one of "
-            "its nodes (`ray start --address=HOST:PORT`), and are Python and Ray of the same version on all of them?"
+            "its nodes (`ray start --address=HOST:PORT`), are Python and Ray of the same version on all of them, and "
+            "is RAY_AUTH_MODE=token set here too if that Ray asks for a token?"
         ) from error
 
 

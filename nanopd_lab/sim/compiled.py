@@ -30,6 +30,7 @@ MODULES = (
     "kv/counted",
     "kv/tables",
     "engine/block_manager",
+    "engine/counted_tables",
     "engine/decode_run",
     "engine/handover",
     "engine/lockstep",
@@ -41,8 +42,11 @@ MODULES = (
     "cluster/controller",
     "cluster/lease",
     "cluster/messages",
+    "cluster/positions",
     "cluster/worker",
+    "cost/iteration",
     "router/fleet",
+    "router/policy",
     "router/static",
     "router/veil",
     "sim/clock",
@@ -52,9 +56,10 @@ MODULES = (
     "sim/simulator",
     "sim/timing",
     "sim/worker",
+    "sim/workload",
 )
-"""What every event of a simulation passes through, up to the simplest policies. Those that estimate stay as they are,
-and so do cost models: they are what people replace."""
+"""What every event of a simulation passes through, up to the simplest policies. Those that estimate stay as they are:
+they are what people replace."""
 
 # What these modules name in annotations only need not be looked through.
 _MYPY = """[mypy]

@@ -19,8 +19,8 @@ import ast
 def write_out_constructors(source: str) -> str:
     """A module's source with them; other lines stay as they are.
 
-    Left alone are frozen dataclasses, whose fields nobody may set, derived ones, and those with fields of more than a
-    default or a default_factory.
+    Left alone are frozen dataclasses, whose fields nobody may set, derived ones, and those that are not simply made of
+    all of their fields in order.
     """
     lines = source.splitlines()
     classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
@@ -64,10 +64,14 @@ def _constructor(node: ast.ClassDef, decorator: ast.expr) -> list[str] | None:
         if value is None:
             parameters.append(f"{name}: {kind}")
         elif isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field":
-            if [keyword.arg for keyword in value.keywords] != ["default_factory"]:
+            options_of = {keyword.arg: ast.unparse(keyword.value) for keyword in value.keywords}
+            if "default_factory" in options_of:
+                parameters.append(f"{name}: {kind} | None = None")
+                given = f"{options_of['default_factory']}() if {name} is None else {name}"
+            elif "default" in options_of:
+                parameters.append(f"{name}: {kind} = {options_of['default']}")
+            if options_of.keys() & {"init", "kw_only"}:
                 return None
-            parameters.append(f"{name}: {kind} | None = None")
-            given = f"{ast.unparse(value.keywords[0].value)}() if {name} is None else {name}"
         else:
             parameters.append(f"{name}: {kind} = {ast.unparse(value)}")
         body.append(f"    self.{name} = {given}")

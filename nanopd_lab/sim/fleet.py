@@ -93,7 +93,6 @@ class FleetSimulator:
         kills: with names of the fleet: the first shard's workers are the first
         controller_kills: controllers that die
         seed: of the front door
-        shard: `Shard`, or one that measures
 
     Raises:
         ValueError: workers or shards that are not there, or a policy with other roles.
@@ -109,7 +108,6 @@ class FleetSimulator:
         kills: Iterable[Kill] = (),
         controller_kills: Iterable[ControllerKill] = (),
         seed: int = 0,
-        shard: type[Shard] = Shard,
     ) -> None:
         self.fleet, self.config = fleet, config or SimConfig()
         self.requests = in_order(requests)
@@ -124,7 +122,7 @@ class FleetSimulator:
         self._unhoused: list[tuple[SimRequest, int]] = []  # while no shard is up
         struck = self._by_shard(kills, firsts)
         self.shards = [
-            shard(
+            Shard(
                 number,
                 policy(size),
                 time,

@@ -91,6 +91,8 @@ class Shard(Simulator):
         self.stranded: list[
             tuple[SimRequest, int]
         ] = []  # offered to a controller that was dead, or that has died
+        self.clock: Callable[[], float] | None = None  # times the controller's own work, if there is one
+        self.submitted, self.submit_s, self.handle_s = 0, 0.0, 0.0  # by that clock
         self.waits: list[float] = []  # of each request, for the controller's turn, s
         self.busy_s = 0.0  # of the controller
         self.messages = 0  # that it has taken in, where they take time
@@ -125,6 +127,7 @@ class Shard(Simulator):
         now = self.queue.now
         prompt = request.prompt(number if self.config.enable_prefix_caching else None)
         self._records[request.request_id] = request
+        begun = self.clock() if self.clock else 0.0
         try:
             self.controller.submit(request.request_id, prompt, request.params(), now)
         except (InvalidRequestError, ClusterBusyError, ClusterDownError) as error:
@@ -138,6 +141,9 @@ class Shard(Simulator):
                     error=str(error),
                 )
             )
+        if self.clock:
+            self.submit_s += self.clock() - begun
+        self.submitted += 1
 
     def _settled(self, settled: Settled) -> None:
         super()._settled(settled)
@@ -195,7 +201,10 @@ class Shard(Simulator):
                 self._collect()
 
     def _handle(self, name: str, message: FromWorker) -> None:
+        begun = self.clock() if self.clock else 0.0
         self.controller.handle(name, message, self.queue.now)
+        if self.clock:
+            self.handle_s += self.clock() - begun
 
     def _turn_ends(self, turn: int) -> None:
         if turn == self._done_at:

@@ -7,7 +7,7 @@
     p2p        GPUs, one launch a pull that reads the source's memory
     pinned     GPUs that cannot read each other; relayed through pinned host memory
     torchdist  processes of one host or several, through torch.distributed: gloo on CPUs, NCCL on GPUs
-    nixl       the same through NIXL (extra `nixl`): RDMA, NVLink or TCP, written straight into the reader's pool
+    nixl       the same through NIXL (extra `nixl`): RDMA or TCP, written straight into the reader's pool
     mixed      one inside a host and one between hosts
 
 `offers` chooses for workers on several hosts. `pulls` holds what they do alike, `segments` memory that processes share,

@@ -18,14 +18,16 @@ from nanopd_lab.transfer.staging import Staging
 class GroupChannel(Channel):
     """See `Channel`."""
 
-    def __init__(self, details: dict[str, Any], own: Pool) -> None:
+    def __init__(self, details: dict[str, Any], own: Pool, seconds: float) -> None:
         self._joined: tuple[PairGroup, Staging] | None = None
-        super().__init__(details, own)
+        super().__init__(details, own, seconds)
 
-    def join(self) -> None:
+    def join(self, seconds: float) -> None:
         """See `Channel`."""
         if self._joined is None:
-            store = dist.PrefixStore(str(self.met["pair"]), reached_store(self.host, self.met["store"]))
+            store = dist.PrefixStore(
+                str(self.met["pair"]), reached_store(self.host, self.met["store"], seconds)
+            )
             group = PairGroup(store, 1, self.address, self.own.memory.device)
             self._joined = group, Staging(self.own, WINDOW)
 

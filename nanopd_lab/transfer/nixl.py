@@ -1,4 +1,4 @@
-"""`nixl`: NIXL carries the blocks over whatever joins both ends: RDMA, NVLink, a copy between processes, else TCP.
+"""`nixl`: NIXL carries the blocks between machines, by RDMA where both ends have it, else by TCP.
 
 Every pair has two agents of its own; see `pairs`. The source's agent writes into the reader's pool, as the reader asks.
 A read by the reader would need no answer, and was tried first (NIXL 1.5.1). Over TCP UCX has writes and only imitates
@@ -11,8 +11,6 @@ default, and otherwise a network of one's own.
 
 from __future__ import annotations
 
-from functools import partial
-
 from nanopd_lab.transfer.base import Pool
 from nanopd_lab.transfer.nixl_agent import load_bindings
 from nanopd_lab.transfer.nixl_answers import NixlAnswers
@@ -24,22 +22,18 @@ from nanopd_lab.transfer.pull_service import LOOPBACK
 class NixlTransport(PairTransport):
     """Pulls through NIXL; see `PairTransport`.
 
-    Args:
-        tls: UCX's transports to use, one of its names ("tcp"); default: UCX's choice
-
     Raises:
         TransferError: NIXL is not installed.
     """
 
     name = "nixl"
 
-    def __init__(self, host: str = LOOPBACK, shared_tables: bool = True, tls: str | None = None) -> None:
+    def __init__(self, host: str = LOOPBACK, shared_tables: bool = True) -> None:
         load_bindings()
         super().__init__(host, shared_tables)
-        self._tls = tls
 
     def _answers(self, pool: Pool, host: str) -> NixlAnswers:
-        return NixlAnswers(pool, self._tls)
+        return NixlAnswers(pool)
 
-    def _channel_maker(self) -> partial[NixlChannel]:
-        return partial(NixlChannel, tls=self._tls)
+    def _channel_maker(self) -> type[NixlChannel]:
+        return NixlChannel

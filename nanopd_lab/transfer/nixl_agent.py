@@ -1,8 +1,12 @@
 """NIXL's agent: one end of a pair of workers, which may write into the other's memory, or be written into.
 
-NIXL drives UCX, which takes what both ends have: RDMA, NVLink (CUDA IPC), one process copying out of another's memory,
-else TCP. What is set here are defaults; UCX_TLS, UCX_NET_DEVICES, UCX_TCP_PORT_RANGE and all else that UCX reads from
-the environment go before.
+NIXL drives UCX, which takes what both ends have: RDMA, else TCP. Not what writes into another process's memory without
+its doing (CMA, XPMEM, CUDA IPC): a source that was stopped and comes back would write there after the reader has given
+the blocks to somebody else, and nothing can stop it. An agent that is dropped takes its connections, and its cards'
+permission to write, along. Inside a machine `shm` and `p2p` are faster anyway.
+
+What is set here are defaults; UCX_TLS, UCX_NET_DEVICES, UCX_TCP_PORT_RANGE and all else that UCX reads from the
+environment go before.
 
 The binding is used as it is, since NIXL's class around it leaves the delay of the progress thread at 0: that thread
 then never sleeps, and takes a whole core of an idle process (measured with 1.5.1; with a delay, none).
@@ -29,6 +33,13 @@ from nanopd_lab.transfer.base import TransferError
 INSTALL = "pip install 'nanopd-lab[nixl]'"
 _PROGRESS_DELAY_US = 100_000  # of the thread that wakes up by itself when there is something to do
 _SIOCGIFADDR = 0x8915
+_DEFAULTS = {
+    "UCX_TLS": "^sm,cuda_ipc",
+    # A peer that is gone is told by the pull, not on the terminal; signals stay Python's.
+    "UCX_LOG_LEVEL": "fatal",
+    "NIXL_LOG_LEVEL": "FATAL",
+    "UCX_HANDLE_ERRORS": "none",
+}
 
 
 def is_installed() -> bool:
@@ -42,13 +53,7 @@ def load_bindings() -> Any:
     Raises:
         TransferError: it is not installed, or for another CUDA.
     """
-    # Read by the libraries when they are loaded: a peer that is gone is told by the pull, not on the terminal, and
-    # signals stay Python's.
-    for name, value in (
-        ("UCX_LOG_LEVEL", "fatal"),
-        ("NIXL_LOG_LEVEL", "FATAL"),
-        ("UCX_HANDLE_ERRORS", "none"),
-    ):
+    for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
         import nixl
@@ -73,14 +78,16 @@ def interface_of(host: str) -> str | None:
     return None
 
 
-def engine_config(host: str, tls: str | None) -> str:
-    """UCX's settings: it may listen and connect only where the host's address is."""
-    settings = [f"TLS={tls}"] if tls else []
-    # Beside InfiniBand or RoCE cards the choice is left to UCX: it joins them with the interface by itself.
+def engine_config(host: str) -> str:
+    """UCX's settings: it may listen and connect only where the host's address is.
+
+    Beside InfiniBand or RoCE cards the choice is left to UCX, which joins them with the interfaces by itself; then it
+    listens on all of these.
+    """
     name = interface_of(host)
     if name == "lo" or (name and not any(Path("/sys/class/infiniband").glob("*"))):
-        settings.append(f"NET_DEVICES={name}")
-    return ",".join(settings)
+        return f"NET_DEVICES={name}"
+    return ""
 
 
 class Agent:
@@ -89,16 +96,18 @@ class Agent:
     Args:
         host: address of this machine that the other end reaches it at
         memory: of the own pool; written to, or read, as long as the agent lives
-        tls: UCX's transports to use, one of its names; default: UCX's choice
+        passive: does not write; what is written here is taken in by a thread of C++. The other end's sends go on while
+            it asks whether they have arrived: with such a thread as well it was a fifth slower over TCP, as both wait
+            for one lock.
 
     Raises:
         OSError: UCX does not start, or cannot use this memory.
     """
 
-    def __init__(self, host: str, memory: torch.Tensor, tls: str | None = None) -> None:
+    def __init__(self, host: str, memory: torch.Tensor, passive: bool) -> None:
         bindings = self._bindings = load_bindings()
         config = bindings.nixlAgentConfig()
-        config.useProgThread = True
+        config.useProgThread = passive
         config.pthrDelay = _PROGRESS_DELAY_US
         config.syncMode = bindings.NIXL_THREAD_SYNC_STRICT
         self._memory, self._device = memory, max(memory.get_device(), 0)
@@ -107,7 +116,7 @@ class Agent:
         self._other = ""
         try:
             self._agent = bindings.nixlAgent(uuid.uuid4().hex, config)
-            self._backend = self._agent.createBackend("UCX", {"engine_config": engine_config(host, tls)})
+            self._backend = self._agent.createBackend("UCX", {"engine_config": engine_config(host)})
             self._check_memory(self._agent.getBackendParams(self._backend)[1])
             row = (memory.data_ptr(), memory.numel() * memory.itemsize, self._device, "")
             self._agent.registerMem(bindings.nixlRegDList(self._kind, [row]), [self._backend])

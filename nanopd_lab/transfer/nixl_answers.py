@@ -10,6 +10,7 @@ source  {"generations"} or {"error"}        all bytes of a chunk have arrived; w
 from __future__ import annotations
 
 import json
+import select
 import socket
 import threading
 import time
@@ -20,25 +21,24 @@ from typing import BinaryIO, NamedTuple
 
 from nanopd_lab.transfer.base import Pool
 from nanopd_lab.transfer.nixl_agent import Agent
+from nanopd_lab.transfer.pull_link import START_S
 from nanopd_lab.transfer.pull_service import line_of
 
-START_S = 60.0  # an agent takes half a second to start, on busy cores several
 IN_FLIGHT = 2  # chunks that are written at once, so that the link never waits for a line
-_LOOK_S = (2e-5, 1e-3)  # between two looks at whether one has arrived: a tenth of what it has taken so far
+_LOOK_S = 2e-4  # between two looks at what has left and arrived; the kernel's buffers hold five times that
 
 
 class _Chunk(NamedTuple):
     handle: int
     blocks: Sequence[int]
-    begun: float
     deadline: float
 
 
 class NixlAnswers:
     """See `Answers`."""
 
-    def __init__(self, pool: Pool, tls: str | None) -> None:
-        self._pool, self._tls = pool, tls
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
 
     def answer(
         self, connection: socket.socket, lines: BinaryIO, abort_by: Callable[[Callable[[], None]], None]
@@ -50,7 +50,7 @@ class NixlAnswers:
         connection.sendall(line_of({"ready": True}))
         if not (line := lines.readline()):
             return
-        agent = Agent(connection.getsockname()[0], self._pool.memory, self._tls)
+        agent = Agent(connection.getsockname()[0], self._pool.memory, passive=False)
         try:
             agent.meet(json.loads(line))
             connection.sendall(line_of({"joined": True}))
@@ -75,19 +75,27 @@ class NixlAnswers:
             blocks, targets = asked["blocks"], asked["targets"]
             if not 0 <= min(blocks) <= max(blocks) < self._pool.num_blocks or len(blocks) != len(targets):
                 raise ValueError(f"blocks {blocks} to {targets}")
-            now = time.monotonic()
-            flying.append(_Chunk(agent.write(blocks, targets), blocks, now, now + asked["seconds"]))
+            if _is_closed(connection):  # a reader that has given up has other plans with these blocks
+                return
+            deadline = time.monotonic() + asked["seconds"]
+            flying.append(_Chunk(agent.write(blocks, targets), blocks, deadline))
 
     def _finish(self, connection: socket.socket, agent: Agent, chunk: _Chunk, stop: threading.Event) -> None:
         while not agent.written(chunk.handle):
-            now = time.monotonic()
-            if now > chunk.deadline or stop.is_set():
+            if time.monotonic() > chunk.deadline or stop.is_set():
                 raise TimeoutError("late: the deadline passed" if not stop.is_set() else "closed")
-            time.sleep(min(max((now - chunk.begun) / 10, _LOOK_S[0]), _LOOK_S[1]))
+            time.sleep(_LOOK_S)
         # Read after the bytes were: see `pulls`.
         generations = [self._pool.generations[block] for block in chunk.blocks]
         connection.settimeout(None)
         connection.sendall(line_of({"generations": generations}))
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    """By the reader, also if there are lines of it left to read."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _waiting(connection: socket.socket, lines: BinaryIO) -> bool:

@@ -9,7 +9,6 @@ import torch
 
 from nanopd_lab.transfer.base import Pool
 from nanopd_lab.transfer.nixl_agent import Agent
-from nanopd_lab.transfer.nixl_answers import START_S
 from nanopd_lab.transfer.pull_link import Channel
 from nanopd_lab.transfer.pull_service import WINDOW
 
@@ -19,18 +18,17 @@ CHUNK_BYTES = 16 << 20  # asked for at once: 5 ms over TCP, and a line each
 class NixlChannel(Channel):
     """See `Channel`."""
 
-    def __init__(self, details: dict[str, Any], own: Pool, tls: str | None) -> None:
-        self._tls = tls
+    def __init__(self, details: dict[str, Any], own: Pool, seconds: float) -> None:
         self._agent: Agent | None = None
         self._heard: dict[int, int] = {}
-        super().__init__(details, own)
+        super().__init__(details, own, seconds)
 
-    def join(self) -> None:
+    def join(self, seconds: float) -> None:
         """See `Channel`."""
         if self._agent is None:
-            self._agent = Agent(self.address, self.own.memory, self._tls)
+            self._agent = Agent(self.address, self.own.memory, passive=True)
             self.say(self._agent.card)
-            self._answer(START_S)
+            self._answer(seconds)
 
     def pull(
         self,

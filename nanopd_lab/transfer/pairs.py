@@ -60,9 +60,9 @@ class PairTransport(PoolTransport):
         """For readers of the own pool. OSError: not an address of this machine."""
 
     @abstractmethod
-    def _channel_maker(self) -> Callable[[dict[str, Any], Pool], Channel]:
-        """From the details of a source's address, and the own pool. Must not hold on to this transport: it may be
-        forgotten first."""
+    def _channel_maker(self) -> Callable[[dict[str, Any], Pool, float], Channel]:
+        """From the details of a source's address, the own pool, and the seconds it may take. Must not hold on to this
+        transport: it may be forgotten first."""
 
     def _check(self, address: PoolAddress, own: Pool) -> None:
         """TransferError if their memory cannot be joined."""
@@ -107,7 +107,7 @@ class PairTransport(PoolTransport):
         heard = None if table is not None else [0] * address.num_blocks
         details, make = address.details, self._channel_maker()
         try:
-            link = Link(address, lambda: make(details, own), heard, self._done, self.name)
+            link = Link(address, lambda seconds: make(details, own, seconds), heard, self._done, self.name)
         except (OSError, ValueError) as error:
             raise TransferError(
                 f"{address.worker} does not answer at {details['host']}, port {details['port']}: "

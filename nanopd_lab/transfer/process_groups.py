@@ -42,13 +42,13 @@ def listening_store(host: str) -> dist.TCPStore:
     )
 
 
-def reached_store(host: str, port: int) -> dist.TCPStore:
+def reached_store(host: str, port: int, seconds: float = CONNECT_S) -> dist.TCPStore:
     """The same from the other side.
 
     Raises:
         RuntimeError: nobody listens there.
     """
-    return dist.TCPStore(host, port, None, False, _seconds(CONNECT_S), wait_for_workers=False)
+    return dist.TCPStore(host, port, None, False, _seconds(min(seconds, CONNECT_S)), wait_for_workers=False)
 
 
 class PairGroup:

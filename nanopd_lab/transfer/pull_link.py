@@ -18,6 +18,8 @@ from nanopd_lab.transfer.base import Pool, PoolAddress
 from nanopd_lab.transfer.pull_service import CONNECT_S, line_of
 from nanopd_lab.transfer.pulls import Job
 
+START_S = 60.0  # for the other side to begin; a NIXL agent takes half a second, on busy cores several
+
 
 class Channel(ABC):
     """The reader's end of a connection to a source, and of what carries the bytes beside it.
@@ -26,21 +28,21 @@ class Channel(ABC):
         OSError: nobody answers, or somebody else.
     """
 
-    def __init__(self, details: dict[str, Any], own: Pool) -> None:
+    def __init__(self, details: dict[str, Any], own: Pool, seconds: float = CONNECT_S) -> None:
         self.host, self.own = details["host"], own
-        self._socket = socket.create_connection((self.host, details["port"]), timeout=CONNECT_S)
+        self._socket = socket.create_connection((self.host, details["port"]), timeout=max(seconds, 1e-3))
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._lines = self._socket.makefile("rb")
             self.say({"token": details["token"]})
-            self.met = self.hear(CONNECT_S)
+            self.met = self.hear(seconds)
         except BaseException:
             self._socket.close()
             raise
 
     @abstractmethod
-    def join(self) -> None:
-        """Make what carries the bytes, if it is not there yet."""
+    def join(self, seconds: float) -> None:
+        """Make what carries the bytes, if it is not there yet, within so many seconds."""
 
     @abstractmethod
     def pull(
@@ -102,7 +104,7 @@ class Link:
     """A source as its reader sees it: a thread that pulls from it, and makes a new channel where one has failed.
 
     Args:
-        make: a channel; called here once, and afterwards by the thread
+        make: a channel, in so many seconds; called here once, and afterwards by the thread
         heard: where generations go that the source says; None: this process can look itself
         done: gets jobs that have ended, why, and when
         name: of the transport
@@ -111,13 +113,13 @@ class Link:
     def __init__(
         self,
         address: PoolAddress,
-        make: Callable[[], Channel],
+        make: Callable[[float], Channel],
         heard: MutableSequence[int] | None,
         done: queue.SimpleQueue[Any],
         name: str,
     ) -> None:
         self._worker, self._make, self._heard, self._done = address.worker, make, heard, done
-        self._channel: Channel | None = make()
+        self._channel: Channel | None = make(CONNECT_S)
         self._todo: queue.SimpleQueue[tuple[Job, Any] | None] = queue.SimpleQueue()
         self._closed = False
         self._starting = threading.Lock()
@@ -143,19 +145,19 @@ class Link:
 
     def _run(self) -> None:
         with suppress(OSError, RuntimeError, ValueError):  # the first pull will say what is wrong
-            self._joined()
+            self._joined(START_S)
         while (item := self._todo.get()) is not None:
             self._done.put((item[0], self._fetch(*item), time.monotonic()))
             del item  # an idle thread keeps no job
         if self._channel is not None:
             self._channel.close()
 
-    def _joined(self) -> Channel:
+    def _joined(self, seconds: float) -> Channel:
         if self._channel is None:
-            self._channel = self._make()
+            self._channel = self._make(min(seconds, CONNECT_S))
         if self._closed:  # perhaps before it was there to be interrupted
             self._channel.interrupt()
-        self._channel.join()
+        self._channel.join(seconds)
         return self._channel
 
     def _fetch(self, job: Job, after: Any) -> str | None:
@@ -173,7 +175,7 @@ class Link:
             self._current = job
         pull = job.pull
         try:
-            channel = self._joined()
+            channel = self._joined(min(seconds(), START_S))
             channel.pull(pull.source_blocks, pull.target_blocks, after, stopped, seconds)
             if self._heard is not None and not stopped():
                 found = channel.generations(pull.source_blocks, seconds())

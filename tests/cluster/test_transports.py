@@ -23,16 +23,9 @@ def llm() -> LLM:
 BETWEEN = ["torchdist", pytest.param("nixl", marks=needs_nixl)]
 
 
-@pytest.fixture
-def over_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As between machines; on one UCX takes the processes' memory directly."""
-    monkeypatch.setenv("UCX_TLS", "tcp")
-
-
 @pytest.mark.parametrize(
     "transport", [*BETWEEN, "torchdist:127.0.0.1", pytest.param("shm+nixl:127.0.0.1", marks=needs_nixl)]
 )
-@pytest.mark.usefixtures("over_tcp")
 def test_tokens_are_those_of_one_engine(llm: LLM, transport: str) -> None:
     batch = prompts([3, 40, 77, 300, 64, 1500], shared=10)
     with start(transport=transport) as cluster:
@@ -49,7 +42,6 @@ def test_tokens_are_those_of_one_engine(llm: LLM, transport: str) -> None:
 
 @pytest.mark.parametrize("transport", BETWEEN)
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.usefixtures("over_tcp")
 def test_a_killed_worker_takes_nobody_along(llm: LLM, victim: int, transport: str) -> None:
     batch = prompts([300, 500, 200, 400], seed=3)
     want = alone(llm, batch, SOME)

@@ -28,17 +28,9 @@ ALL = list(range(BLOCKS))
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into Linux's /proc")
 
 
-@pytest.fixture(
-    params=[
-        "torchdist",
-        pytest.param("nixl", marks=needs_nixl),
-        pytest.param("nixl over TCP", marks=needs_nixl),  # else it takes the processes' memory directly
-    ]
-)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "nixl over TCP":
-        monkeypatch.setenv("UCX_TLS", "tcp")
-    return request.param.split()[0]
+@pytest.fixture(params=["torchdist", pytest.param("nixl", marks=needs_nixl)])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture
@@ -206,6 +198,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parametrize("kind", ["torchdist", pytest.param("nixl", marks=needs_nixl)])
 @pytest.mark.parametrize("end", ["source.ask('close'); reader.transport.close()", "pass", "del reader"])
 def test_no_complaints_at_the_end(kind: str, end: str, tmp_path: Path) -> None:
     """Orderly or not. C++ aborts a process whose threads outlive what they belong to."""

@@ -96,9 +96,10 @@ def results_of(transport: Transport, count: int) -> dict[int, PullResult]:
 # ---- a source in a process of its own ----------------------------------------------------------------------
 
 
-def _serve(
+def serve(
     kind: str, name: str, num_blocks: int, size: tuple[int, ...], device: str, seed: int, pipe: Connection
 ) -> None:
+    """Do what the other end of the pipe says."""
     worker = make_worker(kind, name, num_blocks, size=size, device=device, seed=seed)
     pipe.send(worker.address)
     while (command := pipe.recv())[0] != "close":
@@ -118,9 +119,10 @@ def _obey(worker: Worker, seed: int, command: str, *given: Any) -> Any:
             return error
     elif command == "disconnect":
         worker.transport.disconnect(*given)
-    elif command == "pull":  # pull_id, source, blocks, targets; all of generation 0
-        pull_id, source, blocks, targets = given
-        worker.transport.start(Pull(pull_id, source, blocks, [0] * len(blocks), targets), soon())
+    elif command == "pull":  # pull_id, source, blocks, targets, seconds; all of generation 0
+        pull_id, source, blocks, targets, *seconds = given
+        deadline = time.monotonic() + seconds[0] if seconds else soon()
+        worker.transport.start(Pull(pull_id, source, blocks, [0] * len(blocks), targets), deadline)
     elif command == "results":
         return results_of(worker.transport, *given)
     elif command == "holds":  # in these blocks, those of a pool that was filled from this seed
@@ -159,7 +161,7 @@ def remote_worker(
     """A spawned process with a pool; killed at the end if it has not ended by itself."""
     context = process_context([device])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(kind, name, num_blocks, size, device, seed, theirs))
+    process = context.Process(target=serve, args=(kind, name, num_blocks, size, device, seed, theirs))
     process.start()
     theirs.close()
     try:

@@ -16,13 +16,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from nanopd_lab.bench.fleet.machine import Gpu, PolicyMaker, requests_of
-from nanopd_lab.cluster.messages import FromWorker
 from nanopd_lab.router.policy import Decision, JobView, Policy, Postponed, Role, WorkerView
 from nanopd_lab.router.static import LeastLoaded
 from nanopd_lab.sim.fleet import FleetConfig, FleetSimulator
-from nanopd_lab.sim.shard import ControllerTime, MakePolicy, Shard
+from nanopd_lab.sim.shard import ControllerTime, MakePolicy
 from nanopd_lab.sim.simulator import uncollected
-from nanopd_lab.sim.workload import SimRequest
 
 SIZES = (8, 64, 256, 1024, 10_000)
 POLICIES = ("least-loaded", "adaptive")
@@ -146,24 +144,6 @@ class _Warmed:
         return (self.policy if self.warm else self._first).choose(job, workers, now)
 
 
-class _Timed(Shard):
-    """A shard that times its controller."""
-
-    decisions_s = handled_s = 0.0
-    submitted = 0
-
-    def _submit(self, request: SimRequest, number: int) -> None:
-        begun = time.thread_time()
-        super()._submit(request, number)
-        self.decisions_s += time.thread_time() - begun
-        self.submitted += 1
-
-    def _handle(self, name: str, message: FromWorker) -> None:
-        begun = time.thread_time()
-        super()._handle(name, message)
-        self.handled_s += time.thread_time() - begun
-
-
 class _Live:
     """A controller under load; `go_on` runs a piece of it."""
 
@@ -185,14 +165,10 @@ class _Live:
         seconds = warm_s + 1.5 * decisions / (rate * workers)
         requests = requests_of("code", rate * workers, seconds, seed)
         self._fleet = FleetSimulator(
-            FleetConfig(workers, busy=lambda size: _A_MOMENT),
-            maker,
-            gpu.time,
-            requests,
-            gpu.config,
-            shard=_Timed,
+            FleetConfig(workers, busy=lambda size: _A_MOMENT), maker, gpu.time, requests, gpu.config
         )
         (self._shard,) = self._fleet.shards
+        self._shard.clock = time.thread_time
         self._fleet.begin()
         self._fleet.go_on(lambda: self._fleet.queue.now >= warm_s)
         self._warmed.warm = True
@@ -200,19 +176,18 @@ class _Live:
     def go_on(self, decisions: int, cpu_s: float) -> Round:
         """So many decisions, or fewer if they take too long."""
         shard = self._shard
-        assert isinstance(shard, _Timed)
-        shard.submitted, shard.messages, shard.decisions_s, shard.handled_s = 0, 0, 0.0, 0.0
+        shard.submitted, shard.messages, shard.submit_s, shard.handle_s = 0, 0, 0.0, 0.0
         over = self._fleet.go_on(
-            lambda: shard.submitted >= decisions or (shard.submitted >= 10 and shard.decisions_s > cpu_s)
+            lambda: shard.submitted >= decisions or (shard.submitted >= 10 and shard.submit_s > cpu_s)
         )
         if over:
             raise ValueError(f"{self.workers} workers: no requests were left to measure; take fewer rounds")
         lost = _clock_s()
         return Round(
             shard.submitted,
-            max(0.0, shard.decisions_s - lost * shard.submitted),
+            max(0.0, shard.submit_s - lost * shard.submitted),
             shard.messages,
-            max(0.0, shard.handled_s - lost * shard.messages),
+            max(0.0, shard.handle_s - lost * shard.messages),
         )
 
     def point(self) -> Point:
