@@ -197,7 +197,10 @@ class WorkerLauncher:
             other.outgoing.put(Disconnect(name))
         if restart:
             self._restarts[name] -= 1
-            self._start(replace(child.spec, life=child.spec.life + 1))
+            try:
+                self._start(replace(child.spec, life=child.spec.life + 1))
+            except Exception as error:  # where they are started may be gone, too
+                self.controller.worker_down(name, f"could not be started again: {error}", self.clock())
 
     def _give_up_the_late(self) -> None:
         now = time.monotonic()

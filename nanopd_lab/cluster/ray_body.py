@@ -30,6 +30,7 @@ class RayBody:
         self._ray = ray
         self._called: Connection | None = None  # until it is told what to do
         self._actor: Any = None
+        self._killer: threading.Thread | None = None
         self._finished = threading.Event()
         self._why = ""
 
@@ -89,11 +90,22 @@ class RayBody:
         if (connection := self.connection or self._called) is not None:
             sever(connection)
         # Not waited for: a Ray whose head is gone would not answer.
-        threading.Thread(target=self._kill, name=f"nanopd-kill-{self.spec.name}", daemon=True).start()
+        if self._killer is None:
+            self._killer = threading.Thread(
+                target=self._kill, name=f"nanopd-kill-{self.spec.name}", daemon=True
+            )
+            self._killer.start()
+
+    def settle(self, timeout: float) -> None:
+        """After `kill`: until Ray has been told, so that it can be left."""
+        if self._killer is not None:
+            self._killer.join(timeout)
 
     def _kill(self) -> None:
+        # Ray would start itself anew for somebody who asks it for something after its end.
         with contextlib.suppress(Exception):
-            self._ray.kill(self._actor, no_restart=True)
+            if self._ray.is_initialized():
+                self._ray.kill(self._actor, no_restart=True)
 
 
 def _told(error: BaseException) -> str:

@@ -47,7 +47,7 @@ def add_ray_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         _FLAG + "port", type=int, default=0, help="that they call; default 0: any that is free"
     )
-    group.add_argument(_FLAG + "namespace", help="of the actors")
+    group.add_argument(_FLAG + "namespace", help="Ray's, of what is started there")
     group.add_argument(
         _FLAG + "temp-dir", help="folder for the sockets and logs of our own Ray; removed with it"
     )

@@ -22,6 +22,7 @@ from typing import Any
 
 from nanopd_lab import __version__
 from nanopd_lab.cluster.clocks import ClockOffset
+from nanopd_lab.cluster.launcher import WorkerStartError
 from nanopd_lab.cluster.ray_actor import Call, Here, WorkerActor
 from nanopd_lab.cluster.ray_body import RayBody
 from nanopd_lab.cluster.ray_calls import CallDesk
@@ -66,7 +67,7 @@ class RayStarter:
         self._bodies: list[RayBody] = []
         self._awaited = dict.fromkeys(names)  # first lives that have not called
         self._here: dict[str, Here] = {}
-        self._key, self._serial = secrets.token_bytes(32), secrets.token_hex(3)
+        self._key = secrets.token_bytes(32)
         self._group: Any = None
         self._desk: CallDesk | None = None
         self._closed = False
@@ -87,12 +88,13 @@ class RayStarter:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         ray, takes = self._session.ray, dict(self._takes)
+        if not ray.is_initialized():
+            raise WorkerStartError("this process is not connected to Ray any more")
         body = RayBody(ray, secrets.token_hex(16), spec, wake)
         cpus, gpus = takes.pop("CPU"), takes.pop("GPU", 0)
         actor = (
             ray.remote(WorkerActor)
             .options(
-                name=f"nanopd-{self._serial}-{spec.name}-{spec.life}",
                 num_cpus=cpus,
                 num_gpus=gpus,
                 resources=takes,
@@ -178,12 +180,13 @@ class RayStarter:
             body.kill()
         for body in self._bodies:
             body.join(max(0.0, deadline - time.monotonic()))
+            body.settle(max(0.0, deadline - time.monotonic()))
             here = body.here
             while here and here.offer.host == host_identity() and _lives(here.pid):
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.01)
-        if self._group is not None:
+        if self._group is not None and self._session.ray.is_initialized():
             with contextlib.suppress(Exception):
                 self._session.ray.util.remove_placement_group(self._group)
         self._session.release()

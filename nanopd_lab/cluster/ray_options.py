@@ -17,7 +17,7 @@ class RayOptions:
 
     address:   of a running Ray: "auto" for the one that this machine belongs to, or "HOST:PORT" of its head; None: one
                of our own is started, on this machine and for it only, and stopped again
-    namespace: of the actors there; None: one of their own
+    namespace: Ray's, of what is started there; None: one of its own
     placement: "pack" (on few nodes), "spread" (on many), "together" (all on one node, whichever), "apart" (all prefill
                workers on one node, all decode workers on another; the policy must give fixed roles)
     nodes:     instead of `placement`: for each worker the address of its node, as `ray status -v` shows them

@@ -114,10 +114,9 @@ def test_a_cable_is_pulled(three: Hosts, cluster: Cluster, llm: LLM) -> None:
 def test_a_host_is_killed(three: Hosts, cluster: Cluster, llm: LLM) -> None:
     victim = next(name for name in ("w2", "w1", "w0") if places(cluster)[name] in three.others)
     address = places(cluster)[victim]
-    failures = serve(cluster, llm, lambda: three.kill(address))
-    assert any(f"worker {victim}" in failure for failure in failures)
-    wait_for(cluster, lambda: len(cluster.workers()) == 3, 120)  # again, on a host that is left
-    assert address not in places(cluster).values()
+    serve(cluster, llm, lambda: three.kill(address))
+    # Again, on a host that is left.
+    wait_for(cluster, lambda: len(cluster.workers()) == 3 and address not in places(cluster).values(), 120)
     serve(cluster, llm, lambda: None)
 
 
