@@ -102,7 +102,8 @@ def _serve(connection: Connection, host: Any) -> None:
         answers: list[Any] = []
         # Go on at once after a step; while pulls are under way look often; else until something is due.
         pause = 0.0 if host.progressed else 0.0005 if host.busy else BEAT_S
-        while connection.poll(0.0 if messages else pause):
+        while connection.poll(pause):
+            pause = 0.0
             for message in connection.recv():
                 if isinstance(message, Ping):
                     connection.send([Pong.to(message)])
