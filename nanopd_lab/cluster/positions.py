@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 
 class Positions:
@@ -29,6 +30,9 @@ class Positions:
 
     def __contains__(self, position: object) -> bool:
         return isinstance(position, int) and (0 <= position < self.first or position in self.others)
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain(range(self.first), self.others)
 
     def __len__(self) -> int:
         return self.first + len(self.others)

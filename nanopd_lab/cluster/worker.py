@@ -336,7 +336,7 @@ class WorkerCore:
 
     def _wanted(self, each: Try, offered: int) -> Seq[int]:
         """Positions to pull now, in ascending order."""
-        return self.missing(offered, each.arrived, set().union(*each.under_way.values()))
+        return self.missing(offered, set(each.arrived), set().union(*each.under_way.values()))
 
     def _adopt(self, each: Try, offer: Published) -> None:
         assert offer.token is not None

@@ -108,7 +108,11 @@ def compiled_root() -> Path:
         shutil.rmtree(root / "build")
         (root / "data").symlink_to(data_dir())
         (root / "cuda").symlink_to(cuda_dir())
-        root.rename(target)  # atomic: another process sees all of it or nothing
+        try:
+            root.rename(target)  # atomic: another process sees all of it or nothing
+        except OSError:
+            if not target.exists():  # else another process has compiled the same meanwhile
+                raise
     return target
 
 

@@ -19,14 +19,13 @@ import ast
 def write_out_constructors(source: str) -> str:
     """A module's source with them; other lines stay as they are.
 
-    Left alone are frozen dataclasses, whose fields nobody may set, derived ones, and those that are not simply made of
-    all of their fields in order.
+    Frozen dataclasses are thawed, as Python fills them through `object.__setattr__`: the compiled copy is not where
+    somebody finds out that he sets a field. Left alone are derived ones, and those that are not simply made of all of
+    their fields in order.
     """
     lines = source.splitlines()
     classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
-    for node in sorted(
-        classes, key=lambda node: -node.lineno
-    ):  # from behind: lines in front keep their numbers
+    for node in sorted(classes, key=lambda node: -node.lineno):  # so that lines in front keep their numbers
         decorator = next(filter(_is_dataclass, node.decorator_list), None)
         if decorator is None or node.bases or (made := _constructor(node, decorator)) is None:
             continue
@@ -37,6 +36,7 @@ def write_out_constructors(source: str) -> str:
         before, behind = lines[name.end_lineno - 1][: name.end_col_offset], name.end_col_offset
         rest = lines[name.end_lineno - 1][behind:]
         called = isinstance(decorator, ast.Call)
+        rest = rest.replace("frozen=True", "unsafe_hash=True")
         lines[name.end_lineno - 1] = (
             f"{before}(init=False, {rest[1:]}" if called else f"{before}(init=False){rest}"
         )
@@ -52,7 +52,7 @@ def _constructor(node: ast.ClassDef, decorator: ast.expr) -> list[str] | None:
     """Its lines, or None if it is to be left to Python."""
     options = {each.arg for each in decorator.keywords} if isinstance(decorator, ast.Call) else set()
     methods = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
-    if options & {"frozen", "init", "kw_only"} or "__init__" in methods:
+    if options & {"init", "kw_only"} or "__init__" in methods:
         return None
     parameters, body = [], []
     for each in node.body:
@@ -67,7 +67,7 @@ def _constructor(node: ast.ClassDef, decorator: ast.expr) -> list[str] | None:
             options_of = {keyword.arg: ast.unparse(keyword.value) for keyword in value.keywords}
             if "default_factory" in options_of:
                 parameters.append(f"{name}: {kind} | None = None")
-                given = f"{options_of['default_factory']}() if {name} is None else {name}"
+                given = f"({options_of['default_factory']})() if {name} is None else {name}"
             elif "default" in options_of:
                 parameters.append(f"{name}: {kind} = {options_of['default']}")
             if options_of.keys() & {"init", "kw_only"}:

@@ -74,7 +74,10 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 
 def test_explain(capsys: pytest.CaptureFixture) -> None:
     assert main(["transfer", "explain", "--devices", "cpu", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("shm: ")
+    out = capsys.readouterr().out
+    assert out.startswith("shm: ")
+    assert "between machines: torchdist" in out
+    assert ("pip install" in out) == (not is_installed())
 
 
 def test_pairs_are_measured_both_ways(

@@ -56,13 +56,14 @@ def _loaded(source: str, name: str) -> types.ModuleType:
 def test_constructors_are_written_out() -> None:
     written = write_out_constructors(SOURCE)
     module = _loaded(written, "written")
-    assert written.count("def __init__") == 2
+    assert written.count("def __init__") == 3
     assert dataclasses.asdict(module.Bare(1)) == {"first": 1, "second": []}
     assert module.Bare(1).second is not module.Bare(1).second
     assert module.Bare(1, [2]) == module.Bare(second=[2], first=1)
     assert not hasattr(module.Checked(), "__dict__")
     with pytest.raises(ValueError, match="-1 is negative"):
         module.Checked(-1)
+    assert len({module.Frozen(1), module.Frozen(1), module.Frozen(2)}) == 2
 
 
 @pytest.mark.parametrize("name", MODULES)

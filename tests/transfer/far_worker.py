@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -27,27 +27,24 @@ class _Program(subprocess.Popen):
 @contextmanager
 def far_worker(
     namespace: str, kind: str, name: str, num_blocks: int, size: tuple[int, ...], seed: int, folder: Path
-) -> Iterator[Remote]:
-    """As `remote_worker`, in a network namespace."""
+) -> Iterator[Callable[[], Remote]]:
+    """As `remote_worker`, in a network namespace; to be called when others have been started beside it."""
     with Listener(str(folder / name), "AF_UNIX", authkey=b"test") as listener:
+        listener._listener._socket.settimeout(60)  # type: ignore[attr-defined]
         words = [str(folder / name), kind, name, str(num_blocks), ",".join(map(str, size)), str(seed)]
-        command = [
-            "ip",
-            "netns",
-            "exec",
-            namespace,
-            sys.executable,
-            "-m",
-            "tests.transfer.far_worker",
-            *words,
-        ]
-        process = _Program(command, cwd=Path(__file__).parents[2])
-        try:
-            listener._listener._socket.settimeout(60)  # type: ignore[attr-defined]
+        process = _Program(
+            ["ip", "netns", "exec", namespace, sys.executable, "-m", "tests.transfer.far_worker", *words],
+            cwd=Path(__file__).parents[2],
+        )
+
+        def ready() -> Remote:
             pipe = listener.accept()
             assert pipe.poll(60), "the worker did not start"
             expected = contents((num_blocks, *size), seed).view(num_blocks, -1).view(torch.uint8)
-            yield Remote(name, pipe.recv(), process, pipe, expected)
+            return Remote(name, pipe.recv(), process, pipe, expected)
+
+        try:
+            yield ready
         finally:
             process.kill()
             process.wait()

@@ -23,6 +23,7 @@ KINDS = [
     pytest.param(("inproc", "cuda"), id="inproc-cuda", marks=pytest.mark.gpu),
     pytest.param(("p2p", "cuda"), id="p2p", marks=pytest.mark.gpu),
     pytest.param(("pinned", "cuda"), id="pinned", marks=pytest.mark.gpu),
+    pytest.param(("nixl", "cuda"), id="nixl-cuda", marks=[pytest.mark.gpu, needs_nixl]),
 ]
 Make = Callable[..., Worker]
 

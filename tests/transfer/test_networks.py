@@ -110,12 +110,13 @@ def three(cables: Cables, kind: str, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("pipes")
     with ExitStack() as stack:
         places = (("near", "10.77.1.1", 9), ("one", "10.77.1.2", 1), ("two", "10.77.2.2", 2))
-        near, *far = (
+        started = [
             stack.enter_context(
                 far_worker(cables.space(host), f"{kind}:{at}", host, BLOCKS, SIZE, seed, folder)
             )
             for host, at, seed in places
-        )
+        ]
+        near, *far = (ready() for ready in started)
         for each in far:  # on another machine the table of generations cannot be mapped
             details = {key: value for key, value in each.address.details.items() if key != "generations"}
             assert near.ask("connect", replace(each.address, details=details)) is None
