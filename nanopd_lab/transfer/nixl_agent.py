@@ -15,7 +15,6 @@ then never sleeps, and takes a whole core of an idle process (measured with 1.5.
 from __future__ import annotations
 
 import base64
-import fcntl
 import importlib.util
 import os
 import socket
@@ -66,6 +65,8 @@ def load_bindings() -> Any:
 
 def interface_of(host: str) -> str | None:
     """The network interface that has this address, None if there is none."""
+    import fcntl  # not everywhere, and this module is
+
     wanted = socket.gethostbyname(host)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
