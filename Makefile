@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-LOAD   := $(VENV)/.load
+TESTED := $(VENV)/.tested
 
 .PHONY: demo test lab lint format clean
 
 demo: $(READY)
 	$(BIN)/nanopd-lab demo
 
-test: $(READY) $(LOAD)
+test: $(READY) $(TESTED)
 	$(BIN)/python tests/run_all.py
 
 lab: $(READY)
@@ -30,9 +30,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-# Only the tests need it, and a demo need not wait for it.
-$(LOAD): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[load]"
+# Only the tests need these, and a demo need not wait for them.
+$(TESTED): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[load,dist,nixl]"
 	@touch $@
 
 clean:

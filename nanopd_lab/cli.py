@@ -111,7 +111,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
     offline = commands.add_parser("bench-offline", help="throughput beside Hugging Face, in one run")
     offline.add_argument("--model", default="smollm2")
-    offline.add_argument("--dtype", default="bfloat16")
+    offline.add_argument("--dtype", help="default: bfloat16, and float32 on a CPU without a unit for it")
     offline.add_argument("--device", default="auto")
     offline.add_argument("--num-prompts", type=int, default=16)
     offline.add_argument("--min-input-len", type=int, default=32)
@@ -186,7 +186,7 @@ def _generate(args: argparse.Namespace) -> int:
     )
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     quiet = args.json or len(prompts) == 1
-    if args.workers != 1:
+    if args.workers != 1 or args.launcher != "process":
         from nanopd_lab.cluster.cli import cluster_of
 
         with cluster_of(args) as cluster:

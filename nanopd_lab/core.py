@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 from nanopd_lab.errors import InvalidRequestError
 
 MAX_LOGPROBS = 64
+BlockTable = list[int] | range
+"""A sequence's blocks, in order; a range where blocks are counted only, see `kv.counted`."""
+
 PENDING = -1  # stands for a token that a step under way is going to sample
 
 
@@ -182,7 +185,7 @@ class Sequence:
     index: int = 0
     tokens: MutableSequence[int] = field(default_factory=list)
     num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: BlockTable = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered: int = 0  # leading full blocks already offered to the prefix cache
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)

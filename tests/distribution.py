@@ -15,6 +15,8 @@ from xdist.scheduler import LoadScopeScheduling
 ROOT = Path(__file__).parents[1]
 # What takes a minute or more begins first: at the end it would leave the other cores idle.
 LONGEST = (
+    "tests/cluster/test_ray.py",
+    "tests/cluster/test_ray_hosts.py",
     "tests/notebooks/test_browser.py",
     "tests/notebooks/test_learner_paths.py",
     "tests/kernels/test_compile.py",
@@ -33,7 +35,8 @@ def rank(nodeid: str) -> int:
 
 @cache
 def _has_fixtures_of_its_own(file: str) -> bool:
-    return 'scope="module"' in (ROOT / file).read_text(encoding="utf-8")
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return 'scope="module"' in text or "(LauncherSuite)" in text  # whose class has them
 
 
 def group(nodeid: str) -> str:

@@ -65,6 +65,8 @@ def test_info_names_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
         (["simulate", "--dataset-name", "azure", "--dataset-path", "/"], "/: Is a directory"),
         (["simulate", "--result-filename", "no/such/folder.json"], "there is no folder no/such"),
         (["bench-handover", "--transports", "pinned"], "workers are on CPUs; choose auto or shm"),
+        (["bench", "--model", "random:tiny", "--goodput", "ttft"], "goodput 'ttft'; write ttft:500"),
+        (["regret", "--policies", "adaptive", "nosuch"], "unknown policy 'nosuch'"),
     ],
 )
 def test_bad_input_is_one_clear_line(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,22 +17,27 @@ from nanopd_lab.sim import ConstantTime, LinkModel, SimConfig, SimRequest, Simul
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "data/recorded/README.md"
+MANY = ROOT / "MANY_MACHINES.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("document", [ROOT / "README.md", RESULTS], ids=["README", "results"])
+@pytest.mark.parametrize("document", [ROOT / "README.md", RESULTS, MANY], ids=["README", "results", "many"])
 def test_links_lead_somewhere(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert [link for link in links if not (document.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("document", [ROOT / "README.md", RESULTS], ids=["README", "results"])
-def test_records_that_are_named_exist(document: Path) -> None:
+@pytest.mark.parametrize(
+    ("document", "least"),
+    [(ROOT / "README.md", 9), (RESULTS, 9), (MANY, 2)],
+    ids=["README", "results", "many"],
+)
+def test_records_that_are_named_exist(document: Path, least: int) -> None:
     text = document.read_text(encoding="utf-8")
     names = set(re.findall(r"`((?:[a-z]+)-[\w.*-]*\*[\w.*-]*|[a-z]+-[\w.-]+\.jsonl?)`", text))
     folder = ROOT / "data/recorded"
-    assert len(names) >= 9
+    assert len(names) >= least
     assert sorted(name for name in names if not list(folder.glob(name))) == []
 
 
@@ -47,10 +55,22 @@ def test_commands_are_known() -> None:
         assert left.value.code == 0
 
 
+def test_commands_for_many_machines_are_complete() -> None:
+    lines = re.findall(r"^\s*(nanopd-lab .*)$", MANY.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lines) >= 2
+    for line in lines:
+        words = shlex.split(line)[1:]
+        assert build_parser(words[0]).parse_args(words).launcher == "ray"
+
+
 def test_code_is_code() -> None:
     assert len(BLOCKS) >= 4
     for block in BLOCKS:
         compile(block, "README.md", "exec")
+    (block,) = re.findall(r"```python\n(.*?)```", MANY.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(block), names)
+    assert names["config"].ray.placement == "apart"
 
 
 def test_the_policy_routes_as_it_says() -> None:

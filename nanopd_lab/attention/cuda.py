@@ -5,13 +5,16 @@ prefill kernel, except where PyTorch's own kernels are faster (see the prefill r
 data/recorded/kernels-*.json):
 
     several whole prompts, or first chunks   FlashAttention on the batch's own K and V: one call, no pages
-    LONG_QUERY tokens or more, and fp32      SDPA, one sequence at a time, on pages gathered first unless the
-                                             sequence has no past (cuDNN uses Hopper's wgmma there)
+    one of LONG_QUERY tokens or more         the same, or SDPA where cuDNN, which uses Hopper's wgmma, has met its
+                                             length often enough, see `Plans`
+    LONG_QUERY tokens or more with a past    SDPA, one sequence at a time, on pages gathered first
+    fp32                                     SDPA
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,6 +29,29 @@ from nanopd_lab.kernels.launches import AttentionShape
 from nanopd_lab.kv.cache import KVShape
 
 LONG_QUERY = 512
+# Pairs of a query and a key, per head, over which cuDNN gains on FlashAttention what a plan costs: an estimate from
+# 25 ms a plan (what prompts of ever new lengths took longer in a served run) and 50 us a call of 2,048 tokens.
+PLAN_PAIRS = 1e9
+
+
+class Plans:
+    """Which prompts go to cuDNN: it is faster than FlashAttention, but plans every new length on the host first.
+
+    Ski rental: a length is planned once FlashAttention has lost on it what the plan costs. Whoever sends prompts of
+    ever new lengths then never pays for plans, and nobody more than twice the least (Karlin et al., "Competitive
+    snoopy caching", 1988).
+    """
+
+    def __init__(self) -> None:
+        self._lost: Counter[int] = Counter()
+
+    def pays(self, length: int) -> bool:
+        """Whether the plan for prompts of so many tokens has paid by now; counts the call."""
+        self._lost[length] += length * length // 2
+        return self._lost[length] > PLAN_PAIRS
+
+
+_plans = Plans()
 
 
 def sdpa_causal(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
@@ -36,6 +62,20 @@ def sdpa_causal(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
         )
     mask = causal_lower_right(query.shape[2], keys.shape[2])
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of sequences without a past, from `starts[i]` to `starts[i + 1]`; other rows are undefined."""
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, starts, starts, longest, longest, 0.0, True, False, scale=scale
+    )[0]
 
 
 def attend_known(
@@ -82,10 +122,7 @@ def attend_known(
     if together:
         assert fresh is not None
         # Those with a past come along, as if they had none, and are done again below: their rows lie between.
-        starts, longest = query_start[decodes:], max(lengths[decodes:])
-        found = torch.ops.aten._flash_attention_forward(
-            query, *fresh, starts, starts, longest, longest, 0.0, True, False, scale=scale
-        )[0]
+        found = _flash(query, *fresh, query_start[decodes:], max(lengths[decodes:]), scale)
         out[decodes : sum(lengths)] = found[decodes : sum(lengths)]
     few = decodes
     if not together and halves:
@@ -110,6 +147,9 @@ def attend_known(
         if contexts[s] != lengths[s] or fresh is None:
             keys, values = reference.pages_of(kv_layer, block_tables[s], contexts[s])
         elif together:
+            continue
+        elif halves and not _plans.pays(lengths[s]):
+            out[rows] = _flash(query, *fresh, query_start[s : s + 2], lengths[s], scale)[rows]
             continue
         else:
             keys, values = (x[rows].transpose(0, 1) for x in fresh)

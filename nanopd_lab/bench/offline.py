@@ -24,6 +24,7 @@ import torch
 from nanopd_lab import LLM, SamplingParams
 from nanopd_lab.bench.ceilings import read_bytes_per_s
 from nanopd_lab.bench.provenance import provenance
+from nanopd_lab.cpu.features import has_bf16_matrix_unit
 
 PEERS = ("hf-padded", "hf-continuous", "hf-sequential")
 SCHEMA = "nanopd-lab/offline/1"
@@ -81,8 +82,10 @@ def _ours(llm: LLM) -> Run:
 def _settings(model: Any, output_len: int) -> Any:
     """Greedy, exactly `output_len` tokens, nothing that stops early."""
     settings = copy.deepcopy(model.generation_config)
+    # None would mean the model's own, and -1 is complained of: no token has the number of all tokens.
+    nothing = model.config.vocab_size
     settings.update(
-        max_new_tokens=output_len, min_new_tokens=None, do_sample=False, eos_token_id=-1, pad_token_id=0
+        max_new_tokens=output_len, min_new_tokens=None, do_sample=False, eos_token_id=nothing, pad_token_id=0
     )
     return settings
 
@@ -183,7 +186,7 @@ def decode_step_ms(llm: LLM, contexts: list[int], steps: int = 20) -> float:
 def run_offline(
     model: str,
     *,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     workload: Workload | None = None,
     peers: tuple[str, ...] = ("hf-padded", "hf-continuous"),
     rounds: int = 3,
@@ -192,6 +195,9 @@ def run_offline(
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Run the workload on this engine and its peers, interleaved; returns a JSON-ready result.
+
+    Args:
+        dtype: None: bfloat16, and float32 on a CPU that has no unit for it
 
     Raises:
         ValueError: an unknown peer, or a model without a folder that Hugging Face could load.
@@ -202,6 +208,9 @@ def run_offline(
     unknown = set(peers) - set(PEERS)
     if unknown:
         raise ValueError(f"unknown peers {', '.join(sorted(unknown))}; choose from {', '.join(PEERS)}")
+    if dtype is None:
+        on_gpu = torch.cuda.is_available() and not device.startswith("cpu")
+        dtype = "bfloat16" if on_gpu or has_bf16_matrix_unit() else "float32"
     llm = LLM(
         model,
         dtype=dtype,

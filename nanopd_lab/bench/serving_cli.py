@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanopd_lab.bench.metrics_cli import add_metric_options, selection_of, slo_of
 from nanopd_lab.bench.workload_cli import add_workload_options, workload_of
+from nanopd_lab.cluster.ray_cli import LAUNCHER_HELP, add_ray_options, ray_options
 
 if TYPE_CHECKING:
     from nanopd_lab.bench.load import Progress, Report
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+LAUNCHERS = ("process", "inline", "ray")
 INTERRUPTED = 130  # exit status, as of a shell
 LOST = 1
 
@@ -45,9 +47,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the cluster, but for its policy and its cost model."""
     parser.add_argument("--model", default="smollm2", help="default smollm2, the embedded model")
     parser.add_argument("--workers", type=int, default=2, help="each with an engine (default 2)")
-    parser.add_argument("--launcher", choices=("process", "inline"), default="process")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="process", help=LAUNCHER_HELP)
     parser.add_argument(
-        "--transport", default="auto", help="auto, inproc, shm, p2p, pinned, torchdist[:HOST]"
+        "--transport", default="auto", help="auto, inproc, shm, p2p, pinned, torchdist[:HOST], nixl[:HOST]"
     )
     parser.add_argument("--device", default="auto", help="of all workers: auto, cpu, cuda")
     parser.add_argument("--share-devices", action="store_true", help="allow more workers than GPUs")
@@ -62,6 +64,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="default: yes"
     )
+    add_ray_options(parser)
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +92,7 @@ def cluster_config(args: argparse.Namespace, policy: str) -> ClusterConfig:
         cost_model=args.cost_model,
         goodput=tuple(args.goodput),
         launcher=args.launcher,
+        ray=ray_options(args),
         transport=args.transport,
         devices=None if args.device == "auto" else (args.device,) * args.workers,
         share_devices=args.share_devices,

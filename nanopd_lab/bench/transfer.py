@@ -8,8 +8,8 @@ several under way (as when a prompt's chunks follow each other); its bytes are c
     inproc, shm   one large copy by one thread (memmove) between the same two pools
     p2p           one large copy between the same two GPUs (or inside the one they share)
     pinned        large pinned copies, source GPU to host and host to target GPU, both at once; each alone is given too
-    torchdist     one TCP connection over loopback between two processes, with nothing but the kernel's copies; on GPUs
-                  as p2p
+    torchdist,    one TCP connection over loopback between two processes, with nothing but the kernel's copies; on GPUs
+    nixl          as p2p
 
 On GPUs nanoPD's way is timed beside them: layer-major pools, one copy a block and layer, first all out, then all in.
 """
@@ -35,7 +35,7 @@ from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.kv.cache import KVShape
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullStatus, Transport
 from nanopd_lab.transfer.device_memory import can_reach, copy_async, enable_peer_access, open_memory
-from nanopd_lab.transfer.process_groups import LOOPBACK
+from nanopd_lab.transfer.pull_service import LOOPBACK
 from nanopd_lab.transfer.registry import create_transport
 from nanopd_lab.transfer.segments import map_tensor
 
@@ -48,13 +48,15 @@ LINKS = {
     "p2p": "large copy",
     "pinned": "both ways at once",
     "torchdist": "large copy",
+    "nixl": "large copy",
 }
+BETWEEN = ("torchdist", "nixl")
 SOCKET = "loopback socket"
 
 
 def link_name(transport: str, target: torch.device) -> str:
     """Which yardstick."""
-    return SOCKET if transport == "torchdist" and target.type == "cpu" else LINKS[transport]
+    return SOCKET if transport in BETWEEN and target.type == "cpu" else LINKS[transport]
 
 
 def kv_shape(name: str, block_size: int = 16) -> KVShape:
@@ -121,12 +123,14 @@ class Pair:
         self._random = random.Random(0)
         self.release: Callable[[], None] | None = None
         self.stack = ExitStack()  # of what the yardstick needs
-        self.source = self.own.memory  # of torchdist's nothing is here, and no yardstick asks for it
+        self.source = (
+            self.own.memory
+        )  # of those between machines nothing is here, and no yardstick asks for it
         if name == "inproc":
             self.source = pools[address.worker].memory
         elif name == "shm":
             self.source = map_tensor(address.details["memory"])
-        elif name != "torchdist":
+        elif name not in BETWEEN:
             through = plan.target if can_reach(plan.target, plan.source) else plan.source
             shape = (address.num_blocks, address.block_bytes)
             self.source, self.release = open_memory(address.details["memory"], shape, through)
@@ -141,7 +145,7 @@ class Pair:
             )
             for _ in range(in_flight)
         ]  # fmt: skip
-        by_threads = self.plan.target.type == "cpu" or self.name == "torchdist"
+        by_threads = self.plan.target.type == "cpu" or self.name in BETWEEN
         ended = 0
         begun = time.perf_counter()
         for pull in pulls:

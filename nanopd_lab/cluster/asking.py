@@ -7,6 +7,8 @@ from pathlib import Path
 
 from nanopd_lab.router import Decision, Fleet, JobView, Policy, Postponed, Role, legal_routes
 
+_NONE: dict[str, Role] = {}
+
 
 class PolicyError(ValueError):
     """A policy has failed a request; the message names it and says how."""
@@ -31,7 +33,7 @@ def _checked(answer: Decision | Postponed | None, name: str, workers: Fleet) -> 
         return answer
     if not isinstance(answer, Decision):
         raise PolicyError(f"policy {name} answered {answer!r}; it must return a Decision, Postponed or None")
-    route, roles = answer.route, dict(answer.roles)
+    route, roles = answer.route, dict(answer.roles) if answer.roles else _NONE
     for worker, role in roles.items():
         if worker not in workers.names or not isinstance(role, Role):
             raise PolicyError(

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nanopd_lab.cluster.ray_cli import LAUNCHER_HELP, add_ray_options, ray_options
+
 if TYPE_CHECKING:
     from nanopd_lab.cluster.cluster import Cluster
 
@@ -21,7 +23,10 @@ def register(commands: _Subparsers) -> None:
     )
     bench.add_argument("--model", default="smollm2")
     bench.add_argument(
-        "--transports", nargs="+", default=["auto"], help="auto, shm, p2p, pinned, torchdist[:HOST]"
+        "--transports",
+        nargs="+",
+        default=["auto"],
+        help="auto, shm, p2p, pinned, torchdist[:HOST], nixl[:HOST]",
     )
     bench.add_argument("--prompt-lengths", nargs="+", type=int, default=[256, 1024])
     bench.add_argument("--rounds", type=int, default=5, help="prompts of each length; the median counts")
@@ -43,8 +48,12 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", default="least-loaded", help="collocated, 1p2d, round-robin, least-loaded, ..."
     )
-    parser.add_argument("--transport", default="auto", help="auto, shm, p2p, pinned, torchdist[:HOST]")
+    parser.add_argument(
+        "--transport", default="auto", help="auto, shm, p2p, pinned, torchdist[:HOST], nixl[:HOST]"
+    )
     parser.add_argument("--share-devices", action="store_true", help="allow more workers than GPUs")
+    parser.add_argument("--launcher", choices=("process", "ray"), default="process", help=LAUNCHER_HELP)
+    add_ray_options(parser)
 
 
 def cluster_of(args: argparse.Namespace) -> Cluster:
@@ -61,6 +70,8 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
             transport=args.transport,
             devices=devices,
             share_devices=args.share_devices,
+            launcher=args.launcher,
+            ray=ray_options(args),
             engine={
                 "dtype": args.dtype,
                 "block_size": args.block_size,

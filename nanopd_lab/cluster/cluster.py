@@ -26,9 +26,11 @@ from nanopd_lab.cluster.config import ClusterConfig
 from nanopd_lab.cluster.controller import Controller
 from nanopd_lab.cluster.host import StepRecord
 from nanopd_lab.cluster.inline import InlineLauncher
+from nanopd_lab.cluster.launcher import Starter, WorkerLauncher
 from nanopd_lab.cluster.looking import Look
-from nanopd_lab.cluster.process import ProcessLauncher, WorkerSpec
+from nanopd_lab.cluster.process import ProcessStarter
 from nanopd_lab.cluster.starting import process_context
+from nanopd_lab.cluster.worker_loop import WorkerSpec
 from nanopd_lab.core import FinishReason, Logprob, SamplingParams
 from nanopd_lab.engine.detokenizer import Detokenizer
 from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -42,7 +44,7 @@ from nanopd_lab.engine.prompts import (
     tokenize,
 )
 from nanopd_lab.errors import InvalidRequestError
-from nanopd_lab.router import Policy, Slo, Veiled, WorkerView
+from nanopd_lab.router import Policy, Role, Slo, Veiled, WorkerView
 
 if TYPE_CHECKING:
     from nanopd_lab.bench.workload import Workload
@@ -133,13 +135,14 @@ class Cluster:
         self._crash: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._owner: threading.Thread | None = None  # of an inline cluster, see `alone`
-        self.launcher: InlineLauncher | ProcessLauncher
+        self.launcher: InlineLauncher | WorkerLauncher
         if config.launcher == "inline":
             self.launcher = self._start_inline()
         else:
-            process_context(map(str, config.worker_devices()))  # imports beside the tokenizer's loading
+            if config.launcher == "process":
+                process_context(map(str, config.worker_devices()))  # imports beside the tokenizer's loading
             self.tokenizer, self.vocab_size = _vocabulary(config.model)
-            self.launcher = self._start_processes()
+            self.launcher = self._start_actors(roles) if config.launcher == "ray" else self._start_processes()
             self._thread = threading.Thread(target=self._drive, name="nanopd-controller", daemon=True)
             self._thread.start()
 
@@ -171,27 +174,45 @@ class Cluster:
 
         return InlineLauncher(self.controller, start, config.names, self.clock, config.max_restarts)
 
-    def _start_processes(self) -> ProcessLauncher:
+    def _start_processes(self) -> WorkerLauncher:
         from nanopd_lab.transfer.registry import check_transport
 
         config = self.config
         devices = config.worker_devices()
         check_transport(config.transport, devices)
         threads = config.worker_threads() if devices[0].type == "cpu" else config.threads
+        named = tuple(map(str, devices))
+        return self._launch(ProcessStarter(named), named, threads)
+
+    def _start_actors(self, roles: Seq[Role]) -> WorkerLauncher:
+        from nanopd_lab.cluster.ray_launcher import RayStarter
+        from nanopd_lab.transfer.registry import check_transport
+
+        config = self.config
+        check_transport(config.transport, [])  # the name; what it joins is known when the workers are placed
+        kinds = {device.partition(":")[0] for device in config.devices or ()}
+        threads = config.worker_threads() if config.ray.address is None else config.threads or 1
+        starter = RayStarter(config.ray, config.names, roles, kinds, threads)
+        return self._launch(
+            starter, ("cpu",) * config.workers, threads
+        )  # a worker's device is where Ray puts it
+
+    def _launch(self, starter: Starter, devices: tuple[str, ...], threads: int | None) -> WorkerLauncher:
+        config = self.config
         specs = [
             WorkerSpec(
                 name=name,
-                config=config.engine_config(str(device)),
+                config=config.engine_config(device),
                 transport=config.transport,
-                devices=tuple(map(str, devices)),
+                devices=devices,
                 terms=config.terms,
                 threads=threads,
                 trace=config.trace,
             )
             for name, device in zip(config.names, devices, strict=True)
         ]
-        return ProcessLauncher(
-            self.controller, specs, config.max_restarts, config.start_timeout_s, self.clock
+        return WorkerLauncher(
+            self.controller, starter, specs, config.max_restarts, config.start_timeout_s, self.clock
         )
 
     # ------------------------------------------------------------------ the caller's side
@@ -444,7 +465,7 @@ class Cluster:
     def steps(self) -> dict[str, list[StepRecord]]:
         """With `trace=True`: every worker's steps since the last call, for timelines."""
         with self._lock:
-            if isinstance(self.launcher, ProcessLauncher):
+            if isinstance(self.launcher, WorkerLauncher):
                 found = self.launcher.steps()
                 self._collect()
                 return found
@@ -474,7 +495,7 @@ class Cluster:
         with self._lock:
             self._check_owner()
             self.controller.check_integrity()
-            if isinstance(self.launcher, ProcessLauncher):
+            if isinstance(self.launcher, WorkerLauncher):
                 wrong = [text for text in self.launcher.ask("check").values() if text]
                 self._collect()
                 assert not wrong or self.controller.num_unsettled, "; ".join(wrong)
@@ -502,7 +523,7 @@ class Cluster:
     # ------------------------------------------------------------------ the driver
 
     def _drive(self) -> None:
-        assert isinstance(self.launcher, ProcessLauncher)
+        assert isinstance(self.launcher, WorkerLauncher)
         try:
             while True:
                 with self._lock:
@@ -518,7 +539,7 @@ class Cluster:
                 self._changed.notify_all()
 
     def _wake(self) -> None:
-        if isinstance(self.launcher, ProcessLauncher):
+        if isinstance(self.launcher, WorkerLauncher):
             self.launcher.wake()
 
     def _collect(self) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanopd_lab.cluster.actions import Limits
 from nanopd_lab.cluster.lease import Lease, LeaseTerms
+from nanopd_lab.cluster.ray_options import RayOptions, bundles_for
 from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.router import Outlook, Policy, Role, Slo, create_policy, needs_outlook
@@ -18,7 +19,7 @@ from nanopd_lab.transfer.packing import pack_blocks, unpack_blocks
 if TYPE_CHECKING:
     import torch
 
-LAUNCHERS = ("inline", "process")
+LAUNCHERS = ("inline", "process", "ray")
 COST_MODELS = {"smollm2": "cpu-smollm2-fp32"}  # by model, where none is named
 
 
@@ -54,8 +55,10 @@ class ClusterConfig:
     cost_model:  what policies that estimate times go by: a name in data/hardware, or a file of `nanopd-lab fit`; None:
                  for "smollm2" the one fitted to a CPU, otherwise none
     goodput:     what requests are promised, in ms, for example ("ttft:500", "tpot:100")
-    launcher:    "process" (one process a worker) or "inline" (all in this thread, one after another)
-    transport:   "auto", "inproc", "shm", "p2p", "pinned", "torchdist" or "torchdist:HOST" (an address of this machine)
+    launcher:    "process" (one process a worker), "ray" (an actor a worker, on one machine or many) or "inline" (all in
+                 this thread, one after another)
+    transport:   "auto", "inproc", "shm", "p2p", "pinned", "torchdist", "nixl", either with ":HOST" behind it (an
+                 address of this machine to listen on), or one inside a machine and one between: "auto+nixl:HOST"
     devices:     of the workers, for example ("cuda:0", "cuda:1"); None: a GPU each, or the CPU
     share_devices: allow more workers than GPUs; they then share them
     threads:     of each worker process on a CPU; None: the cores, divided
@@ -65,6 +68,7 @@ class ClusterConfig:
     max_restarts: how often a worker that died is started again
     limits, terms: see there
     trace:       keep every step's begin and end, for timelines
+    ray:         with launcher "ray": which Ray, where, and what each worker takes there
     parts:       exchanged parts of the workers; with launcher "inline" only
 
     Raises:
@@ -89,6 +93,7 @@ class ClusterConfig:
     limits: Limits = field(default_factory=Limits)
     terms: LeaseTerms = field(default_factory=LeaseTerms)
     trace: bool = False
+    ray: RayOptions = field(default_factory=RayOptions)
     parts: ClusterParts = field(default_factory=ClusterParts)
 
     def __post_init__(self) -> None:
@@ -96,6 +101,12 @@ class ClusterConfig:
             raise ValueError(f"workers is {self.workers!r}; it must be an integer of at least 1")
         if self.launcher not in LAUNCHERS:
             raise ValueError(f"launcher is {self.launcher!r}; choose one of {', '.join(LAUNCHERS)}")
+        if self.launcher == "ray":
+            self._check_ray()
+        elif self.ray != RayOptions():
+            raise ValueError(
+                f'settings of Ray, and launcher is {self.launcher!r}; set launcher="ray" (--launcher ray)'
+            )
         if self.launcher != "inline" and self.parts != ClusterParts():
             raise ValueError(
                 f"parts are exchanged, and launcher is {self.launcher!r}: code cannot be sent to another process; set "
@@ -117,6 +128,24 @@ class ClusterConfig:
         Slo.parse(self.goodput)
         self.engine_config("cpu")
         self.route_policy()
+
+    def _check_ray(self) -> None:
+        numbered = [device for device in self.devices or () if ":" in device]
+        if numbered:
+            raise ValueError(
+                f"devices names {numbered[0]!r}, and Ray gives out the GPUs; leave it out, or name 'cpu'"
+            )
+        if len(set(self.devices or ())) > 1:
+            raise ValueError(
+                f"devices are {', '.join(self.devices or ())}; all workers of Ray are on CPUs or all on GPUs"
+            )
+        if "cpu" in (self.devices or ()) and self.ray.num_gpus:
+            raise ValueError(
+                f"devices are 'cpu', and each worker takes {self.ray.num_gpus:g} GPU; leave one of them out"
+            )
+        if self.share_devices:
+            raise ValueError("share_devices with launcher 'ray': set ray.num_gpus below 1 instead")
+        bundles_for(self.ray, self.route_policy()[1], {})
 
     def route_policy(self) -> tuple[Policy, list[Role]]:
         """A policy to route with, and the workers' roles."""

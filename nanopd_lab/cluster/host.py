@@ -1,7 +1,7 @@
 """A worker with its engine and transport: one turn takes in messages, pulls and at most one step.
 
 The launchers differ in who calls `turn`: a loop over all hosts in one thread (`inline`), or a loop in a process of
-its own (`process`).
+its own (`worker_loop`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from nanopd_lab.cluster.messages import Capacity, FromWorker, Hello, ToWorker
@@ -49,6 +49,10 @@ class StepRecord:
     end: float
     chunks: tuple[tuple[str, int, bool], ...]
 
+    def shifted(self, by_s: float) -> StepRecord:
+        """The same on a clock that is so many seconds ahead."""
+        return replace(self, begin=self.begin + by_s, end=self.end + by_s)
+
 
 @dataclass(eq=False)
 class WorkerHost:
@@ -61,7 +65,7 @@ class WorkerHost:
         capacity: told to the controller
         ahead: launch a step before the last one's tokens are known
         pull_seconds: deadline of one pull
-        clock: seconds; the same for all workers
+        clock: seconds; of this worker, and of its transport
         post: sends at once what is not the result of a step, so that it need not wait for the next one
     """
 

@@ -5,14 +5,15 @@
 
 Every try at serving one sample of a request has a `key` of its own, so that what comes late from an earlier try is
 recognised and dropped. Workers don't talk to each other: what the source publishes goes to the target through the
-controller, which so knows of every step. Times are seconds on one clock for all (`time.monotonic` on one machine).
+controller, which so knows of every step. Times are seconds: a worker reports them on its own clock (`time.monotonic`),
+and the launcher puts them on the controller's, see `clocks`. Nothing that is sent to a worker holds a time.
 What is sent often is frozen in spirit only, which makes it three times as cheap to make.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from nanopd_lab.core import FinishReason, SampledToken, SamplingParams
@@ -68,8 +69,8 @@ class Published:
     """
 
     key: str
-    blocks: tuple[int, ...]
-    generations: tuple[int, ...]
+    blocks: Sequence[int]
+    generations: Sequence[int]
     num_tokens: int
     token: SampledToken | None = None
 
@@ -189,6 +190,21 @@ class Usage:
     reserved: float | None = None
     adopted: float | None = None
     pulls: tuple[tuple[float, float], ...] = ()
+
+    def shifted(self, by_s: float) -> Usage:
+        """The same on a clock that is so many seconds ahead."""
+
+        def shift(time_s: float | None) -> float | None:
+            return None if time_s is None else time_s + by_s
+
+        return replace(
+            self,
+            scheduled=shift(self.scheduled),
+            sampled=shift(self.sampled),
+            reserved=shift(self.reserved),
+            adopted=shift(self.adopted),
+            pulls=tuple((begin + by_s, end + by_s) for begin, end in self.pulls),
+        )
 
 
 @dataclass(slots=True)

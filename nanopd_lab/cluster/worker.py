@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 
 from nanopd_lab.cluster.lease import Lease, LeaseTerms
 from nanopd_lab.cluster.messages import (
@@ -31,6 +30,7 @@ from nanopd_lab.cluster.messages import (
     ToWorker,
     Usage,
 )
+from nanopd_lab.cluster.positions import Positions, compact
 from nanopd_lab.core import FinishReason, Request, SampledToken, Sequence, StepPlan
 from nanopd_lab.engine.decode_run import advance, equal_steps
 from nanopd_lab.engine.handover import HandoverScheduler
@@ -53,8 +53,8 @@ class Try:
     lease: Lease | None = None  # on the source, once all is computed
     # On the target: what the source has, which blocks are here, which are on their way.
     offer: Published | None = None
-    arrived: set[int] = field(default_factory=set)
-    under_way: dict[int, tuple[int, ...]] = field(default_factory=dict)  # positions by pull
+    arrived: Positions = field(default_factory=Positions)
+    under_way: dict[int, range | tuple[int, ...]] = field(default_factory=dict)  # positions by pull
     spent: Published | None = None  # an offer of which a block was gone already
     waits_since: float = 0.0
     renew_at: float = 0.0
@@ -65,16 +65,15 @@ class Try:
 
 def missing_blocks(offered: int, arrived: Container[int], under_way: Container[int]) -> list[int]:
     """Positions in the block table that can be pulled now: the source offers the first `offered` of them, and what is
-    here or on its way need not be asked for again."""
+    here or on its way need not be asked for again. In ascending order."""
     return [position for position in range(offered) if position not in arrived and position not in under_way]
 
 
-def _picker(positions: list[int]) -> Callable[[Seq[int]], Seq[int]]:
-    """Takes the values at these positions, which mostly follow each other: a slice is quicker."""
-    first, behind = positions[0], positions[-1] + 1
-    return (
-        itemgetter(slice(first, behind)) if positions == [*range(first, behind)] else itemgetter(*positions)
-    )
+def _picked(values: Seq[int], positions: range | tuple[int, ...]) -> Seq[int]:
+    """The values at these positions, which mostly follow each other: a slice is quicker."""
+    if isinstance(positions, range):
+        return values[positions.start : positions.stop]
+    return [values[position] for position in positions]
 
 
 class WorkerCore:
@@ -205,7 +204,7 @@ class WorkerCore:
     def _reserve(self) -> None:
         for sequence in self.scheduler.reserve(self._offered):
             each = self._tries[sequence.request.request_id]
-            each.arrived = set(range(sequence.num_computed // self.scheduler.block_size))
+            each.arrived = Positions(sequence.num_computed // self.scheduler.block_size)
             each.usage.reserved, each.usage.first_cached = self.now, sequence.num_computed
             each.waits_since = self.now
             self._pull(each)
@@ -302,10 +301,11 @@ class WorkerCore:
         if token is None and (sequence.preemptions, count) <= each.published:
             return
         each.published = (sequence.preemptions, count)
-        blocks = tuple(sequence.blocks[:count])
+        table = sequence.blocks[:count]
+        blocks: Seq[int] = table if isinstance(table, range) else tuple(table)
         self.outbox.append(Published(each.key, blocks, self.generations(blocks), end, token))
 
-    def generations(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
+    def generations(self, blocks: Seq[int]) -> Seq[int]:
         """Of blocks that are to be published."""
         return tuple(map(self.generation, blocks))
 
@@ -316,25 +316,27 @@ class WorkerCore:
         offer, sequence = each.offer, each.sequence
         if offer is None or offer is each.spent or sequence not in self.scheduler.receiving:
             return
-        busy = set().union(*each.under_way.values())
         whole = offer.token is not None and len(each.arrived) == len(sequence.blocks)
-        wanted = [] if whole else self.missing(len(offer.blocks), each.arrived, busy)
-        if wanted:
+        if not whole and (wanted := self._wanted(each, len(offer.blocks))):
             assert each.source is not None
-            pick = _picker(wanted)
+            positions = compact(wanted)
             pull = Pull(
                 self._next_pull,
                 each.source,
-                pick(offer.blocks),
-                pick(offer.generations),
-                pick(sequence.blocks),
+                _picked(offer.blocks, positions),
+                _picked(offer.generations, positions),
+                _picked(sequence.blocks, positions),
             )
             self._next_pull += 1
-            each.under_way[pull.pull_id] = tuple(wanted)
+            each.under_way[pull.pull_id] = positions
             self._pulling[pull.pull_id] = (each, offer)
             self.pulls.append(pull)
-        elif whole and not busy:
+        elif whole and not each.under_way:
             self._adopt(each, offer)
+
+    def _wanted(self, each: Try, offered: int) -> Seq[int]:
+        """Positions to pull now, in ascending order."""
+        return self.missing(offered, set(each.arrived), set().union(*each.under_way.values()))
 
     def _adopt(self, each: Try, offer: Published) -> None:
         assert offer.token is not None
@@ -361,7 +363,7 @@ class WorkerCore:
                 self._finish(each)
             return
         if result.status is PullStatus.DONE:
-            each.arrived.update(positions)
+            each.arrived.add(positions)
         elif result.status is PullStatus.STALE:
             # The source was preempted, or its lease ran out: it publishes again, or says that it failed.
             if each.offer is offer:

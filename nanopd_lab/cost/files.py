@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanopd_lab.cost.company import Company
-from nanopd_lab.cost.iteration import CapturedSizes, IterationModel
+from nanopd_lab.cost.iteration import COEFFICIENTS, CapturedSizes, IterationModel
 from nanopd_lab.cost.transfer_time import TransferModel
 
 SCHEMA = "nanopd-lab/cost-model/1"
@@ -46,7 +46,10 @@ class CostModel:
             "model": self.model,
             "device": self.device,
             "source": self.source,
-            "iteration": asdict(self.iteration),
+            "iteration": {
+                **{name: getattr(self.iteration, name) for name in COEFFICIENTS},
+                "captured": asdict(self.iteration.captured),
+            },
             "transfer": transfer,
             "fit": dict(self.fit),
             **({"company": asdict(self.company)} if self.company else {}),
@@ -130,7 +133,7 @@ def check_schema(record: Mapping[str, Any], wanted: str, name: str, way_out: str
 
 
 def _build(kind: Any, values: Mapping[str, Any]) -> Any:
-    known = [f.name for f in fields(kind) if f.name != "captured"]
+    known = [f.name for f in fields(kind) if f.init and f.name != "captured"]
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"unknown field {unknown[0]!r}; {kind.__name__} has {', '.join(known)}")
     if wrong := [n for n, v in values.items() if isinstance(v, bool) or not isinstance(v, int | float)]:

@@ -20,8 +20,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from nanopd_lab.cost.roofline import ChunkShape, ModelDims
 
@@ -100,7 +100,7 @@ class CapturedSizes:
     tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, sizes in vars(self).items():
+        for name, sizes in (("batches", self.batches), ("tokens", self.tokens)):
             if any(b <= a for a, b in zip((0, *sizes), sizes, strict=False)):
                 raise ValueError(f"{name} are {sizes}; sizes are positive and ascending")
 
@@ -151,10 +151,13 @@ class IterationModel:
     mixed_s: float = 0.0
     rows_s: float = 0.0
     captured: CapturedSizes = CapturedSizes()
+    # What decode steps of so many sequences take without their context, as far as somebody has asked.
+    _of_batch: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name != "captured" and not (math.isfinite(value) and value >= 0):
+        for name in COEFFICIENTS:
+            value: float = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; a coefficient is finite and not negative")
         if self.sharpness < 1:
             raise ValueError(f"sharpness is {self.sharpness}; it is at least 1 (weights and products add up)")
@@ -189,7 +192,10 @@ class IterationModel:
 
     def scaled(self, factor: float) -> IterationModel:
         """Of a device on which every step takes `factor` times as long."""
-        return replace(self, **{n: factor * value for n, value in vars(self).items() if n.endswith("_s")})
+        seconds: dict[str, Any] = {
+            name: factor * getattr(self, name) for name in COEFFICIENTS if name.endswith("_s")
+        }
+        return replace(self, **seconds)
 
     # ---- any step --------------------------------------------------------------------------------------
 
@@ -288,11 +294,6 @@ class IterationModel:
             self._of_batch[batch] = constant
         return constant + slope * total_context, slope * batch
 
-    @cached_property
-    def _of_batch(self) -> dict[int, float]:
-        """What decode steps of so many sequences take without their context, as far as somebody has asked."""
-        return {}
-
     def _host_steps(self, first: float, growth: float, most: int | None) -> float | int:
         """Steps at the beginning of a decode run for which the host takes longer; `most` of them, if given."""
         if first >= self.host_s:
@@ -300,6 +301,10 @@ class IterationModel:
         limit = math.inf if most is None else most
         until = (self.host_s - first) / growth if growth > 0 else math.inf
         return limit if until >= limit else math.ceil(until)
+
+
+COEFFICIENTS = tuple(each.name for each in fields(IterationModel) if each.init and each.name != "captured")
+"""The fields of an `IterationModel` that are numbers."""
 
 
 def _series_terms(first: float, growth: float, total: float) -> float:

@@ -46,6 +46,7 @@ class BlockManager:
         """
         copies: list[BlockCopy] = []
         blocks, start, size = sequence.blocks, sequence.num_computed, self.block_size
+        assert isinstance(blocks, list)
         for position in range(start // size, len(blocks)):
             block = blocks[position]
             if self.allocator.is_shared(block):

@@ -131,10 +131,12 @@ def _hand_out(scheduler: HandoverScheduler, events: Sequence[tuple[int, int, int
             if completes:
                 blocks.register(sequence, sequence.num_computed - steps + step)
             else:
-                blocks.grow_table(
-                    sequence.blocks, sequence.num_computed - steps + step, size, scheduler.allocator
-                )
+                table = sequence.blocks
+                assert isinstance(table, list)
+                blocks.grow_table(table, sequence.num_computed - steps + step, size, scheduler.allocator)
     elif events:
         taken = scheduler.allocator.allocate(len(events))
         for (_, _, place), block in zip(sorted(events), taken, strict=True):
-            running[place].blocks.append(block)
+            table = running[place].blocks
+            assert isinstance(table, list)
+            table.append(block)

@@ -123,7 +123,7 @@ class HandoverScheduler(Scheduler):
                 break
             self.expected.remove(sequence)
             self.blocks.attach_cached(sequence)
-            self.blocks.grow_table(sequence.blocks, len(sequence.tokens), self.block_size, self.allocator)
+            self.blocks.extend(sequence, sequence.remaining)
             self.receiving.append(sequence)
             found.append(sequence)
         return found

@@ -19,6 +19,7 @@ import heapq
 from collections.abc import Sequence as Seq
 
 from nanopd_lab.core import FinishReason, SampledToken, Sequence, StepPlan
+from nanopd_lab.engine.counted_tables import CountedTables
 from nanopd_lab.engine.decode_run import admission_blocked
 from nanopd_lab.engine.handover import HandoverScheduler
 from nanopd_lab.kv import CountedBlocks, blocks_for
@@ -52,6 +53,7 @@ class LockstepScheduler(HandoverScheduler):
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            block_manager=lambda _, size: CountedTables(pool, size),
         )
         self.pool = pool
         self.token = token
@@ -115,7 +117,7 @@ class LockstepScheduler(HandoverScheduler):
             sequence.cumulative_logprob += self.token.logprob * done
         more = blocks_for(sequence.num_computed + self._under_way, size) - len(sequence.blocks)
         if more > 0:
-            sequence.blocks += self.pool.name(more)
+            sequence.blocks = self.pool.name(sequence.blocks, more)
 
     def _leave(self, sequence: Sequence) -> None:
         """Write down what a parked sequence has, and forget it here."""

@@ -27,6 +27,7 @@ Rules, in the order in which a step is filled:
 from __future__ import annotations
 
 import bisect
+import operator
 from collections import deque
 from collections.abc import Callable, Container, Iterable, MutableSequence
 from collections.abc import Sequence as Seq
@@ -521,10 +522,8 @@ class Scheduler:
         return [*self.waiting, *self.running]
 
     def _check_counts(self, counts: Seq[int], num_decodes: int, left: Seq[int]) -> None:
-        legal = len(counts) == len(left) and num_decodes + sum(counts) <= self.budget
-        for count, most in zip(counts, left, strict=False):
-            legal = legal and 0 <= count <= most
-        if not legal:
+        fits = len(counts) == len(left) and num_decodes + sum(counts) <= self.budget
+        if not (fits and all(map(operator.le, counts, left)) and min(counts, default=0) >= 0):
             raise ValueError(
                 f"the chunk policy returned {list(counts)} for prompts with {list(left)} tokens "
                 f"left, {num_decodes} decodes and a budget of {self.budget}; each count must lie between 0 and what "

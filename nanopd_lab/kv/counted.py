@@ -21,6 +21,8 @@ class CountedBlocks:
     Args:
         num_blocks: size of the pool
         first: number of the first block that is handed out; they ascend from there
+
+    The blocks of a table follow each other, however it grows: it is a range, and has `num_blocks` numbers to itself.
     """
 
     enable_prefix_caching = False
@@ -30,7 +32,6 @@ class CountedBlocks:
             raise ValueError(f"num_blocks is {num_blocks}; a pool needs at least 1 block")
         self.num_blocks = self.num_free = num_blocks
         self._next = first
-        self._next_unnamed = -1
         self._handed_out = 0
         self._peak_used = 0
         # The free blocks form a queue. Tables that are watched, by their first block: None while somebody holds them,
@@ -45,22 +46,23 @@ class CountedBlocks:
     def allocate(self, count: int) -> list[int]:
         """See `Allocator`."""
         self.take(count)
-        first = self._next
-        self._next = first + count
-        return list(range(first, first + count))
+        return list(self.name((), count))
 
     def take(self, count: int) -> None:
-        """As `allocate`, without naming the blocks; `name` some of them later. Raises OutOfBlocks."""
+        """As `allocate`, without naming the blocks; `name` does. Raises OutOfBlocks."""
         if count > self.num_free:
             raise OutOfBlocks(f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free")
         self.num_free -= count
         self._handed_out += count
 
-    def name(self, count: int) -> range:
-        """Numbers for so many blocks that were taken without; nobody can pull from these."""
-        first = self._next_unnamed
-        self._next_unnamed = first - count
-        return range(first, first - count, -1)
+    def name(self, table: Sequence[int], count: int) -> range:
+        """The table with so many blocks more, which were taken without a name."""
+        if isinstance(table, range):
+            return range(table.start, table.stop + count)
+        assert not table, "a table that is not empty is a range"
+        first = self._next
+        self._next = first + self.num_blocks
+        return range(first, first + count)
 
     def release(self, blocks: Sequence[int]) -> None:
         """See `Allocator`; takes a whole table."""

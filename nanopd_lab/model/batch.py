@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from nanopd_lab.attention.base import AttentionMetadata, PackedLengths
-from nanopd_lab.core import PENDING, Chunk
+from nanopd_lab.core import PENDING, BlockTable, Chunk
 from nanopd_lab.kv import blocks_for
 
 
@@ -110,7 +110,7 @@ class TableMemory:
 
     def __init__(self) -> None:
         self._tables = np.zeros((0, 0), np.int32)
-        self._lists: list[list[int]] = []  # kept, so that no other list gets the id of one of them
+        self._lists: list[BlockTable] = []  # kept, so that no other list gets the id of one of them
         self._ids: list[int] = []
 
     def fill(

@@ -123,6 +123,13 @@ class Fleet(Sequence[WorkerView]):
         return self._list()[index]
 
 
+def num_targets(workers: Sequence[WorkerView]) -> int:
+    """How many may decode."""
+    if isinstance(workers, Fleet):
+        return len(workers.targets)
+    return sum(worker.role.decodes for worker in workers)
+
+
 def least(workers: Sequence[WorkerView], key: Key, other_than: str | None = None) -> WorkerView | None:
     """`Fleet.least`, for any sequence of workers."""
     if isinstance(workers, Fleet):

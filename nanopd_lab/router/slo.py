@@ -33,7 +33,7 @@ class Slo(NamedTuple):
         found: dict[str, float] = {}
         for item in items:
             name, _, value = item.partition(":")
-            if name not in NAMES:
+            if name not in NAMES or not value:
                 raise ValueError(f"goodput {item!r}; write ttft:500, tpot:100 or e2el:5000, in ms")
             if NAMES[name] in found:
                 raise ValueError(f"goodput {item!r}: {name} is given twice; give each objective once")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nanopd_lab.core import Route
-from nanopd_lab.router.fleet import Fleet, least
+from nanopd_lab.router.fleet import Fleet, least, num_targets
 from nanopd_lab.router.policy import Decision, JobView, Role, WorkerView
 
 
@@ -60,7 +60,7 @@ class Disaggregated:
         decoder = least(workers, _decoding)
         if decoder is None:
             return None
-        if least(workers, _decoding, decoder.name) is None:
+        if num_targets(workers) == 1:
             # A source needs somebody else to hand over to.
             workers = [worker for worker in workers if worker is not decoder]
             source = least(_prefer(job, workers), _prefilling) or least(workers, _prefilling)
@@ -69,8 +69,11 @@ class Disaggregated:
             source = least(_prefer(job, workers), _prefilling) or least(workers, _prefilling)
             if source is None:
                 return None
-            target = least(_prefer(job, workers), _decoding, source.name)
-            target = target or least(workers, _decoding, source.name)
+            if job.avoid or decoder is source:
+                target = least(_prefer(job, workers), _decoding, source.name)
+                target = target or least(workers, _decoding, source.name)
+            else:
+                target = decoder
         if source is None or target is None:
             return None
         return Decision(

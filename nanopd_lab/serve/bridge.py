@@ -47,7 +47,7 @@ class Bridge:
     """Requests of asyncio through one cluster.
 
     Args:
-        cluster: whose outputs nobody else polls; with launcher "process"
+        cluster: whose outputs nobody else polls; with a launcher other than "inline"
         settled: is told of every request whose accounts are complete, in the bridge's thread
 
     Raises:
@@ -57,7 +57,7 @@ class Bridge:
     def __init__(
         self, cluster: Cluster, settled: Callable[[ClusterOutput], None] = lambda output: None
     ) -> None:
-        if cluster.config.launcher != "process":
+        if cluster.config.launcher == "inline":
             raise ValueError(
                 f"launcher is {cluster.config.launcher!r}, and a server needs a cluster that runs by itself; use "
                 '"process"'

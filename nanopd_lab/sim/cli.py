@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -137,6 +139,9 @@ def run(args: argparse.Namespace) -> int:
     """Simulate, print a summary, write the files asked for."""
     from nanopd_lab.sim.simulator import uncollected
 
+    atexit.register(
+        gc.freeze
+    )  # all that is left of a million requests need not be looked through on the way out
     with uncollected():
         return _run(args)
 

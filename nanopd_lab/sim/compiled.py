@@ -1,9 +1,10 @@
 """The simulator compiled to C by mypyc: the same source files, without the interpreter between their lines.
 
 A simulation is a great many short steps through scheduler, controller and clock, and half of its time is Python's own
-bookkeeping. mypyc, which comes with mypy, translates typed modules as they are, so nothing is written twice. The
-package is copied to the user's cache and compiled there, once for each state of the source: a checkout stays plain
-Python, which notebooks change and debuggers step through. Whoever wants the compiled one puts the folder in front:
+bookkeeping. mypyc, which comes with mypy, translates typed modules as they are, so nothing is written twice; only the
+constructors that Python makes as a program starts are written out for it first (`sim.constructors`). The package is
+copied to the user's cache and compiled there, once for each state of the source: a checkout stays plain Python, which
+notebooks change and debuggers step through. Whoever wants the compiled one puts the folder in front:
 
     PYTHONPATH=$(nanopd-lab compile-simulator) nanopd-lab simulate ...
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from nanopd_lab.cache import cache_dir
 from nanopd_lab.resources import cuda_dir, data_dir
+from nanopd_lab.sim.constructors import write_out_constructors
 
 MODULES = (
     "core",
@@ -28,23 +30,36 @@ MODULES = (
     "kv/counted",
     "kv/tables",
     "engine/block_manager",
+    "engine/counted_tables",
     "engine/decode_run",
     "engine/handover",
     "engine/lockstep",
+    "engine/policies",
     "engine/scheduler",
     "cluster/accounts",
     "cluster/actions",
+    "cluster/asking",
     "cluster/controller",
+    "cluster/lease",
     "cluster/messages",
+    "cluster/positions",
     "cluster/worker",
+    "cost/iteration",
+    "router/fleet",
+    "router/policy",
+    "router/static",
+    "router/veil",
     "sim/clock",
+    "sim/host",
+    "sim/links",
     "sim/shard",
     "sim/simulator",
     "sim/timing",
     "sim/worker",
+    "sim/workload",
 )
-"""What every event of a simulation passes through. Policies and cost models stay as they are: they are what people
-replace."""
+"""What every event of a simulation passes through, up to the simplest policies. Those that estimate stay as they are:
+they are what people replace."""
 
 # What these modules name in annotations only need not be looked through.
 _MYPY = """[mypy]
@@ -78,6 +93,9 @@ def compiled_root() -> Path:
         shutil.copytree(
             package, root / package.name, ignore=shutil.ignore_patterns("__pycache__", "_data", "_cuda")
         )
+        for name in MODULES:
+            module = root / package.name / f"{name}.py"
+            module.write_text(write_out_constructors(module.read_text()))
         (root / "mypy.ini").write_text(_MYPY)
         command = [sys.executable, "-m", "mypyc", *(f"{package.name}/{name}.py" for name in MODULES)]
         environment = {**os.environ, "PYTHONPATH": "", "MYPYC_OPT_LEVEL": "2", "MYPYC_DEBUG_LEVEL": "0"}
@@ -90,7 +108,11 @@ def compiled_root() -> Path:
         shutil.rmtree(root / "build")
         (root / "data").symlink_to(data_dir())
         (root / "cuda").symlink_to(cuda_dir())
-        root.rename(target)  # atomic: another process sees all of it or nothing
+        try:
+            root.rename(target)  # atomic: another process sees all of it or nothing
+        except OSError:
+            if not target.exists():  # else another process has compiled the same meanwhile
+                raise
     return target
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from nanopd_lab.cost.transfer_time import TransferModel
 from nanopd_lab.sim.clock import EventQueue, Kind
@@ -28,7 +29,7 @@ class Flow:
     target: str
     started: float
     left_bytes: float
-    payload: object
+    payload: Any
     rate: float = 0.0
     since: float = 0.0
     turn: int = 0  # the order of the event at which its setup or its last byte is due
@@ -46,7 +47,7 @@ class Links:
     arriving: dict[str, dict[Flow, None]] = field(default_factory=dict)
     flows: dict[Flow, None] = field(default_factory=dict)
 
-    def start(self, source: str, target: str, blocks: int, num_bytes: int, payload: object) -> Flow:
+    def start(self, source: str, target: str, blocks: int, num_bytes: int, payload: Any) -> Flow:
         """Begin a pull of `blocks` blocks, `num_bytes` together."""
         now = self.queue.now
         flow = Flow(source, target, now, float(num_bytes), payload)

@@ -340,7 +340,7 @@ class Simulator:
         }
         scheduler: HandoverScheduler
         if config.skip and not config.enable_prefix_caching:
-            pool = CountedBlocks(config.num_blocks, self._lives << 32)
+            pool = CountedBlocks(config.num_blocks, self._lives << 44)
             scheduler = LockstepScheduler(pool, token=TOKEN, **options)
         else:
             allocator = BlockAllocator(config.num_blocks, config.enable_prefix_caching)

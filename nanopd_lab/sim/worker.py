@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from itertools import filterfalse
 
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
@@ -99,19 +98,21 @@ class SimCore(WorkerCore):
             self.lockstep.unpark()
         super().report_all()
 
-    @staticmethod
-    def missing(offered: int, arrived: Container[int], under_way: Container[int]) -> list[int]:
-        """See `missing_blocks`; without a loop of Python's."""
-        left = filterfalse(arrived.__contains__, range(offered))
-        return list(filterfalse(under_way.__contains__, left) if under_way else left)
+    def _wanted(self, each: Try, offered: int) -> Seq[int]:
+        behind = each.arrived.first  # of what is here or on its way, mostly without gaps
+        for positions in each.under_way.values():
+            if not isinstance(positions, range) or positions.start != behind:
+                return super()._wanted(each, offered)
+            behind = positions.stop
+        return super()._wanted(each, offered) if each.arrived.others else range(behind, offered)
 
-    def generations(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
-        """See `WorkerCore`; a counted block never gets a second one."""
+    def generations(self, blocks: Seq[int]) -> Seq[int]:
+        """See `WorkerCore`; a counted block's number never comes back, and is as good as a generation."""
         if self.lockstep is None:
             return super().generations(blocks)
         if blocks:
             self.lockstep.pool.watch(blocks)
-        return (0,) * len(blocks)
+        return blocks
 
     def _sampled(self, sequence: Sequence, new: Seq[int]) -> tuple[SampledToken, ...]:
         return (TOKEN,) * len(new)

@@ -17,6 +17,7 @@ from nanopd_lab.sim.arrivals import Arrivals
 FIRST_PROMPT_TOKEN = (
     1 << 20
 )  # prompts of different requests differ from it on, so that none is found in a cache
+_BLANK = array("b", (0,))
 HASH_TOKENS = 512  # as in Mooncake's traces
 
 
@@ -67,7 +68,7 @@ class SimRequest:
     def prompt(self, number: int | None) -> array[int]:
         """Token ids; `number` makes them differ from those of other requests. None: nobody looks at them."""
         if number is None:
-            return array("b", (0,)) * self.prompt_tokens
+            return _BLANK * self.prompt_tokens
         found = array("i")
         for name, count in self.shared():
             found += array("i", (name,)) * count

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-CONNECT_S = 5.0
-LOOPBACK = "127.0.0.1"
+from nanopd_lab.transfer.pull_service import CONNECT_S
+
 _LOOK_S = 2e-5  # between two looks at whether NCCL has ended; it takes a pull's chunk some 100 us
 _FOREVER_S = 3600.0
 
@@ -42,13 +42,13 @@ def listening_store(host: str) -> dist.TCPStore:
     )
 
 
-def reached_store(host: str, port: int) -> dist.TCPStore:
+def reached_store(host: str, port: int, seconds: float = CONNECT_S) -> dist.TCPStore:
     """The same from the other side.
 
     Raises:
         RuntimeError: nobody listens there.
     """
-    return dist.TCPStore(host, port, None, False, _seconds(CONNECT_S), wait_for_workers=False)
+    return dist.TCPStore(host, port, None, False, _seconds(min(seconds, CONNECT_S)), wait_for_workers=False)
 
 
 class PairGroup:

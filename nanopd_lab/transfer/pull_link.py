@@ -1,4 +1,4 @@
-"""The reader's side of `torchdist`: for every source a thread that pulls from it, a connection and a process group."""
+"""The reader's side of transports whose source answers: for every source a thread that pulls from it, and a channel."""
 
 from __future__ import annotations
 
@@ -7,52 +7,48 @@ import queue
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, MutableSequence, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nanopd_lab.transfer.base import Pool, PoolAddress
-from nanopd_lab.transfer.process_groups import CONNECT_S, PairGroup, reached_store
-from nanopd_lab.transfer.pull_service import WINDOW, line_of
+from nanopd_lab.transfer.pull_service import CONNECT_S, line_of
 from nanopd_lab.transfer.pulls import Job
-from nanopd_lab.transfer.staging import Staging
+
+START_S = 60.0  # for the other side to begin; a NIXL agent takes half a second, on busy cores several
 
 
-class Channel:
-    """The reader's end of a connection to a source, and of the process group beside it.
+class Channel(ABC):
+    """The reader's end of a connection to a source, and of what carries the bytes beside it.
 
     Raises:
         OSError: nobody answers, or somebody else.
     """
 
-    def __init__(self, details: dict[str, Any], device: torch.device) -> None:
-        self._host, self._device = details["host"], device
-        self._socket = socket.create_connection((self._host, details["port"]), timeout=CONNECT_S)
-        self._group: PairGroup | None = None
+    def __init__(self, details: dict[str, Any], own: Pool, seconds: float = CONNECT_S) -> None:
+        self.host, self.own = details["host"], own
+        self._socket = socket.create_connection((self.host, details["port"]), timeout=max(seconds, 1e-3))
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._lines = self._socket.makefile("rb")
-            self._socket.sendall(line_of({"token": details["token"]}))
-            self._met = self._line()
+            self.say({"token": details["token"]})
+            self.met = self.hear(seconds)
         except BaseException:
-            self.close()
+            self._socket.close()
             raise
 
-    def join(self) -> PairGroup:
-        """Make the process group, once."""
-        if self._group is None:
-            store = dist.PrefixStore(str(self._met["pair"]), reached_store(self._host, self._met["store"]))
-            self._group = PairGroup(store, 1, self._socket.getsockname()[0], self._device)
-        return self._group
+    @abstractmethod
+    def join(self, seconds: float) -> None:
+        """Make what carries the bytes, if it is not there yet, within so many seconds."""
 
+    @abstractmethod
     def pull(
         self,
         blocks: Sequence[int],
         targets: Sequence[int],
-        staging: Staging,
         after: torch.cuda.Event | None,
         stopped: Callable[[], bool],
         seconds: Callable[[], float],
@@ -66,22 +62,6 @@ class Channel:
         Raises:
             OSError, RuntimeError: the source is gone or too slow; the channel is of no use any more.
         """
-        group, step = self.join(), staging.blocks_each
-        parts = [slice(first, first + step) for first in range(0, len(blocks), step)]
-        flying: list[list[dist.Work]] = []
-        for number, part in enumerate(parts):
-            while len(flying) < min(number + WINDOW, len(parts)) and not stopped():
-                asked = parts[len(flying)]
-                # Asked for first: NCCL's first receive waits until the other side sends.
-                self._socket.sendall(line_of({"blocks": list(blocks[asked]), "seconds": seconds()}))
-                places = staging.incoming(len(flying), targets[asked])
-                flying.append([group.receive(each) for each in places])
-            if number == len(flying):
-                return
-            for work in flying[number]:
-                group.wait(work, seconds())
-            flying[number] = []
-            staging.take_in(number, targets[part], after)
 
     def generations(self, blocks: Sequence[int], seconds: float) -> list[int]:
         """What they are there by now.
@@ -89,44 +69,62 @@ class Channel:
         Raises:
             OSError: as `pull`.
         """
-        self._socket.settimeout(max(seconds, 1e-3))
-        self._socket.sendall(line_of({"check": list(blocks)}))
-        return self._line()["generations"]
+        self.say({"check": list(blocks)})
+        return self.hear(seconds)["generations"]
 
-    def _line(self) -> dict[str, Any]:
+    @property
+    def address(self) -> str:
+        """Of this machine, as the source sees it."""
+        return self._socket.getsockname()[0]
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Send a line."""
+        self._socket.sendall(line_of(message))
+
+    def hear(self, seconds: float) -> dict[str, Any]:
+        """The next line, within so many seconds."""
+        self._socket.settimeout(max(seconds, 1e-3))
         line = self._lines.readline()
         if not line.endswith(b"\n"):
             raise ConnectionError("the source has closed the connection")
         return json.loads(line)
 
-    def close(self) -> None:
-        """End what is under way, with an error. From any thread; safe to call twice."""
+    def interrupt(self) -> None:
+        """End what is under way, with an error. From any thread."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        if self._group is not None:
-            self._group.abort()
+
+    def close(self) -> None:
+        """When it returns, no target block is written any more. From the thread that pulls; safe to call twice."""
+        self.interrupt()
         self._socket.close()
 
 
 class Link:
-    """A source as its reader sees it: a thread that pulls from it, and makes a new channel where one has failed."""
+    """A source as its reader sees it: a thread that pulls from it, and makes a new channel where one has failed.
+
+    Args:
+        make: a channel, in so many seconds; called here once, and afterwards by the thread
+        heard: where generations go that the source says; None: this process can look itself
+        done: gets jobs that have ended, why, and when
+        name: of the transport
+    """
 
     def __init__(
         self,
         address: PoolAddress,
-        own: Pool,
+        make: Callable[[float], Channel],
         heard: MutableSequence[int] | None,
         done: queue.SimpleQueue[Any],
+        name: str,
     ) -> None:
-        self._address, self._own, self._heard, self._done = address, own, heard, done
-        self._channel: Channel | None = Channel(address.details, own.memory.device)
+        self._worker, self._make, self._heard, self._done = address.worker, make, heard, done
+        self._channel: Channel | None = make(CONNECT_S)
         self._todo: queue.SimpleQueue[tuple[Job, Any] | None] = queue.SimpleQueue()
         self._closed = False
         self._starting = threading.Lock()
         self._current: Job | None = None
-        self.thread = threading.Thread(
-            target=self._run, name=f"nanopd-torchdist-{address.worker}", daemon=True
-        )
+        self.thread = threading.Thread(target=self._run, name=f"nanopd-{name}-{self._worker}", daemon=True)
         self.thread.start()
 
     def put(self, job: Job, after: Any) -> None:
@@ -143,27 +141,26 @@ class Link:
         self._closed = True
         self._todo.put(None)
         if (channel := self._channel) is not None:
-            channel.close()
+            channel.interrupt()
 
     def _run(self) -> None:
-        staging = Staging(self._own, WINDOW)
         with suppress(OSError, RuntimeError, ValueError):  # the first pull will say what is wrong
-            self._joined()
+            self._joined(START_S)
         while (item := self._todo.get()) is not None:
-            self._done.put((item[0], self._fetch(staging, *item), time.monotonic()))
+            self._done.put((item[0], self._fetch(*item), time.monotonic()))
             del item  # an idle thread keeps no job
         if self._channel is not None:
             self._channel.close()
 
-    def _joined(self) -> Channel:
+    def _joined(self, seconds: float) -> Channel:
         if self._channel is None:
-            self._channel = Channel(self._address.details, self._own.memory.device)
-            if self._closed:
-                self._channel.close()
-        self._channel.join()
+            self._channel = self._make(min(seconds, CONNECT_S))
+        if self._closed:  # perhaps before it was there to be interrupted
+            self._channel.interrupt()
+        self._channel.join(seconds)
         return self._channel
 
-    def _fetch(self, staging: Staging, job: Job, after: Any) -> str | None:
+    def _fetch(self, job: Job, after: Any) -> str | None:
         """Why it failed, None if it did not."""
 
         def seconds() -> float:
@@ -178,8 +175,8 @@ class Link:
             self._current = job
         pull = job.pull
         try:
-            channel = self._joined()
-            channel.pull(pull.source_blocks, pull.target_blocks, staging, after, stopped, seconds)
+            channel = self._joined(min(seconds(), START_S))
+            channel.pull(pull.source_blocks, pull.target_blocks, after, stopped, seconds)
             if self._heard is not None and not stopped():
                 found = channel.generations(pull.source_blocks, seconds())
                 for block, generation in zip(pull.source_blocks, found, strict=True):
@@ -188,7 +185,7 @@ class Link:
             failed, self._channel = self._channel, None
             if failed is not None:
                 failed.close()
-            return f"{self._address.worker} did not send: {type(error).__name__}: {error}"
+            return f"{self._worker} did not send: {type(error).__name__}: {error}"
         finally:
             self._current = None
         return None

@@ -10,7 +10,8 @@ import torch
 
 from nanopd_lab.transfer.base import Pool, TransferError, Transport
 
-TRANSPORTS = ("inproc", "shm", "p2p", "pinned", "torchdist")
+TRANSPORTS = ("inproc", "shm", "p2p", "pinned", "torchdist", "nixl")
+NETWORKED = ("torchdist", "nixl")  # between machines; may be followed by ":HOST"
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,27 @@ def create_transport(
 
     Args:
         name: one of `TRANSPORTS`, or "auto" for what `choose_transport` says; "torchdist:HOST" listens at that address
-            of this machine instead of loopback
+            of this machine instead of loopback; "auto+nixl:HOST" is one inside a machine and one between machines
         devices: of all workers; for "auto"
         one_process: all workers live in this process; for "auto"
         pools: for 'inproc', which needs it: the mapping that all workers of the process share
-        options: of the transport's constructor
+        options: of the transport's constructor; with a +, that of the one between machines, and `host_identity`, for
+            those who are not to share memory though they could
 
     Raises:
         TransferError: unknown name, or 'inproc' without `pools`.
     """
+    inside, plus, between = name.partition("+")
+    if plus:
+        from nanopd_lab.transfer.mixed import MixedTransport
+        from nanopd_lab.transfer.offers import host_identity
+
+        host = options.pop("host_identity", host_identity())
+        return MixedTransport(
+            create_transport(inside, devices, one_process, pools),
+            create_transport(between, shared_tables=False, **options),
+            host,
+        )
     if name == "auto":
         name = choose_transport(devices, one_process).name
     # Imported when asked for: who has no GPU need not load what drives one.
@@ -111,9 +124,11 @@ def create_transport(
     if name.partition(":")[0] == "torchdist":
         from nanopd_lab.transfer.torchdist import TorchDistTransport
 
-        if host := name.partition(":")[2]:
-            options["host"] = host
-        return TorchDistTransport(**options)
+        return TorchDistTransport(**_host_of(name), **options)
+    if name.partition(":")[0] == "nixl":
+        from nanopd_lab.transfer.nixl import NixlTransport
+
+        return NixlTransport(**_host_of(name), **options)
     raise TransferError(f"unknown transport {name!r}; choose from auto, {', '.join(TRANSPORTS)}")
 
 
@@ -123,8 +138,16 @@ def check_transport(name: str, devices: Sequence[torch.device]) -> None:
     Raises:
         TransferError: an unknown name, or a transport for other memory than theirs.
     """
-    if name.startswith("torchdist:"):  # an address behind it
-        name = "torchdist"
+    inside, plus, between = name.partition("+")
+    if plus:
+        if between.partition(":")[0] not in NETWORKED or inside.partition(":")[0] in NETWORKED:
+            raise TransferError(
+                f"transport {name!r}: in front of the + stands one inside a machine (auto, shm, p2p, pinned), behind "
+                f"it one between machines ({', '.join(NETWORKED)}), as in auto+nixl:HOST"
+            )
+        name = inside
+    if name.partition(":")[0] in NETWORKED:  # an address may stand behind it
+        name = name.partition(":")[0]
     if name != "auto" and name not in TRANSPORTS:
         raise TransferError(f"unknown transport {name!r}; choose from auto, {', '.join(TRANSPORTS)}")
     if name in ("p2p", "pinned") and any(device.type == "cpu" for device in devices):
@@ -136,6 +159,11 @@ def check_transport(name: str, devices: Sequence[torch.device]) -> None:
             "transport 'inproc' is for workers of one process, and these are processes of their own; choose auto, "
             'or set launcher="inline"'
         )
+
+
+def _host_of(name: str) -> dict[str, Any]:
+    host = name.partition(":")[2]
+    return {"host": host} if host else {}
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from nanopd_lab.bench.workload import Uniform, Workload, random_workload
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import LAUNCHERS, ClusterConfig
-from nanopd_lab.cluster.process import ProcessLauncher
+from nanopd_lab.cluster.launcher import WorkerLauncher
 from nanopd_lab.router.slo import Slo
 from nanopd_lab.sim.arrivals import Arrivals
 from nanopd_lab.viz.watch import Watch
@@ -58,7 +58,7 @@ class Cost(NamedTuple):
 def processor_s(cluster: Cluster) -> float:
     """Processor time so far of this process and of a cluster's workers, as far as the system tells."""
     found = time.process_time()
-    if isinstance(cluster.launcher, ProcessLauncher):
+    if isinstance(cluster.launcher, WorkerLauncher):
         for name in cluster.config.names:
             stat = Path(f"/proc/{cluster.launcher.pid(name)}/stat")
             if stat.exists():

@@ -23,7 +23,7 @@ from nanopd_lab.bench.pace import Pace
 from nanopd_lab.bench.recorder import Recorder
 from nanopd_lab.bench.workload import Fixed, Uniform, random_workload
 from nanopd_lab.cluster.inline import InlineLauncher
-from nanopd_lab.cluster.process import ProcessLauncher
+from nanopd_lab.cluster.launcher import WorkerLauncher
 from nanopd_lab.core import Route
 from nanopd_lab.router import Slo
 from nanopd_lab.sim.arrivals import Arrivals
@@ -299,7 +299,7 @@ def test_over_processes_a_death_is_survived_and_a_closed_cluster_ends_it() -> No
     )
     with Cluster(config) as cluster:
         launcher = cluster.launcher
-        assert isinstance(launcher, ProcessLauncher)
+        assert isinstance(launcher, WorkerLauncher)
         load = LiveLoad(cluster, random_requests(SHORT, cluster.vocab_size), 50.0)
         with Recorder(cluster, interval_s=0.05) as recorder:
             load.start()

@@ -21,7 +21,7 @@ from nanopd_lab.cli import main
 from nanopd_lab.cluster.actions import Limits
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import ClusterConfig
-from nanopd_lab.cluster.process import ProcessLauncher
+from nanopd_lab.cluster.launcher import WorkerLauncher
 from nanopd_lab.router import Slo
 from nanopd_lab.sim import SimRequest
 from nanopd_lab.sim.arrivals import Arrivals
@@ -104,7 +104,7 @@ def test_a_cap_on_concurrency_holds_and_waiting_counts_from_the_schedule(cluster
 def test_a_stalled_cluster_does_not_hold_the_sender_up(cluster: Cluster) -> None:
     """Workers are stopped before the run, and go on only once all requests have been sent."""
     launcher = cluster.launcher
-    assert isinstance(launcher, ProcessLauncher)
+    assert isinstance(launcher, WorkerLauncher)
     pids = [pid for name in cluster.config.names if (pid := launcher.pid(name)) is not None]
     seen: list[Progress] = []
 
@@ -130,7 +130,7 @@ def test_a_stalled_cluster_does_not_hold_the_sender_up(cluster: Cluster) -> None
 
 def test_what_is_not_finished_at_the_end_of_the_drain_has_failed(cluster: Cluster) -> None:
     launcher = cluster.launcher
-    assert isinstance(launcher, ProcessLauncher)
+    assert isinstance(launcher, WorkerLauncher)
     pid = launcher.pid("w1")
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
@@ -184,7 +184,7 @@ def test_a_full_queue_refuses_and_refused_requests_are_misses() -> None:
 def test_a_lost_cluster_ends_the_run_and_keeps_what_was_measured() -> None:
     with Cluster(replace(CONFIG, policy="collocated", workers=1, max_restarts=0)) as cluster:
         launcher = cluster.launcher
-        assert isinstance(launcher, ProcessLauncher)
+        assert isinstance(launcher, WorkerLauncher)
         pid = launcher.pid("w0")
         assert pid is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from nanopd_lab.bench import transfer, transfer_pairs
 from nanopd_lab.cli import main
+from nanopd_lab.transfer.nixl_agent import is_installed
 
 
 def test_bench_writes_a_record(
@@ -17,11 +19,12 @@ def test_bench_writes_a_record(
     monkeypatch.setattr(transfer, "LINK_BYTES", 1 << 20)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     path = tmp_path / "record.json"
+    between = ["torchdist", "nixl"] if is_installed() else ["torchdist"]
     arguments = [
         "--transports",
         "inproc",
         "shm",
-        "torchdist",
+        *between,
         "--shape",
         "tiny-qwen3",
         "--tokens",
@@ -37,7 +40,7 @@ def test_bench_writes_a_record(
     assert record["schema"] == transfer.SCHEMA
     assert record["provenance"]["commit"] is not None or record["provenance"]["date"]
     kinds = {(row["transport"], row["processes"], row["tokens"], row["in_flight"]) for row in record["rows"]}
-    expected = {("inproc", 1), ("shm", 1), ("shm", 2), ("torchdist", 1), ("torchdist", 2)}
+    expected = {("inproc", 1), ("shm", 1), ("shm", 2), *itertools.product(between, (1, 2))}
     assert kinds == {(*pair, tokens, count) for pair in expected for tokens in (20, 300) for count in (1, 4)}
     assert record["links_gb_s"].keys() == {"1", "2"}
     assert all(row["gb_s"] > 0 and row["fraction_of_link"] > 0 for row in record["rows"])
@@ -58,7 +61,7 @@ def test_wrong_bytes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--shape", "gpt-9"], "unknown shape 'gpt-9'; choose from"),
         (
             ["--transports", "pigeon"],
-            r"unknown transports ['pigeon']; choose from inproc, shm, p2p, pinned, torchdist",
+            r"unknown transports ['pigeon']; choose from inproc, shm, p2p, pinned, torchdist, nixl",
         ),
         (["--tokens", "0"], "must be at least 1"),
         (["--processes", "3"], "processes [3] 1 or 2"),
@@ -71,7 +74,10 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 
 def test_explain(capsys: pytest.CaptureFixture) -> None:
     assert main(["transfer", "explain", "--devices", "cpu", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("shm: ")
+    out = capsys.readouterr().out
+    assert out.startswith("shm: ")
+    assert "between machines: torchdist" in out
+    assert ("pip install" in out) == (not is_installed())
 
 
 def test_pairs_are_measured_both_ways(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanopd_lab import LLM, Cluster, ClusterConfig, SamplingParams
-from tests.cluster.test_process import finish, route, tokens_of, wait_for
+from tests.cluster.launched import finish, route, tokens_of, wait_for
 from tests.engine.test_token_identity import prompts
 
 pytestmark = pytest.mark.gpu

@@ -9,17 +9,21 @@ import torch
 
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullStatus, TransferError
 from tests.transfer.simulated_gpus import SimulatedEvent, SimulatedGpus
-from tests.transfer.workers import Worker, make_worker, results_of
+from tests.transfer.workers import Worker, make_worker, needs_nixl, results_of
 
 KINDS = [
     pytest.param(("inproc", "cpu"), id="inproc"),
     pytest.param(("shm", "cpu"), id="shm"),
     pytest.param(("torchdist", "cpu"), id="torchdist"),
+    pytest.param(("nixl", "cpu"), id="nixl", marks=needs_nixl),
+    pytest.param(("shm+torchdist", "cpu"), id="mixed-near"),
+    pytest.param(("shm+torchdist", "apart"), id="mixed-far"),
     pytest.param(("p2p", "simulated"), id="p2p-simulated"),
     pytest.param(("pinned", "simulated"), id="pinned-simulated"),
     pytest.param(("inproc", "cuda"), id="inproc-cuda", marks=pytest.mark.gpu),
     pytest.param(("p2p", "cuda"), id="p2p", marks=pytest.mark.gpu),
     pytest.param(("pinned", "cuda"), id="pinned", marks=pytest.mark.gpu),
+    pytest.param(("nixl", "cuda"), id="nixl-cuda", marks=[pytest.mark.gpu, needs_nixl]),
 ]
 Make = Callable[..., Worker]
 
@@ -38,7 +42,9 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     def build(name: str, num_blocks: int = 20, **options: object) -> Worker:
         # With several GPUs, workers are on different ones; with one they share it.
-        place = f"cuda:{len(made) % torch.cuda.device_count()}" if device == "cuda" else device
+        if device == "apart":
+            options["host_identity"] = name
+        place = f"cuda:{len(made) % torch.cuda.device_count()}" if device == "cuda" else "cpu"
         made.append(make_worker(kind, name, num_blocks, pools, device=place, **options))  # type: ignore[arg-type]
         return made[-1]
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from nanopd_lab.transfer.base import Pool, PoolAddress, PullStatus, TransferError
-from tests.transfer.workers import Remote, make_worker, remote_worker, results_of
+from tests.transfer.workers import Remote, make_worker, needs_nixl, remote_worker, results_of
 
 pytestmark = pytest.mark.gpu
 BLOCKS = 64
 SIZE = (36, 2, 8, 16, 128)  # a block of Qwen3-8B, 2.4 MB
 
 
-@pytest.fixture(params=["p2p", "pinned"])
+@pytest.fixture(params=["p2p", "pinned", pytest.param("nixl", marks=needs_nixl)])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Remote, Remote]]:
     """A source and a reader, both in processes of their own: a context that breaks is not that of the tests."""
     with ExitStack() as stack:

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 import torch
 
 from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullResult, TransferError, Transport
+from nanopd_lab.transfer.nixl_agent import INSTALL, is_installed
 from nanopd_lab.transfer.registry import create_transport
 
 SIZE = (3, 2, 8, 16)  # of a block: 1,536 bytes in bf16
 FOREVER = 60.0
+needs_nixl = pytest.mark.skipif(not is_installed(), reason=f"nixl is not installed: {INSTALL}")
 
 
 @dataclass
@@ -56,8 +59,9 @@ def make_worker(
     size: tuple[int, ...] = SIZE,
     device: str = "cpu",
     seed: int = 0,
+    **options: Any,
 ) -> Worker:
-    transport = create_transport(kind, pools=pools)
+    transport = create_transport(kind, pools=pools, **options)
     memory = transport.allocate((num_blocks, *size), torch.bfloat16, torch.device(device))
     fill(memory, seed)
     pool = Pool(memory, transport.generations(num_blocks))
@@ -92,9 +96,10 @@ def results_of(transport: Transport, count: int) -> dict[int, PullResult]:
 # ---- a source in a process of its own ----------------------------------------------------------------------
 
 
-def _serve(
+def serve(
     kind: str, name: str, num_blocks: int, size: tuple[int, ...], device: str, seed: int, pipe: Connection
 ) -> None:
+    """Do what the other end of the pipe says."""
     worker = make_worker(kind, name, num_blocks, size=size, device=device, seed=seed)
     pipe.send(worker.address)
     while (command := pipe.recv())[0] != "close":
@@ -114,9 +119,10 @@ def _obey(worker: Worker, seed: int, command: str, *given: Any) -> Any:
             return error
     elif command == "disconnect":
         worker.transport.disconnect(*given)
-    elif command == "pull":  # pull_id, source, blocks, targets; all of generation 0
-        pull_id, source, blocks, targets = given
-        worker.transport.start(Pull(pull_id, source, blocks, [0] * len(blocks), targets), soon())
+    elif command == "pull":  # pull_id, source, blocks, targets, seconds; all of generation 0
+        pull_id, source, blocks, targets, *seconds = given
+        deadline = time.monotonic() + seconds[0] if seconds else soon()
+        worker.transport.start(Pull(pull_id, source, blocks, [0] * len(blocks), targets), deadline)
     elif command == "results":
         return results_of(worker.transport, *given)
     elif command == "holds":  # in these blocks, those of a pool that was filled from this seed
@@ -155,7 +161,7 @@ def remote_worker(
     """A spawned process with a pool; killed at the end if it has not ended by itself."""
     context = process_context([device])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(kind, name, num_blocks, size, device, seed, theirs))
+    process = context.Process(target=serve, args=(kind, name, num_blocks, size, device, seed, theirs))
     process.start()
     theirs.close()
     try:

@@ -115,6 +115,7 @@ def register(subparsers: _Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the grid, print tables, write the file."""
+    from nanopd_lab.bench.regret.contenders import contender
     from nanopd_lab.bench.regret.runner import load, run_grid, write
 
     if args.table is not None:
@@ -138,7 +139,10 @@ def run(args: argparse.Namespace) -> int:
         if path is not None:
             write({**record, "provenance": provenance}, path)
 
-    record = run_grid(bench, _grid(args, bench), args.jobs, before, trace, save, progress=sys.stderr.isatty())
+    grid = _grid(args, bench)
+    for name in grid.policies:  # one that there isn't is refused before anything runs
+        contender(name, bench.workers_of(grid.cells[0]), bench.outlook(grid.cells[0]))
+    record = run_grid(bench, grid, args.jobs, before, trace, save, progress=sys.stderr.isatty())
     save(record)
     print(tables(record))
     print(

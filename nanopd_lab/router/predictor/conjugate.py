@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from scipy.special import stdtr, stdtrit
+from nanopd_lab.router.predictor.student_t import stdtr, stdtrit
 
 
 @dataclass
@@ -106,7 +106,7 @@ class StudentT(NamedTuple):
 
     def above(self, value: float) -> float:
         """The probability of more than `value`."""
-        return float(stdtr(self.df, (self.mean - value) / self.scale))
+        return stdtr(self.df, (self.mean - value) / self.scale)
 
     def quantile(self, p: float) -> float:
         """What is not exceeded with a probability of `p`."""
@@ -119,14 +119,14 @@ class StudentT(NamedTuple):
         less (integrate by parts).
         """
         df, a = self.df, (bound - self.mean) / self.scale
-        tail = float(stdtr(df, -a))
+        tail = stdtr(df, -a)
         if tail < 1e-290:  # nothing is left but the power law
             first = a * df / (df - 1)
             spread = a * a * df / ((df - 1) ** 2 * (df - 2))
         else:
             density = math.exp(_log_peak(df) - (df + 1) / 2 * math.log1p(a * a / df))
             first = density * (df + a * a) / (df - 1) / tail
-            lighter = float(stdtr(df - 2, -a * math.sqrt((df - 2) / df)))
+            lighter = stdtr(df - 2, -a * math.sqrt((df - 2) / df))
             spread = df * (df - 1) / (df - 2) * lighter / tail - df - first * first
         return self.mean + self.scale * first, self.scale**2 * max(0.0, spread)
 

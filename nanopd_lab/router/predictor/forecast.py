@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.special import stdtrit
 
 from nanopd_lab.router.lengths import check_remaining
 from nanopd_lab.router.predictor.conjugate import StudentT
 from nanopd_lab.router.predictor.shape import EDGES, between
+from nanopd_lab.router.predictor.student_t import stdtrit
 
 LONGEST = 40.0  # log lengths from here on are over any max_tokens
 

@@ -1,4 +1,4 @@
-"""torch.distributed between real processes, whose source may be killed or stopped at any moment."""
+"""The transports over a network between real processes, whose source may be killed or stopped at any moment."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import torch
 
 from nanopd_lab.transfer.base import Pool, PullStatus, TransferError
 from nanopd_lab.transfer.pull_service import line_of
+from nanopd_lab.transfer.registry import create_transport
 from nanopd_lab.transfer.staging import CHUNK_BYTES, DIRECT_BYTES
-from nanopd_lab.transfer.torchdist import TorchDistTransport
-from tests.transfer.workers import Remote, Worker, make_worker, remote_worker, results_of, soon
+from tests.transfer.workers import Remote, Worker, make_worker, needs_nixl, remote_worker, results_of, soon
 
 BLOCKS = 128
 SIZE = (8, 4, 3, 16, 256)  # 786 KB a block: a pull of all is several chunks
@@ -28,15 +28,20 @@ ALL = list(range(BLOCKS))
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into Linux's /proc")
 
 
+@pytest.fixture(params=["torchdist", pytest.param("nixl", marks=needs_nixl)])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
-def source() -> Iterator[Remote]:
-    with remote_worker("torchdist", "source", BLOCKS, SIZE) as remote:
+def source(kind: str) -> Iterator[Remote]:
+    with remote_worker(kind, "source", BLOCKS, SIZE) as remote:
         yield remote
 
 
 @pytest.fixture
-def reader() -> Iterator[Worker]:
-    worker = make_worker("torchdist", "reader", BLOCKS, size=SIZE, seed=9)
+def reader(kind: str) -> Iterator[Worker]:
+    worker = make_worker(kind, "reader", BLOCKS, size=SIZE, seed=9)
     yield worker
     worker.transport.close()
 
@@ -71,8 +76,10 @@ def test_between_processes(source: Remote, reader: Worker, far: bool) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before", "during"])
-def test_a_killed_source_fails_its_pulls_and_no_others(source: Remote, reader: Worker, moment: str) -> None:
-    with remote_worker("torchdist", "other", BLOCKS, SIZE, seed=5) as other:
+def test_a_killed_source_fails_its_pulls_and_no_others(
+    kind: str, source: Remote, reader: Worker, moment: str
+) -> None:
+    with remote_worker(kind, "other", BLOCKS, SIZE, seed=5) as other:
         reader.transport.connect(source.address)
         reader.transport.connect(other.address)
         if moment == "before":
@@ -91,8 +98,8 @@ def test_a_killed_source_fails_its_pulls_and_no_others(source: Remote, reader: W
         assert torch.equal(reader.bytes, other.expected)
 
 
-def test_a_killed_reader_leaves_the_source_to_others(source: Remote, reader: Worker) -> None:
-    with remote_worker("torchdist", "doomed", BLOCKS, SIZE) as doomed:
+def test_a_killed_reader_leaves_the_source_to_others(kind: str, source: Remote, reader: Worker) -> None:
+    with remote_worker(kind, "doomed", BLOCKS, SIZE) as doomed:
         doomed.ask("connect", source.address)
         doomed.ask("pull", 0, "source", ALL, ALL)
         doomed.kill()
@@ -140,15 +147,19 @@ def test_closing_waits_for_no_source_that_hangs(source: Remote, reader: Worker) 
 
 
 def names_of_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("nanopd-torchdist")]
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith(("nanopd-torchdist", "nanopd-nixl"))
+    ]
 
 
 @linux
-def test_nothing_stays_behind() -> None:
+def test_nothing_stays_behind(kind: str) -> None:
     before = set(names_of_threads())
 
     def once() -> None:
-        workers = [make_worker("torchdist", name, 8, seed=2) for name in ("one", "two")]
+        workers = [make_worker(kind, name, 8, seed=2) for name in ("one", "two")]
         one, two = workers
         one.transport.connect(two.address)
         two.transport.connect(one.address)
@@ -174,8 +185,8 @@ def held() -> list[int]:
 SCRIPT = """
 from tests.transfer.workers import make_worker, remote_worker, results_of, Worker
 if __name__ == "__main__":
-    with remote_worker("torchdist", "source", 8) as source, remote_worker("torchdist", "doomed", 8) as doomed:
-        reader = make_worker("torchdist", "reader", 8)
+    with remote_worker("{kind}", "source", 8) as source, remote_worker("{kind}", "doomed", 8) as doomed:
+        reader = make_worker("{kind}", "reader", 8)
         for remote in (source, doomed):
             reader.transport.connect(remote.address)
         source.ask("connect", reader.address)
@@ -187,11 +198,12 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parametrize("kind", ["torchdist", pytest.param("nixl", marks=needs_nixl)])
 @pytest.mark.parametrize("end", ["source.ask('close'); reader.transport.close()", "pass", "del reader"])
-def test_no_complaints_at_the_end(end: str, tmp_path: Path) -> None:
+def test_no_complaints_at_the_end(kind: str, end: str, tmp_path: Path) -> None:
     """Orderly or not. C++ aborts a process whose threads outlive what they belong to."""
     script, root = tmp_path / "script.py", Path(__file__).parents[2]
-    script.write_text(SCRIPT.replace("{end}", end))
+    script.write_text(SCRIPT.replace("{end}", end).replace("{kind}", kind))
     run = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, timeout=120,
@@ -199,8 +211,8 @@ def test_no_complaints_at_the_end(end: str, tmp_path: Path) -> None:
     assert (run.returncode, run.stderr, run.stdout) == (0, "", "done done\n")
 
 
-def test_small_blocks_travel_packed() -> None:
-    one, two = (make_worker("torchdist", name, 3000, seed=seed) for name, seed in (("one", 3), ("two", 4)))
+def test_small_blocks(kind: str) -> None:
+    one, two = (make_worker(kind, name, 3000, seed=seed) for name, seed in (("one", 3), ("two", 4)))
     assert 3000 * one.pool.block_bytes < CHUNK_BYTES["cpu"]
     two.transport.connect(one.address)
     order = torch.randperm(3000, generator=torch.Generator().manual_seed(0)).tolist()
@@ -239,8 +251,8 @@ def test_it_listens_on_loopback_unless_told_otherwise(source: Remote, reader: Wo
         assert set(listening) == {"0100007F"}
 
 
-def test_an_address_that_is_not_ours_is_named() -> None:
-    transport = TorchDistTransport(host="192.0.2.1")  # of the range for documentation
+def test_an_address_that_is_not_ours_is_named(kind: str) -> None:
+    transport = create_transport(f"{kind}:192.0.2.1")  # of the range for documentation
     pool = Pool(torch.zeros(4, 8), transport.generations(4))
     with pytest.raises(
         TransferError, match=r"cannot listen on '192\.0\.2\.1'.*give an address of this machine"

@@ -1,0 +1,162 @@
+"""Hosts on one machine, for a Ray cluster over them: each with its own network, processes, shared memory and clock.
+
+They are made of the kernel's namespaces and joined by a bridge, so that a host can be killed whole, its cable pulled,
+and its `time.monotonic()` be another's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanopd_lab.cluster import janitor
+
+AHEAD_S = 1000  # of the first host's clock, twice that of the second's
+
+
+def why_not() -> str | None:
+    """What keeps hosts from being made here, if anything does."""
+    if missing := [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]:
+        return f"needs the program {missing[0]}"
+    name = f"npdt{os.getpid()}"[:15]
+    for command in (
+        ["unshare", "--net", "--ipc", "--mount", "--pid", "--time", "--monotonic", "1", "--fork", "true"],
+        ["ip", "link", "add", name, "type", "bridge"],
+        ["ip", "link", "del", name],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            return f"{' '.join(command[:3])} is not permitted here: {done.stderr.strip()}"
+    return None
+
+
+@dataclass
+class Hosts:
+    """The head is this machine itself; `others` are those that can be cut off and killed."""
+
+    network: str
+    folder: Path
+    cpus: int
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    others: dict[str, tuple[str, subprocess.Popen[bytes]]] = field(default_factory=dict)
+
+    @property
+    def head(self) -> str:
+        return f"{self.network}.1"
+
+    @property
+    def address(self) -> str:
+        return f"{self.head}:6399"
+
+    def start_head(self, bridge: str) -> None:
+        run("ip", "link", "add", bridge, "type", "bridge")
+        own = f"{bridge}h"  # UCX leaves bridges alone
+        run("ip", "link", "add", own, "type", "veth", "peer", "name", f"{bridge}v1")
+        run("ip", "link", "set", f"{bridge}v1", "master", bridge, "up")
+        run("ip", "addr", "add", f"{self.head}/24", "dev", own)
+        run("ip", "link", "set", own, "up")
+        run("ip", "link", "set", bridge, "up")
+        self._ray([], self.head, "--head", "--port=6399", "--include-dashboard=false", "--no-monitor")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection((self.head, 6399), 1).close()
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise TimeoutError("Ray's head does not come up")
+
+    def start_other(self, bridge: str, number: int) -> None:
+        link, address = f"{bridge}v{number}", f"{self.network}.{number}"
+        apart = ["unshare", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc", "--time"]
+        inside = (
+            "mount -t tmpfs tmpfs /dev/shm; mount -t sysfs sysfs /sys; read up; "
+            "ip link set lo up; ip link set eth0 up; "
+            f'ip addr add {address}/24 dev eth0; exec "$0" "$@"'
+        )
+        clock = ["--monotonic", str((number - 1) * AHEAD_S)]
+        process = self._ray([*apart, *clock, "sh", "-c", inside], address, f"--address={self.address}")
+        self.others[address] = link, process
+        assert process.stdin is not None
+        # `unshare` itself stays in the network of its children.
+        while Path(f"/proc/{process.pid}/ns/net").readlink() == Path("/proc/self/ns/net").readlink():
+            assert process.poll() is None
+            time.sleep(0.01)
+        run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(process.pid))
+        run("ip", "link", "set", link, "master", bridge, "up")
+        process.stdin.write(b"up\n")
+        process.stdin.flush()
+
+    def _ray(self, before: list[str], address: str, *words: str) -> subprocess.Popen[bytes]:
+        folder = self.folder / address.rpartition(".")[2]
+        folder.mkdir()
+        environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "disabled",
+            # Who does not answer for 6 s is dead.
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "1000",
+            "RAY_health_check_failure_threshold": "6",
+        }
+        process = subprocess.Popen(
+            [
+                *before, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *words,
+                f"--node-ip-address={address}", f"--temp-dir={folder}", f"--num-cpus={self.cpus}",
+                "--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=(folder / "said").open("wb"),
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def pull_cable(self, address: str) -> None:
+        run("ip", "link", "set", self.others[address][0], "down")
+
+    def plug_cable(self, address: str) -> None:
+        run("ip", "link", "set", self.others[address][0], "up")
+
+    def kill(self, address: str) -> None:
+        """kill -9 of every process there, at once."""
+        self.others[address][1].kill()
+
+    def stop(self, bridge: str) -> None:
+        for process in self.started:
+            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+            process.wait()
+        janitor.clear(str(self.folder), 0.0)
+        # A host's network outlives its processes for as long as it has something to send.
+        for link in (*(each for each, _ in self.others.values()), f"{bridge}h", bridge):
+            subprocess.run(["ip", "link", "del", link], capture_output=True)
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@contextmanager
+def hosts(others: int, cpus: int) -> Iterator[Hosts]:
+    """A Ray cluster over this machine and `others` beside it."""
+    number = os.getpid()
+    bridge = f"npd{number % 1_000_000}"
+    made = Hosts(f"10.{64 + number % 64}.{number // 64 % 256}", Path(tempfile.mkdtemp(prefix="npd-")), cpus)
+    try:
+        made.start_head(bridge)
+        for each in range(others):
+            made.start_other(bridge, each + 2)
+        yield made
+    finally:
+        made.stop(bridge)
