@@ -44,7 +44,7 @@ def test_results_are_the_same_to_the_bit(tmp_path: Path) -> None:
 
 
 def _fleet(root: Path, target: Path) -> list[dict[str, object]]:
-    """Figures of a fleet of four shards, on a network that is full, with workers and a controller that die."""
+    """Figures of a fleet of two shards, on a network that is full, with workers and a controller that die."""
     flags = [
         "--workers",
         "32",
