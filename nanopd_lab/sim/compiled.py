@@ -52,6 +52,7 @@ MODULES = (
     "sim/clock",
     "sim/host",
     "sim/links",
+    "sim/network",
     "sim/shard",
     "sim/simulator",
     "sim/timing",

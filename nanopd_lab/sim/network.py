@@ -43,9 +43,15 @@ class Topology:
     oversubscription: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value}; it must be positive")
+        for name in (
+            "gpus_per_node",
+            "nodes_per_rack",
+            "nvlink_bytes_per_s",
+            "nic_bytes_per_s",
+            "oversubscription",
+        ):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
 
     def path(self, source: int, target: int) -> tuple[Resource, ...]:
         """What a pull from GPU `source` to GPU `target` goes through; they are counted through the fleet."""

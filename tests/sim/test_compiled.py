@@ -39,6 +39,41 @@ def test_results_are_the_same_to_the_bit(tmp_path: Path) -> None:
     for name, flags in CASES.items():
         results = [_simulated(root, flags, tmp_path / "result.json") for root in (ROOT, compiled)]
         assert results[0] == results[1], name
+    rows = [_fleet(root, tmp_path / f"fleet {root.name}.json") for root in (ROOT, compiled)]
+    assert rows[0] == rows[1]
+
+
+def _fleet(root: Path, target: Path) -> list[dict[str, object]]:
+    """Figures of a fleet of two shards, on a network that is full, with workers and a controller that die."""
+    flags = [
+        "--workers",
+        "32",
+        "--shards",
+        "4",
+        "--policies",
+        "half",
+        "--request-rates",
+        "5",
+        "--seconds",
+        "1",
+    ]
+    more = [
+        "--nic-gbit",
+        "50",
+        "--accelerate",
+        "1e7",
+        "--controller-dies",
+        "0.5",
+        "0.3",
+        "--instant",
+        "--jobs",
+        "1",
+    ]
+    code = "import sys; from nanopd_lab.cli import main; sys.exit(main())"
+    _run(root, code, ["simulate-fleet", *flags, *more, "--result-filename", str(target)])
+    rows: list[dict[str, object]] = json.loads(target.read_text())["parts"]["fleet"]["rows"]
+    assert all(row["lost_tokens"] and row.pop("cpu_s") for row in rows)
+    return rows
 
 
 def _simulated(root: Path, flags: list[str], target: Path) -> dict[str, object]:
