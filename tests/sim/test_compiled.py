@@ -49,7 +49,7 @@ def _fleet(root: Path, target: Path) -> list[dict[str, object]]:
         "--workers",
         "32",
         "--shards",
-        "4",
+        "2",
         "--policies",
         "half",
         "--request-rates",
