@@ -76,7 +76,8 @@ class WorkerActor:
                 "port to it (RayOptions.port fixes its number)"
             ) from error
         device = device_of(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        offer = own_offer(call.worker, device)
+        # A Ray at loopback is one machine's: nothing goes between machines, and trying takes time.
+        offer = own_offer(call.worker, device, None if address.startswith("127.") else address)
         here = Here(call.ticket, os.getpid(), address, offer, clock_identity())
         connection.send(here)
         spec = _spec_after_pings(connection)

@@ -68,13 +68,12 @@ def _show(record: dict[str, Any], shown: str, path: Path | None) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Print the choice, and what there is for workers on several machines."""
-    from nanopd_lab.transfer.nixl_agent import INSTALL
     from nanopd_lab.transfer.offers import own_offer
     from nanopd_lab.transfer.registry import choose_transport
 
     choice = choose_transport(args.devices, args.one_process)
     print(f"{choice.name}: {choice.reason}")
     offer = own_offer("here", "cpu")
-    lacking = f"; for nixl: {INSTALL}" if "nixl" not in offer.transports else ""
+    lacking = f"; nixl: {offer.without_nixl}" if "nixl" not in offer.transports else ""
     print(f"between machines: {', '.join(offer.transports)} can be loaded here ({offer.host}){lacking}")
     return 0

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from nanopd_lab.transfer.base import TransferError
-from nanopd_lab.transfer.nixl_agent import INSTALL, is_installed
+from nanopd_lab.transfer.nixl_agent import INSTALL, is_installed, why_not
 from nanopd_lab.transfer.registry import NETWORKED, Choice, choose_transport
 
 
@@ -26,12 +26,14 @@ class Offer(NamedTuple):
     host: equal for those who can share memory, see `host_identity`
     device: "cpu", "cuda:0", …
     transports: those between machines that can be loaded there
+    without_nixl: why it isn't among them
     """
 
     worker: str
     host: str
     device: str
     transports: tuple[str, ...]
+    without_nixl: str = f"to have it there: {INSTALL}"
 
 
 def host_identity() -> str:
@@ -47,10 +49,18 @@ def host_identity() -> str:
     return f"{platform.node()}/{uuid.uuid5(uuid.NAMESPACE_OID, mark).hex[:12]}"
 
 
-def own_offer(worker: str, device: torch.device | str) -> Offer:
-    """What a worker in this process, on this device, can offer."""
-    found = tuple(name for name in NETWORKED if name != "nixl" or is_installed())
-    return Offer(worker, host_identity(), str(device), found)
+def own_offer(worker: str, device: torch.device | str, address: str | None = None) -> Offer:
+    """What a worker in this process, on this device, can offer.
+
+    Args:
+        address: of this machine that others reach it at; nixl is then offered only if it starts there, which is tried
+    """
+    offer = Offer(worker, host_identity(), str(device), tuple(NETWORKED))
+    trouble = why_not(address) if address and is_installed() else ""
+    if is_installed() and not trouble:
+        return offer
+    others = tuple(name for name in NETWORKED if name != "nixl")
+    return offer._replace(transports=others, **({"without_nixl": trouble} if trouble else {}))
 
 
 def choose_between(offers: Sequence[Offer], one_process: bool = False) -> Choice:
@@ -86,8 +96,8 @@ def choose_between(offers: Sequence[Offer], one_process: bool = False) -> Choice
         first, more = lacking[0], len(lacking) - 1
         others = f" and {more} other{'s' * (more > 1)}" if more else ""
         reason += (
-            f"and {first.worker} on {_short(first.host)}{others} lack{'s' * (not more)} nixl (to have it there: "
-            f"{INSTALL}): torch.distributed, by {'NCCL' if kinds == {'cuda'} else 'gloo'}"
+            f"and {first.worker} on {_short(first.host)}{others} lack{'s' * (not more)} nixl ("
+            f"{first.without_nixl}): torch.distributed, by {'NCCL' if kinds == {'cuda'} else 'gloo'}"
         )
     else:
         reason += "and nixl on each: RDMA where both ends have it, else TCP"

@@ -79,6 +79,16 @@ def test_own_offer() -> None:
     assert other.stdout.strip() == offer.host
 
 
+@pytest.mark.skipif(not is_installed(), reason="needs nixl")
+def test_nixl_is_offered_where_it_starts() -> None:
+    assert own_offer("w0", "cpu", "127.0.0.1") == own_offer("w0", "cpu")
+    environment = {**os.environ, "UCX_TLS": "self"}  # UCX then has nothing that leads to others
+    code = "from nanopd_lab.transfer.offers import own_offer; print(own_offer('w0', 'cpu', '127.0.0.1'))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "transports=('torchdist',)" in other.stdout, other.stdout + other.stderr
+    assert "NIXL's agent does not start" in other.stdout
+
+
 def test_an_address_is_added_where_one_is_listened_on() -> None:
     assert [listen_on(name, "10.0.0.1") for name in ("shm", "nixl", "auto+torchdist")] == [
         "shm",
