@@ -8,6 +8,7 @@ its own: one that is stopped, busy or far away cannot hold the controller up.
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -24,6 +25,8 @@ from nanopd_lab.cluster.host import Connect, Disconnect, StepRecord
 from nanopd_lab.cluster.messages import Beat, Hello
 from nanopd_lab.cluster.worker_loop import Answer, Ask, StartFailed, Stop, WorkerSpec
 from nanopd_lab.transfer import PoolAddress
+
+logger = logging.getLogger(__name__)
 
 STOP_S = 10.0  # for an orderly end
 SENDER_S = 1.0  # for a thread to see that its connection has ended
@@ -192,6 +195,8 @@ class WorkerLauncher:
             self._failure = f"worker {name} {reason} before it was ready"
         started_before = child.ready or child.spec.life > 0
         restart = started_before and not self._closed and self._restarts[name] > 0
+        if started_before:
+            logger.warning("worker %s %s and is %s", name, reason, "started again" if restart else "given up")
         self.controller.worker_down(name, reason, self.clock(), restarting=restart)
         for other in self._children.values():
             other.outgoing.put(Disconnect(name))
