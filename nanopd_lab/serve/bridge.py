@@ -13,7 +13,9 @@ from nanopd_lab.core import SamplingParams
 from nanopd_lab.engine.prompts import Prompt
 
 POLL_S = 0.5
-SETTLE_S = 2.0  # accounts come milliseconds behind the last token, unless a worker has died
+SETTLE_S = (
+    5.0  # accounts come milliseconds behind the last token, unless a worker has died or all are very busy
+)
 
 
 class _Inbox:
