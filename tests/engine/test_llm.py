@@ -95,6 +95,27 @@ def test_stream_grows_and_can_be_left(tiny: LLM) -> None:
     assert unharmed(tiny)
 
 
+@pytest.mark.timeout(60)
+def test_streams_and_generate_may_take_turns(tiny: LLM) -> None:
+    """Each steps the engine for all; what it steps for others is not lost to them."""
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    alone = [tiny.generate([prompt], params, use_tqdm=False)[0].outputs for prompt in ([5, 6], [7], [8])]
+    turns = list(zip(tiny.stream([5, 6], params), tiny.stream([7], params), strict=True))
+    assert [last.outputs for last in turns[-1]] == alone[:2]
+    outer = tiny.stream([5, 6], params)
+    first = next(outer)
+    assert tiny.generate([8], params, use_tqdm=False)[0].outputs == alone[2]
+    assert [first, *outer][-1].outputs == alone[0]
+    assert unharmed(tiny)
+
+
+def test_a_stream_that_nobody_reads_leaves_nothing_behind(tiny: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="empty"):
+        tiny.stream([])
+    tiny.stream([5, 6, 7])
+    assert unharmed(tiny)
+
+
 def test_engine_steps_one_token_at_a_time_and_aborts() -> None:
     engine = Engine(EngineConfig("random:tiny", device="cpu"))
     engine.add_request("a", [1, 2, 3], SamplingParams(max_tokens=50, ignore_eos=True))
@@ -147,6 +168,9 @@ def test_stop_strings_cut_the_text() -> None:
         end = text.index(" 6") + (2 if keep else 0)
         assert sample.text == text[:end]
         assert (sample.finish_reason, sample.stop_reason) == ("stop", " 6")
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=" 6", min_tokens=18)
+    sample = llm.generate("1, 2, 3,", params, use_tqdm=False)[0].outputs[0]
+    assert (sample.text, sample.finish_reason) == (text, "length"), "text was cut out of the middle"
     assert unharmed(llm)
 
 
