@@ -80,8 +80,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check_integers(self, "n", "max_tokens", "min_tokens", "top_k", optional=("seed", "logprobs"))
         _check_numbers(self, "temperature", "top_p", "min_p")
-        _check(self.n >= 1, f"n is {self.n}; it must be at least 1")
-        _check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1")
+        _check(self.n >= 1, f"n is {self.n}; it must be an integer of at least 1")
+        _check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be an integer of at least 1")
         _check(
             0 <= self.min_tokens <= self.max_tokens,
             f"min_tokens is {self.min_tokens}; it must lie between 0 and max_tokens ({self.max_tokens})",
@@ -157,7 +157,7 @@ class BeamSearchParams:
             1 <= self.beam_width <= MAX_LOGPROBS // 2,
             f"beam_width is {self.beam_width}; it must lie between 1 and {MAX_LOGPROBS // 2}",
         )
-        _check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1")
+        _check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be an integer of at least 1")
 
 
 class FinishReason(str, enum.Enum):
