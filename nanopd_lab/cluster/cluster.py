@@ -586,9 +586,8 @@ class Cluster:
             # A stop token is part of token_ids but not of the text.
             ends = event.finish_reason is FinishReason.STOP and number == len(event.tokens) - 1
             if sample.text and not ends:
-                found = sample.text.push(token.token)
-                if found and len(sample.tokens) >= tracked.params.min_tokens:
-                    stopped = found
+                stopped = sample.text.push(token.token)
+                if stopped:
                     break
         if sample.text and event.finish_reason is not None and not stopped:
             stopped = sample.text.end()
@@ -647,7 +646,13 @@ class Cluster:
     def _reader(self, ids: list[int], params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None or not params.detokenize:
             return None
-        return Detokenizer(self.tokenizer, ids, params.stop_strings, params.include_stop_str_in_output)
+        return Detokenizer(
+            self.tokenizer,
+            ids,
+            params.stop_strings,
+            params.include_stop_str_in_output,
+            params.min_tokens,
+        )
 
     def _check_usable(self) -> None:
         self.check_open()
