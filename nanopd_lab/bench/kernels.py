@@ -28,7 +28,7 @@ from nanopd_lab.bench.kernel_prefill import bench_prefill
 from nanopd_lab.bench.kernel_timer import FLUSH_BYTES, Timer, measure_ceilings
 from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.kernels import gpu
-from nanopd_lab.kernels.launches import RUNGS
+from nanopd_lab.kernels.decode_launches import RUNGS
 
 TWELVE = (
     (1, 512),
