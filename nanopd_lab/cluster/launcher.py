@@ -6,6 +6,7 @@ KV never comes this way.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,8 @@ from nanopd_lab.cluster.host import Connect, Disconnect, Findings, StepRecord
 from nanopd_lab.cluster.messages import Beat, Hello
 from nanopd_lab.cluster.starter import Starter, WorkerStartError
 from nanopd_lab.cluster.worker_loop import Answer, Ask, StartFailed, Stop, WorkerSpec
+
+logger = logging.getLogger(__name__)
 
 STOP_S = 10.0  # for an orderly end
 
@@ -95,6 +98,8 @@ class WorkerLauncher:
             self._failure = f"worker {name} {reason} before it was ready"
         started_before = child.ready or child.spec.life > 0
         restart = started_before and not self._closed and self._restarts[name] > 0
+        if started_before:
+            logger.warning("worker %s %s and is %s", name, reason, "started again" if restart else "given up")
         self.controller.worker_down(name, reason, self.clock(), restarting=restart)
         for other in self._children.values():
             other.outgoing.put(Disconnect(name))
