@@ -94,6 +94,7 @@ class Cluster(ClusterDriver):
 
         Raises:
             InvalidRequestError: a prompt cannot be served; it is named, and none has been started
+            ClusterBusyError: the queue is full; those that were in it are cancelled
             RequestFailedError: a request ended with an error; the others are cancelled
         """
         batch = as_batch(prompts)
@@ -107,7 +108,8 @@ class Cluster(ClusterDriver):
         names: list[str] = []
         outputs: dict[str, ClusterOutput] = {}
         try:
-            names += [self.submit(prompt, params) for prompt, params in zip(batch, each, strict=True)]
+            for prompt, params in zip(batch, each, strict=True):
+                names.append(self.submit(prompt, params))
             for output in self.stream(names, use_tqdm):
                 outputs[output.request_id] = output
                 for sample in output.outputs:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from nanopd_lab import LLM, Cluster, ClusterConfig, SamplingParams
+from nanopd_lab.cluster.actions import ClusterBusyError, Limits
 from nanopd_lab.cluster.config import ClusterParts
 from nanopd_lab.cluster.inline import InlineLauncher
 from nanopd_lab.cluster.outputs import RequestFailedError
@@ -252,3 +253,21 @@ def test_a_lost_block_is_seen_while_requests_run() -> None:
             cluster.check_integrity()
         allocator.release([lost])
         cluster.check_integrity()
+
+
+def test_a_batch_that_does_not_fit_the_queue_leaves_nothing_behind() -> None:
+    config = ClusterConfig(
+        "random:tiny",
+        workers=1,
+        launcher="inline",
+        devices=("cpu",),
+        engine={"kv_cache_memory_bytes": POOL},
+        limits=Limits(max_queue=2, max_jobs=1),
+    )
+    with Cluster(config) as cluster:
+        with pytest.raises(ClusterBusyError):
+            cluster.generate([[5] * 20] * 9, GREEDY, use_tqdm=False)
+        ended = cluster.poll(0.5)
+        assert len(ended) == 3
+        assert all(output.outputs[0].finish_reason == "abort" for output in ended)
+        assert cluster.controller.num_unsettled == 0
