@@ -89,8 +89,8 @@ def measure_ceilings(
     peaks = {name: matmul_flops_per_s(device, getattr(torch, name), rounds) for name in dtypes}
     if device.type == "cuda":
         # Our own kernel: torch's sum does not reach the memory's speed.
-        from nanopd_lab.bench.kernels import Timer
-        from nanopd_lab.bench.kernels import measure_ceilings as bandwidths
+        from nanopd_lab.bench.kernel_timer import Timer
+        from nanopd_lab.bench.kernel_timer import measure_ceilings as bandwidths
 
         with torch.cuda.device(device):
             found = bandwidths(Timer())

@@ -24,7 +24,8 @@ from nanopd_lab.bench.disaggregation import REFUSED, UNFINISHED, UNSENT
 from nanopd_lab.bench.metrics import LoadRecord
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cluster.actions import ClusterBusyError, ClusterDownError
-from nanopd_lab.cluster.cluster import SETTLE_S, Cluster, ClusterOutput
+from nanopd_lab.cluster.cluster import SETTLE_S, Cluster
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.errors import InvalidRequestError
 

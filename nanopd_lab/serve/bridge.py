@@ -8,7 +8,8 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 
-from nanopd_lab.cluster.cluster import Cluster, ClusterOutput
+from nanopd_lab.cluster.cluster import Cluster
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.engine.prompts import Prompt
 

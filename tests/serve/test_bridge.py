@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanopd_lab import Cluster, ClusterConfig, SamplingParams
-from nanopd_lab.cluster.cluster import ClusterOutput
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.serve.bridge import Bridge
 
 LONG = SamplingParams(max_tokens=900, ignore_eos=True)
