@@ -100,8 +100,10 @@ class Recipe:
     def points(self, device: torch.device) -> torch.Tensor:
         """`[D, 2]` float64, the uniform numbers of the rows that are drawn, at `positions`."""
         first = 2 * self.positions[self._draws]
-        numbers = [uniform(self._seeds, self._samples, place) for place in (first, first + 1)]
-        return to_device(np.stack(numbers, 1), torch.float64, device)
+        numbers: Any = np.stack(
+            [uniform(self._seeds, self._samples, place) for place in (first, first + 1)], 1
+        )
+        return to_device(numbers, torch.float64, device)
 
 
 def _places(rows: list[int], whole: int, device: torch.device) -> torch.Tensor | None:
