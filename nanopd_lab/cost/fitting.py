@@ -110,7 +110,7 @@ def fit_iteration(
         solve: finds the coefficients for a given corner and host time; called some hundred times
 
     Raises:
-        ValueError: fewer than eight samples, also of those above `host_s`; or one whose time is not positive and finite.
+        ValueError: fewer than eight samples, also of those above `host_s`; or a time that is not positive and finite.
     """
     if wrong := [s.seconds for s in samples if not 0 < s.seconds < np.inf]:
         raise ValueError(f"a step took {wrong[0]} s; times are positive and finite: leave it out")
