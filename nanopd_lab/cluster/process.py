@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 
-from nanopd_lab.cluster.starting import process_context, take_environment
+from nanopd_lab.cluster.starting import process_context, take_environment, uninterrupted
 from nanopd_lab.cluster.worker_loop import WorkerSpec, run_worker
 
 EXIT_S = 1.0  # a process's pipe ends a moment before it does
@@ -70,7 +70,8 @@ class ProcessStarter:
             name=f"nanopd-{spec.name}",
             daemon=True,
         )
-        process.start()
+        with uninterrupted():
+            process.start()
         theirs.close()
         return ProcessBody(process, ours)
 
