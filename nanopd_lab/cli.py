@@ -25,8 +25,8 @@ SLOW_TO_IMPORT = ("kernels.cli", "router.predictor.cli")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (2 for bad input, with the reason on stderr)."""
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(argv[0] if argv else None).parse_args(argv)
     try:
+        args = build_parser(argv[0] if argv else None).parse_args(argv)
         for name in ("result_filename", "summary_filename"):
             _check_result(getattr(args, name, None), "--" + name.replace("_", "-"))
         return args.run(args) or 0

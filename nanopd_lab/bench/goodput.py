@@ -52,8 +52,8 @@ def outcomes_of(records: Iterable[RequestRecord]) -> list[Outcome]:
 def goodput(outcomes: Sequence[Outcome], slo: Slo, gpus: int) -> Goodput:
     """Requests that met all objectives, counted from the schedule: their share of all, and a second and GPU.
 
-    The seconds are those from the first request sent to the last one ended, whatever became of it. (0, 0) if none
-    ended.
+    The seconds are those from the first request sent to the last one ended, whatever became of it; over none, the
+    second figure is 0. (0, 0) if none ended.
     """
     good, ends = 0, []
     for each in outcomes:
@@ -66,4 +66,4 @@ def goodput(outcomes: Sequence[Outcome], slo: Slo, gpus: int) -> Goodput:
     if not ends:
         return Goodput(0.0, 0.0)
     seconds = max(ends) - min(each.sent_s for each in outcomes)
-    return Goodput(good / len(outcomes), good / seconds / gpus)
+    return Goodput(good / len(outcomes), good / seconds / gpus if seconds else 0.0)

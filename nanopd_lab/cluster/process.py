@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 from typing import TYPE_CHECKING
 
-from nanopd_lab.cluster.starting import process_context, take_environment
+from nanopd_lab.cluster.starting import process_context, take_environment, uninterrupted
 from nanopd_lab.cluster.worker_loop import WorkerSpec, run_worker
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class ProcessStarter:
             name=f"nanopd-{spec.name}",
             daemon=True,
         )
-        process.start()
+        with uninterrupted():
+            process.start()
         theirs.close()
         return ProcessBody(process, ours)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Iterable, Mapping
-from multiprocessing import forkserver
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, SpawnContext
 
 
@@ -24,8 +26,24 @@ def process_context(devices: Iterable[str]) -> ForkServerContext | SpawnContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanopd_lab.cluster.preload"])
-    forkserver.ensure_running()
+    with uninterrupted():
+        forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Processes begun meanwhile never see Ctrl-C, which a terminal sends to all of them: the one that began them does,
+    and ends them when it has no more use for them."""
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # which lets signals in again when it begins
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def take_environment(environment: Mapping[str, str]) -> None:

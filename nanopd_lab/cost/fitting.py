@@ -110,9 +110,11 @@ def fit_iteration(
         solve: finds the coefficients for a given corner and host time; called some hundred times
 
     Raises:
-        ValueError: fewer than eight samples, also of those above `host_s`; or one that took no time.
+        ValueError: fewer than eight samples, also of those above `host_s`; or a time that is not positive and finite.
     """
-    if len(samples) < MIN_SAMPLES or any(not s.seconds > 0 for s in samples):
+    if wrong := [s.seconds for s in samples if not 0 < s.seconds < np.inf]:
+        raise ValueError(f"a step took {wrong[0]} s; times are positive and finite: leave it out")
+    if len(samples) < MIN_SAMPLES:
         raise ValueError(
             f"a fit needs at least {MIN_SAMPLES} timed steps, got {len(samples)}; profile without --quick"
         )

@@ -26,6 +26,7 @@ def tokenize(prompt: Prompt, tokenizer: Any, vocab_size: int, model: str) -> tup
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InvalidRequestError(f"{model} has no tokenizer; give the prompt as token ids")
+        check_text(prompt, "the prompt")
         # Not verbose: it warns of long prompts that are refused, with a reason, further on.
         return prompt, list(tokenizer(prompt, verbose=False)["input_ids"])
     given = prompt.tolist() if hasattr(prompt, "tolist") else prompt
@@ -37,6 +38,17 @@ def tokenize(prompt: Prompt, tokenizer: Any, vocab_size: int, model: str) -> tup
     if not all(type(token) is int for token in ids) or (ids and not 0 <= min(ids) <= max(ids) < vocab_size):
         ids = [_checked(token, position, vocab_size) for position, token in enumerate(ids)]
     return text, ids
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise InvalidRequestError if it holds half a character, which tokenizers cannot read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"{what} has a lone surrogate, {text[error.start]!r}, at character {error.start}, which is no text; "
+            "remove it"
+        ) from None
 
 
 def _checked(token: Any, position: int, vocab: int) -> int:
@@ -82,6 +94,7 @@ def render_chat(
         )
     except TemplateError as error:
         raise InvalidRequestError(f"the chat template refuses the conversation: {error}") from error
+    check_text(text, "the conversation")
     # The template writes the special tokens itself.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return {"prompt": text, "prompt_token_ids": ids}

@@ -206,7 +206,7 @@ def _attempt(
     except _Late:
         why = "is there a loop that never ends?"
         raise wrong(f"no answer after {limit_s:g} s", want, why=why) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # which would end the notebook's kernel, or be swallowed by it
         where, line = _origin(error)
         if isinstance(error, NotImplementedError) and (not line or "NotImplementedError" in line):
             raise NotWrittenError(str(error)) from error

@@ -42,37 +42,57 @@ def save(folder: Path, parts: Mapping[str, Any], ledger: Mapping[str, Row]) -> N
     """Write each part to `<name>.py` and add the ledger's rows to those kept before.
 
     Raises:
-        ValueError: see `standalone`; nothing has been written.
+        ValueError: see `standalone` and `load_ledger`; nothing has been written.
     """
     texts = {name: standalone(impl, name) for name, impl in parts.items()}
+    rows = {**load_ledger(folder), **ledger}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
-    rows = {**load_ledger(folder), **ledger}
-    kept = json.dumps({key: asdict(row) for key, row in rows.items()}, indent=1, ensure_ascii=False)
-    (folder / LEDGER).write_text(kept + "\n", encoding="utf-8")
+    text = json.dumps({key: asdict(row) for key, row in rows.items()}, indent=1, ensure_ascii=False)
+    (folder / LEDGER).write_text(text + "\n", encoding="utf-8")
 
 
 def load_ledger(folder: Path) -> dict[str, Row]:
-    """The ledger's rows by notebook; empty if nothing was kept."""
+    """The ledger's rows by notebook; empty if nothing was kept.
+
+    Raises:
+        ValueError: the file is broken.
+    """
     file = folder / LEDGER
     if not file.is_file():
         return {}
-    return {key: Row(**row) for key, row in json.loads(file.read_text(encoding="utf-8")).items()}
+    try:
+        return {key: Row(**row) for key, row in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}); mend it, or delete it to begin a new ledger"
+        ) from None
 
 
-def load_parts(folder: Path) -> dict[str, Any]:
-    """What each kept file defines, by exercise name. Runs the files: they are the learner's own code."""
-    found = {}
-    for file in sorted(folder.glob("*.py")):
+def kept(folder: Path) -> list[Path]:
+    """The files of parts; their stems are the exercises' names."""
+    return sorted(folder.glob("*.py"))
+
+
+def load_part(file: Path) -> Any:
+    """What a kept file defines. Runs it: it is the learner's own code.
+
+    Raises:
+        ValueError: it cannot be run, or defines no part.
+    """
+    # Under this name the source can be found again, by tracebacks and by the next save.
+    label = f"<kept {file.stem}>"
+    namespace: dict[str, Any] = {"__name__": "__lab__"}
+    try:
         text = file.read_text(encoding="utf-8")
-        # Under this name the source can be found again, by tracebacks and by the next save.
-        label = f"<kept {file.stem}>"
         linecache.cache[label] = (len(text), None, text.splitlines(keepends=True), label)
-        namespace: dict[str, Any] = {"__name__": "__lab__"}
         exec(compile(text, label, "exec"), namespace)
-        found[file.stem] = namespace["PART"]
-    return found
+        return namespace["PART"]
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{file} cannot be used ({type(error).__name__}: {error}); mend it, or delete it"
+        ) from error
 
 
 def standalone(impl: Any, name: str) -> str:
@@ -84,6 +104,8 @@ def standalone(impl: Any, name: str) -> str:
     if isinstance(impl, str):
         lines = "".join(f"    {line!r}\n" for line in str(impl).splitlines(keepends=True))
         return f"{HEADER}PART = (\n{lines})\n"
+    if not isinstance(impl, (types.FunctionType, type)) or not impl.__name__.isidentifier():
+        raise ValueError(f"{name} is {impl!r}, which cannot be kept in a file; write it as a def")
     imports: set[str] = set()
     definitions: dict[str, str] = {}
     _collect(impl, name, imports, definitions)

@@ -1,8 +1,13 @@
 """From logits to tokens, vectorised over the batch.
 
-Every row draws one uniform number from a counter-based generator, a pure function of (seed, sample, position),
-and inverts the cumulative distribution in vocabulary order. So a request's tokens do not depend on which
-other requests share its batch, on how often it was preempted, or on the device.
+Every row draws two uniform numbers from a counter-based generator, a pure function of (seed, sample, position):
+the first draws a run of about sqrt(vocabulary) tokens, the second a token in it, each by inverting a cumulative
+distribution. So a request's tokens do not depend on which other requests share its batch, on how often it was
+preempted, or on the device.
+
+Logits of the same tokens do depend on those, in their last bits. With one number for the whole vocabulary that moved
+the ends of tens of thousands of unlikely tokens by a good part of their width, and one draw in a hundred was another
+token; now an end moves by a millionth of the few hundred that there are.
 
 top_k and top_p are turned into one threshold a row: a token is kept if its logit reaches it (ties stay in, as
 in Hugging Face's top-k filter), which makes the kept set independent of how a sort breaks ties.
@@ -10,6 +15,7 @@ in Hugging Face's top-k filter), which makes the kept set independent of how a s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -92,9 +98,12 @@ class Recipe:
         self.positions = np.array(positions, np.uint64)
 
     def points(self, device: torch.device) -> torch.Tensor:
-        """`[D, 1]` float64, the uniform numbers of the rows that are drawn, at `positions`."""
-        numbers = uniform(self._seeds, self._samples, self.positions[self._draws])
-        return to_device(numbers[:, None], torch.float64, device)
+        """`[D, 2]` float64, the uniform numbers of the rows that are drawn, at `positions`."""
+        first = 2 * self.positions[self._draws]
+        numbers: Any = np.stack(
+            [uniform(self._seeds, self._samples, place) for place in (first, first + 1)], 1
+        )
+        return to_device(numbers, torch.float64, device)
 
 
 def _places(rows: list[int], whole: int, device: torch.device) -> torch.Tensor | None:
@@ -172,12 +181,24 @@ def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
 
 def _draw(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """`[D]` tokens drawn from `[D, vocab]` float32 logits of the rows that are not greedy."""
-    cumulative = _weights(logits, recipe).double().cumsum(-1)
-    total = cumulative[:, -1:]
-    point = recipe.points(logits.device)
-    target = torch.minimum(point * total, torch.nextafter(total, torch.zeros_like(total)))
+    vocab = logits.shape[1]
+    width = math.isqrt(vocab - 1) + 1
+    runs = torch.nn.functional.pad(_weights(logits, recipe), (0, width * width - vocab)).view(
+        -1, width, width
+    )
+    points = recipe.points(logits.device)
+    run = _invert(runs.sum(-1, dtype=torch.float64), points[:, :1])
+    token = _invert(runs.gather(1, run[:, :, None].expand(-1, 1, width)).squeeze(1).double(), points[:, 1:])
     # NaN logits have no distribution; the row is an error already, and any index in range will do.
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[1] - 1)
+    return (run * width + token).squeeze(-1).clamp(max=vocab - 1)
+
+
+def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """`[D, 1]`: where the cumulative sum of `[D, N]` weights passes that part of their total; points lie in [0, 1)."""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:]
+    target = torch.minimum(points * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[1] - 1)
 
 
 def _weights(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:

@@ -80,6 +80,13 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def wrong(request: Request, error: RequestValidationError) -> JSONResponse:
         found = error.errors()[0]
+        if found["type"] == "json_invalid" or (found["loc"] == ("body",) and found["type"] != "value_error"):
+            reason = found.get("ctx", {}).get("error", "")
+            return refuse(
+                400,
+                f"the body is no JSON object{reason and ': '}{reason}; send one, with Content-Type: application/json",
+                "invalid_request_error",
+            )
         message = found["msg"].removeprefix("Value error, ")
         place = ".".join(str(part) for part in found["loc"] if part != "body") or None
         return refuse(400, f"{place}: {message}" if place else message, "invalid_request_error", place)
@@ -114,10 +121,12 @@ def create_app(
         )
         if asked.stream:
             events = events_of(bridge, reply, prompts, params, asked.stream_options or StreamOptions())
-            try:
-                first = await anext(events)  # what is refused is refused with a status
+            try:  # what is refused is refused with a status
+                first = await _unless_gone(request, asyncio.ensure_future(anext(events)))
             except Exception as error:
                 return answer_for(error)
+            if first is None:
+                return Response(status_code=GONE)
             return StreamingResponse(following(first, events), media_type="text/event-stream")
         try:
             outputs = await _unless_gone(request, asyncio.ensure_future(_all(bridge, prompts, params)))

@@ -51,6 +51,14 @@ class Sampled(BaseModel):
         """Fields that are known and not served, by name, with what a client may set them to."""
         return {"frequency_penalty": (None, 0), "presence_penalty": (None, 0), "logit_bias": (None, {})}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, sent: Any) -> Any:
+        """OpenAI's clients may send null for whatever has a default."""
+        if not isinstance(sent, dict):
+            return sent
+        return {name: value for name, value in sent.items() if value is not None}
+
     @model_validator(mode="after")
     def _refuse(self) -> Sampled:
         for name, allowed in self.unserved().items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -93,9 +94,12 @@ def _layout(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _seconds(when: Any, column: str) -> float:
     try:
-        return float(when) / (1e3 if column == "timestamp" else 1)
+        seconds = float(when) / (1e3 if column == "timestamp" else 1)
     except (ValueError, TypeError):
         pass
+    else:
+        if math.isfinite(seconds):
+            return seconds
     try:
         # Azure's have seven digits behind the point, one more than datetime reads; all times are UTC.
         day, _, part = str(when).partition(".")

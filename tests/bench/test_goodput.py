@@ -45,3 +45,5 @@ def test_what_was_never_sent_is_not_judged_and_nothing_is_nothing() -> None:
     refused = LoadRecord("r", 0.5, 5, 0, finish_reason="refused", sent=0.5)
     assert goodput(outcomes_of([refused]), Slo(), 1) == Goodput(0.0, 0.0)
     assert goodput([], Slo(), 1) == Goodput(0.0, 0.0)
+    at_once = LoadRecord("r", 0.5, 5, 1, 0.5, 0.5, 0.5, finish_reason="length", sent=0.5)
+    assert goodput(outcomes_of([at_once]), Slo(ttft_s=1.0), 1) == Goodput(1.0, 0.0)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Sequence as Seq
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanopd_lab import LLM, SamplingParams
 from nanopd_lab.engine.policies import plan_chunks
@@ -21,6 +24,7 @@ from nanopd_lab.lab import (
     Status,
     UnknownExerciseError,
 )
+from nanopd_lab.lab.registry import find
 from nanopd_lab.lab.store import standalone
 from tests.lab.wrong_versions.engine import overshoots, recursive, shares_equally
 from tests.lab.wrong_versions.kv import rounds_down, with_ceil
@@ -349,3 +353,59 @@ def test_a_notebooks_variable_named_like_an_argument_is_not_needed(session: Sess
     assert session.save() == "kept in kept: kv.blocks_for"
     assert "OFFSET = 0" in (session.folder / "kv.blocks_for.py").read_text()
     assert Session(mode="learner", folder=session.folder).load() == "PASS  kv.blocks_for"
+
+
+@pytest.mark.parametrize(
+    "text", ["def (", "x = 1", "1 / 0", "import sys; sys.exit(1)", b"\xff\xfe"], ids=lambda text: repr(text)
+)
+def test_a_broken_file_does_not_keep_the_others_out(session: Session, text: str | bytes) -> None:
+    """A notebook's first cell loads: it must run whatever an outage or an editor has left."""
+    session.exercise("engine.plan_chunks", recursive)
+    session.check("engine.plan_chunks")
+    session.save()
+    for name in ("kv.blocks_for.py", "ledger.json"):
+        (session.folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    again = Session(mode="learner", folder=session.folder)
+    said = again.load().splitlines()
+    assert said[0].startswith("not used: ")
+    assert "ledger.json cannot be read" in said[0]
+    assert said[1] == "PASS  engine.plan_chunks"
+    assert said[2].startswith("not used: kv.blocks_for: ")
+    assert said[2].endswith("mend it, or delete it")
+    with pytest.raises(ValueError, match=r"ledger\.json cannot be read"):
+        again.save()
+
+
+@pytest.mark.parametrize("impl", [lambda tokens, block_size: -(-tokens // block_size), partial(blocks_for)])
+def test_what_is_no_def_passes_and_cannot_be_kept(session: Session, impl: Any) -> None:
+    session.exercise("kv.blocks_for", impl)
+    assert session.check("kv.blocks_for").status is Status.PASS
+    with pytest.raises(ValueError, match=r"kv\.blocks_for is .*; write it as a def"):
+        session.save()
+
+
+def leaves(*_: Any) -> int:
+    sys.exit(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "words"),
+    [
+        ("kv.blocks_for", lambda *_: torch.zeros(3), "cannot be compared"),
+        ("attention.gather", lambda *_: (each for each in ()), "cannot be compared"),
+        ("bench.arrivals", lambda *_: torch.zeros(()), "cannot be compared"),
+        ("kv.blocks_for", leaves, "SystemExit: 3"),
+        ("cost.features", leaves, "SystemExit: 3"),
+    ],
+)
+def test_a_result_of_any_kind_is_wrong_and_no_fault_of_the_check(
+    session: Session, name: str, result: Any, words: str
+) -> None:
+    def impl(*args: Any, **kwargs: Any) -> Any:
+        return result(*args, *kwargs.values())
+
+    impl.__signature__ = inspect.signature(find(name).reference)  # type: ignore[attr-defined]
+    session.exercise(name, impl)
+    with pytest.raises(CheckFailedError, match=words):
+        session.check(name)
+    assert session.use(name) is find(name).reference

@@ -156,6 +156,22 @@ def test_same_seed_same_token_whatever_the_batch() -> None:
     assert [result.token for result in sample(logits.flip(0), batch[::-1])] != []
 
 
+def test_rounding_does_not_change_a_draw() -> None:
+    """Logits of the same tokens differ in their last bits from batch to batch; a seed's tokens must not."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2.2 * torch.randn(32, 49_152, generator=generator)
+    logits[:, :20] += 8  # about half the probability; the other half is spread over all the rest
+    changed = 0
+    for position in range(20):
+        batch = [SamplingRow(SamplingParams(), row, row, 0, position) for row in range(len(logits))]
+        rounded = logits + 3e-6 * torch.randn(logits.shape, generator=generator)
+        changed += sum(
+            one.token != other.token
+            for one, other in zip(sample(logits, batch), sample(rounded, batch), strict=True)
+        )
+    assert changed == 0
+
+
 def test_samples_positions_and_requests_differ() -> None:
     points = {uniform(5, s, p) for s in range(50) for p in range(50)}
     assert len(points) == 2500

@@ -17,7 +17,7 @@ import nbclient
 import nbformat
 import pytest
 
-from nanopd_lab.lab.store import load_parts
+from nanopd_lab.lab.store import kept, load_part
 from tests.lab.wrong_versions import RIGHT, WRONG
 from tests.lab.wrong_versions.base import Version
 from tests.notebooks.test_hygiene import NOTEBOOKS, read, tags_of, text_of
@@ -138,7 +138,7 @@ def test_right_code_passes_and_is_kept(path: Path, name: str, outcome: Outcome, 
     right = RIGHT[name][0]
     if isinstance(right, str):
         (tmp_path / f"{name}.py").write_text(outcome.kept[name])
-        assert load_parts(tmp_path) == {name: right}
+        assert {file.stem: load_part(file) for file in kept(tmp_path)} == {name: right}
     else:
         assert right.__name__ in outcome.kept[name]
 

@@ -202,6 +202,7 @@ def test_bad_input_is_named_in_a_400(
     with pytest.raises(openai.BadRequestError) as caught:
         served.client.completions.create(**asked)
     assert message in caught.value.body["message"]
+    assert "JSON" not in caught.value.body["message"]
     assert caught.value.body["type"] == "invalid_request_error"
 
 
@@ -215,17 +216,45 @@ def test_an_unknown_model_and_a_wrong_key_are_refused(served: Served) -> None:
     assert model.id == MODEL
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_cancels_its_request(served: Served, stream: bool) -> None:
+def test_null_is_the_default(served: Served) -> None:
+    """OpenAI's schema lets these be null, and its clients send it."""
+    nulls = dict.fromkeys(("top_p", "n", "stream", "stop", "seed", "logprobs", "stream_options"))
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for path, asked in (("completions", {"prompt": "Hi"}), ("chat/completions", {"messages": HELLO})):
+        asked = {**asked, "max_tokens": 2, "temperature": None, **nulls}
+        answer = httpx.post(f"{served.url}/v1/{path}", json=asked, headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"prompt": ', "the body is no JSON object: Expecting value; send one, with Content-Type"),
+        (b"", "the body is no JSON object; send one"),
+        (b"[1]", "the body is no JSON object; send one"),
+        (b'{"prompt": "\\ud800 a"}', r"the prompt has a lone surrogate, '\ud800', at character 0"),
+    ],
+)
+def test_a_body_that_is_no_request_is_a_400(served: Served, body: bytes, message: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    answer = httpx.post(f"{served.url}/v1/completions", content=body, headers=headers, timeout=60)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", ["whole", "begun", "no text yet"])
+def test_a_client_that_goes_cancels_its_request(served: Served, stream: str) -> None:
     asked = {
         "model": MODEL,
         "prompt": "Once upon a time",
         "max_tokens": 1500,
         "ignore_eos": True,
-        "stream": stream,
+        "stream": stream != "whole",
     }
+    if stream == "no text yet":
+        asked["stop"] = "x" * 100_000  # holds back all text
     headers = {"Authorization": f"Bearer {KEY}"}
-    if stream:
+    if stream == "begun":
         with httpx.stream(
             "POST", f"{served.url}/v1/completions", json=asked, headers=headers, timeout=60
         ) as answer:

@@ -43,6 +43,8 @@ def test_requests_are_put_in_order(tmp_path: Path) -> None:
         ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2\n", "line 2: .*num_decode_tokens is None"),
         ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,-2,3\n", "line 2: .*'-2'; it must be a number"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,2,3\n", "line 2: .*yesterday"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2,3\nnan,2,3\n", r"trace\.csv, line 3: .*'nan'"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\ninf,2,3\n", r"trace\.csv, line 2: .*'inf'"),
         ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,2,0\n", "holds no request"),
         ("", "holds no request"),
     ],
