@@ -39,7 +39,7 @@ class _Sample:
     stop_reason: int | str | None = None
     error: str | None = None
 
-    def read(self, event: Emit, min_tokens: int, now: float) -> str | None:
+    def read(self, event: Emit, now: float) -> str | None:
         """Take in what came; returns the stop string that ends the sample before the controller knows."""
         stopped = None
         for number, token in enumerate(event.tokens):
@@ -51,9 +51,8 @@ class _Sample:
             # A stop token is part of token_ids but not of the text.
             ends = event.finish_reason is FinishReason.STOP and number == len(event.tokens) - 1
             if self.text and not ends:
-                found = self.text.push(token.token)
-                if found and len(self.tokens) >= min_tokens:
-                    stopped = found
+                stopped = self.text.push(token.token)
+                if stopped:
                     break
         if self.text and event.finish_reason is not None and not stopped:
             stopped = self.text.end()
@@ -103,7 +102,7 @@ class _Tracked:
             return None  # ended at a stop string, before the controller knew
         if event.tokens and self.metrics.first_token_time is None:
             self.metrics.first_token_time = now
-        stopped = sample.read(event, self.params.min_tokens, now)
+        stopped = sample.read(event, now)
         if self.finished and self.metrics.finished_time is None:
             self.metrics.finished_time = now
         return stopped
@@ -160,7 +159,13 @@ class RequestBook:
     def _reader(self, ids: list[int], params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None or not params.detokenize:
             return None
-        return Detokenizer(self.tokenizer, ids, params.stop_strings, params.include_stop_str_in_output)
+        return Detokenizer(
+            self.tokenizer,
+            ids,
+            params.stop_strings,
+            params.include_stop_str_in_output,
+            params.min_tokens,
+        )
 
     def forget(self, name: str) -> None:
         """Expect nothing more of a request."""

@@ -289,6 +289,7 @@ class Engine:
                 sequence.request.prompt_token_ids,
                 params.stop_strings,
                 params.include_stop_str_in_output,
+                params.min_tokens,
             )
         # A stop token is part of token_ids but not of the text.
         end = sequence.known_len - (sequence.finish_reason == FinishReason.STOP)
@@ -296,7 +297,7 @@ class Engine:
         stopped = reader.push(*fresh) if fresh else None
         if sequence.finished and sequence.finish_reason != FinishReason.ABORT:
             stopped = stopped or reader.end()
-        if stopped and sequence.output_len >= params.min_tokens:
+        if stopped:
             if sequence.finished:
                 sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, stopped
             else:
