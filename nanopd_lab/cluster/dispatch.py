@@ -1,0 +1,195 @@
+"""Has the policy choose a route for each job that waits, sends the job there, and tells the policy how it ended.
+
+queue ──ask──► route: begin, expect        first come first served, while a route is found
+      ──ask──► put off: behind the others  the queue passes it; it is asked for again after it
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+
+from nanopd_lab.cluster.actions import Emit, Limits, Send, State
+from nanopd_lab.cluster.asking import PolicyError, ask, told
+from nanopd_lab.cluster.ledger import Ledger
+from nanopd_lab.cluster.messages import Begin, Expect, ToWorker, Work
+from nanopd_lab.cluster.records import Job
+from nanopd_lab.core import FinishReason, Route, SampledToken
+from nanopd_lab.router import Decision, Explanation, Fleet, JobView, Policy, Postponed, Role
+
+EXPLAINABLE = 1024  # decisions that can be asked about
+_NOBODY: frozenset[str] = frozenset()
+
+
+class Dispatcher(Ledger):
+    """See the module.
+
+    Args:
+        policy: chooses routes
+        roles: of the workers, by name
+        limits: see `Limits`
+    """
+
+    def __init__(self, policy: Policy, roles: dict[str, Role], limits: Limits | None = None) -> None:
+        super().__init__(roles)
+        self.policy = policy
+        self.limits = limits or Limits()
+        self.decisions = 0
+        self.policy_error: Exception | None = None  # the first that the policy has made
+        self._explainable: OrderedDict[tuple[str, int], Decision] = OrderedDict()  # the newest decisions
+        self._finished = getattr(policy, "finished", None)
+
+    def exchange(self, policy: Policy) -> None:
+        """Ask this one from now on: one that is around the policy so far, or was in it. Jobs and roles stay."""
+        self.policy = policy
+        self._finished = getattr(policy, "finished", None)
+
+    def explain(self, request_id: str, index: int = 0) -> Explanation:
+        """Why a request is, or was, where it is: of its last route.
+
+        Raises:
+            ValueError: it has had no route, or it is too long ago; the newest `EXPLAINABLE` decisions are kept.
+        """
+        decision = self._explainable.get((request_id, index))
+        if decision is None:
+            raise ValueError(
+                f"nothing is known of a route of request {request_id!r}, sample {index}: it has had none, or more than "
+                f"{EXPLAINABLE} decisions ago; ask sooner"
+            )
+        return decision.explain()
+
+    # ------------------------------------------------------------------ routes
+
+    def _dispatch(self) -> None:
+        """Give queued jobs to workers, first come first served, while the policy finds a route; then those put off."""
+        while self._queue:
+            job = self._queue[0]
+            try:
+                answer = self._ask(job, False)
+            except PolicyError as error:
+                self._fail_by_policy(job, error)
+                continue
+            if answer is None:
+                return
+            self._queue.popleft()
+            if isinstance(answer, Postponed):
+                self._postponed.append(job)
+            else:
+                self._take(job, answer)
+        while self._postponed:
+            job = self._postponed[0]
+            try:
+                answer = self._ask(job, True)
+            except PolicyError as error:
+                self._fail_by_policy(job, error)
+                continue
+            if not isinstance(answer, Decision):
+                return
+            self._postponed.popleft()
+            self._take(job, answer)
+
+    def _fail_by_policy(self, job: Job, error: PolicyError) -> None:
+        """Only this job ends; others are asked for as before."""
+        cause = error.__cause__
+        self.policy_error = self.policy_error or (cause if isinstance(cause, Exception) else error)
+        self._end(job, FinishReason.ERROR, error=str(error))
+
+    def _ask(self, job: Job, postponed: bool) -> Decision | Postponed | None:
+        """What the policy says of a job; a route is legal. Raises PolicyError."""
+        self._refresh()
+        total = len(job.prompt) + job.params.max_tokens
+        free = self._fleet_for(total)
+        if not free.num_members:
+            return None
+        seen = JobView(
+            len(job.prompt),
+            len(job.prompt) + len(job.outputs),
+            job.params,
+            job.path.arrival,
+            frozenset(job.avoid) if job.avoid else _NOBODY,
+            postponed=postponed,
+        )
+        answer = ask(self.policy, seen, free, self.now)
+        if isinstance(answer, Decision):
+            for name, role in answer.roles:
+                self._give_role(self._workers[name], role)
+        return answer
+
+    def _take(self, job: Job, decision: Decision) -> None:
+        """Send a job where it was decided."""
+        self.decisions += 1
+        self._explainable[job.name] = decision
+        self._explainable.move_to_end(job.name)
+        if len(self._explainable) > EXPLAINABLE:
+            self._explainable.popitem(last=False)
+        job.queued = False
+        self._start(job, decision.route)
+
+    def _refresh(self) -> None:
+        """Have the fleet know what has changed."""
+        for worker in self._changed:
+            view = None
+            if worker.state is State.UP and worker.capacity:
+                view = worker.view()
+                if view.jobs >= (self.limits.max_jobs or 2 * view.max_num_seqs):
+                    view = None
+            self._fleet.put(worker.name, view)
+        self._changed.clear()
+
+    def _fleet_for(self, total: int) -> Fleet:
+        """Those that have room for a job and could hold so many tokens: mostly all of them."""
+        if total <= self._every_takes:
+            return self._fleet
+        fitting = Fleet(self._workers)
+        for view in self._fleet:
+            capacity = self._workers[view.name].capacity
+            if capacity and total <= capacity.longest:
+                fitting.put(view.name, view)
+        return fitting
+
+    def _start(self, job: Job, route: Route) -> None:
+        work = Work(job.prompt, job.params, job.index, tuple(job.outputs))
+        key = self._open(job, route).key
+        hands_off = not route.collocated
+        if hands_off:
+            self._send(route.decode, Expect(key, work, route.prefill))
+        self._send(route.prefill, Begin(key, work, hands_off))
+
+    def _send(self, worker: str, message: ToWorker) -> None:
+        if self._workers[worker].state is State.UP:
+            self.actions.append(Send(worker, message))
+
+    # ------------------------------------------------------------------ ends
+
+    def _end(
+        self,
+        job: Job,
+        reason: FinishReason,
+        tokens: tuple[SampledToken, ...] = (),
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+    ) -> None:
+        job.done = True
+        if job.queued:
+            (self._postponed if job in self._postponed else self._queue).remove(job)
+            job.queued = False
+        job.path.finished = self.now
+        if self._finished is not None and reason is not FinishReason.ERROR:
+            censored = reason in (FinishReason.LENGTH, FinishReason.ABORT)
+            self._teach(len(job.prompt), job.path.output_tokens, censored)
+        self.actions.append(Emit(job.request_id, job.index, tokens, reason, stop_reason, error))
+        self._settle(job)
+
+    def _teach(self, prompt_tokens: int, output_tokens: int, censored: bool) -> None:
+        """Tell the policy of an end; one that cannot take it in is told no more."""
+        assert self._finished is not None
+        try:
+            self._finished(prompt_tokens, output_tokens, censored, self.now)
+        except Exception as error:
+            self.policy_error = self.policy_error or error
+            self._finished = None
+            warnings.warn(
+                f"policy {self.policy.name} failed to take in the end of a request, and is told of no more: "
+                f"{told(error)}",
+                stacklevel=2,
+            )
