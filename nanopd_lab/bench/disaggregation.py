@@ -153,7 +153,7 @@ def stages(paths: Iterable[PathReport], percentiles: Sequence[float]) -> dict[st
     both = [(path, path.attempts[-1]) for path in paths if path.attempts]
     found = {}
     for name, stage in STAGES.items():
-        values = np.array([value for pair in both if (value := stage(*pair)) is not None], dtype=np.float64)
+        values = np.fromiter((value for pair in both if (value := stage(*pair)) is not None), np.float64)
         found[name] = {
             key.replace(f"_{name}_", "_"): value for key, value in spread(name, values, percentiles).items()
         }

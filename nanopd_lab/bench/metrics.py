@@ -217,7 +217,7 @@ def concurrency(begin: Floats, end: Floats) -> tuple[Floats, NDArray[np.int64]]:
 
 
 def _column(values: Iterable[float | None]) -> Floats:
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+    return np.fromiter((math.nan if value is None else value for value in values), np.float64)
 
 
 def _gaps(records: Iterable[RequestRecord]) -> Floats:

@@ -91,7 +91,7 @@ class _Job:
     path: PathReport
     outputs: list[int] = field(default_factory=list)
     attempt: _Attempt | None = None
-    avoid: set[str] = field(default_factory=set)
+    avoid: frozenset[str] = _NOBODY
     queued: bool = False
     done: bool = False
     unsettled: int = 0  # attempts of which a worker may hold something
@@ -125,23 +125,27 @@ class _Worker:
     def view(self) -> WorkerView:
         """What policies see of it; the same object for as long as that doesn't change."""
         capacity = self.capacity
-        view = WorkerView(
-            self.name,
-            self.role,
-            self.prefilling,
-            self.prefill_tokens,
-            self.decoding,
-            self.beat.blocks_free if self.beat else 0,
-            capacity.max_num_seqs if capacity else 0,
-            self.decode_tokens,
-            self.arriving,
-            self.arriving_tokens,
-            self.leaving,
-            self.leaving_tokens,
-            self.prefill_since,
-            capacity.num_blocks if capacity else 0,
-            capacity.block_size if capacity else 0,
-            capacity.max_num_batched_tokens if capacity else 0,
+        # For every change of every worker: past the Python code in `WorkerView(...)`.
+        view = tuple.__new__(
+            WorkerView,
+            (
+                self.name,
+                self.role,
+                self.prefilling,
+                self.prefill_tokens,
+                self.decoding,
+                self.beat.blocks_free if self.beat else 0,
+                capacity.max_num_seqs if capacity else 0,
+                self.decode_tokens,
+                self.arriving,
+                self.arriving_tokens,
+                self.leaving,
+                self.leaving_tokens,
+                self.prefill_since,
+                capacity.num_blocks if capacity else 0,
+                capacity.block_size if capacity else 0,
+                capacity.max_num_batched_tokens if capacity else 0,
+            ),
         )
         if self._view is None or view != self._view:
             self._view = view
@@ -484,7 +488,7 @@ class Controller:
             len(job.prompt) + len(job.outputs),
             job.params,
             job.path.arrival,
-            frozenset(job.avoid) if job.avoid else _NOBODY,
+            job.avoid,
             postponed=postponed,
         )
         answer = ask(self.policy, seen, free, self.now)
@@ -596,7 +600,7 @@ class Controller:
                 job, FinishReason.ERROR, error=f"given up after {tries} attempts; the last one: {error}"
             )
             return
-        job.avoid.add(worker)
+        job.avoid |= {worker}
         self._queue.appendleft(job)
         job.queued = True
 

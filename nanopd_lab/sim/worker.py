@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
@@ -115,7 +116,7 @@ class SimCore(WorkerCore):
         return blocks
 
     def _sampled(self, sequence: Sequence, new: Seq[int]) -> tuple[SampledToken, ...]:
-        return (TOKEN,) * len(new)
+        return _tokens(len(new))
 
     def held_tokens(self) -> int:
         """Tokens whose KV is here; of one that has stopped."""
@@ -124,6 +125,11 @@ class SimCore(WorkerCore):
     def table_of(self, pull_id: int) -> int:
         """The first block of the table that this pull under way is from."""
         return self._pulling[pull_id][1].blocks[0]
+
+
+@lru_cache(maxsize=512)
+def _tokens(count: int) -> tuple[SampledToken, ...]:
+    return (TOKEN,) * count
 
 
 @dataclass(frozen=True)
