@@ -13,8 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanopd_lab.cluster.cluster import Cluster, ClusterOutput
+    from nanopd_lab.cluster.cluster import Cluster
     from nanopd_lab.cluster.config import ClusterConfig
+    from nanopd_lab.cluster.outputs import ClusterOutput
     from nanopd_lab.core import BeamSearchParams, SamplingParams
     from nanopd_lab.engine.config import EngineConfig, EngineParts
     from nanopd_lab.engine.engine import Engine
@@ -27,7 +28,7 @@ _HOME = {
     "BeamSearchParams": "nanopd_lab.core",
     "Cluster": "nanopd_lab.cluster.cluster",
     "ClusterConfig": "nanopd_lab.cluster.config",
-    "ClusterOutput": "nanopd_lab.cluster.cluster",
+    "ClusterOutput": "nanopd_lab.cluster.outputs",
     "CompletionOutput": "nanopd_lab.engine.outputs",
     "Engine": "nanopd_lab.engine.engine",
     "EngineConfig": "nanopd_lab.engine.config",

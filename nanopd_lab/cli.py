@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser(argv[0] if argv else None).parse_args(argv)
     try:
-        _check_result(getattr(args, "result_filename", None))
+        for name in ("result_filename", "summary_filename"):
+            _check_result(getattr(args, name, None), "--" + name.replace("_", "-"))
         return args.run(args) or 0
     except ValueError as error:
         print(f"nanopd-lab: {error}", file=sys.stderr)
@@ -48,16 +50,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def _check_result(path: str | Path | None) -> None:
+def _check_result(path: str | Path | None, flag: str) -> None:
     """Before anything is measured: a result that cannot be written would be lost."""
     if path is None:
         return
     if Path(path).is_dir():
-        raise ValueError(f"--result-filename {path} is a folder; name a file in it")
+        raise ValueError(f"{flag} {path} is a folder; name a file in it")
     if not Path(path).parent.is_dir():
-        raise ValueError(
-            f"--result-filename {path}: there is no folder {Path(path).parent}; make it, or name another"
-        )
+        raise ValueError(f"{flag} {path}: there is no folder {Path(path).parent}; make it, or name another")
+    if not os.access(path if Path(path).exists() else Path(path).parent, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written; change its permissions, or name another")
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

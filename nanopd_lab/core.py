@@ -13,6 +13,7 @@ from collections.abc import MutableSequence
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any, NamedTuple
 
 from nanopd_lab.errors import InvalidRequestError
@@ -21,12 +22,32 @@ MAX_LOGPROBS = 64
 BlockTable = list[int] | range
 """A sequence's blocks, in order; a range where blocks are counted only, see `kv.counted`."""
 
+_SEVERAL = (list, tuple, set, frozenset)
 PENDING = -1  # stands for a token that a step under way is going to sample
 
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise InvalidRequestError(message)
+
+
+def _check_integers(params: Any, *names: str, optional: Seq[str] = ()) -> None:
+    """Integers of other types, such as NumPy's, become Python's."""
+    for name in (*names, *optional):
+        value = getattr(params, name)
+        if type(value) is int or (value is None and name in optional):
+            continue
+        _check(
+            hasattr(value, "__index__") and not isinstance(value, bool),
+            f"{name} is {value!r}; it must be an integer{' or None' if name in optional else ''}",
+        )
+        object.__setattr__(params, name, value.__index__())
+
+
+def _check_numbers(params: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(params, name)
+        _check(isinstance(value, Real), f"{name} is {value!r}; it must be a number")
 
 
 @dataclass(frozen=True)
@@ -57,13 +78,10 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        _check(
-            isinstance(self.n, int) and self.n >= 1, f"n is {self.n!r}; it must be an integer of at least 1"
-        )
-        _check(
-            isinstance(self.max_tokens, int) and self.max_tokens >= 1,
-            f"max_tokens is {self.max_tokens!r}; it must be an integer of at least 1",
-        )
+        _check_integers(self, "n", "max_tokens", "min_tokens", "top_k", optional=("seed", "logprobs"))
+        _check_numbers(self, "temperature", "top_p", "min_p")
+        _check(self.n >= 1, f"n is {self.n}; it must be an integer of at least 1")
+        _check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be an integer of at least 1")
         _check(
             0 <= self.min_tokens <= self.max_tokens,
             f"min_tokens is {self.min_tokens}; it must lie between 0 and max_tokens ({self.max_tokens})",
@@ -74,8 +92,8 @@ class SamplingParams:
         )
         _check(0.0 < self.top_p <= 1.0, f"top_p is {self.top_p}; it must lie in (0, 1], 1 switches it off")
         _check(
-            isinstance(self.top_k, int) and self.top_k >= -1,
-            f"top_k is {self.top_k!r}; it must be a positive integer, or 0 or -1 for all tokens",
+            self.top_k >= -1,
+            f"top_k is {self.top_k}; it must be a positive integer, or 0 or -1 for all tokens",
         )
         _check(0.0 <= self.min_p <= 1.0, f"min_p is {self.min_p}; it must lie in [0, 1], 0 switches it off")
         _check(
@@ -83,8 +101,14 @@ class SamplingParams:
             f"logprobs is {self.logprobs}; it must lie between 0 and {MAX_LOGPROBS}, or be None",
         )
         _check(
-            self.seed is None or (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63),
-            f"seed is {self.seed!r}; it must be an integer that fits in 64 bits, or None",
+            self.seed is None or -(2**63) <= self.seed < 2**63,
+            f"seed is {self.seed}; it must be an integer that fits in 64 bits, or None",
+        )
+        _check(
+            self.stop is None
+            or isinstance(self.stop, str)
+            or (isinstance(self.stop, _SEVERAL) and all(isinstance(text, str) for text in self.stop)),
+            f"stop is {self.stop!r}; it must be a string, a list of strings, or None",
         )
         _check(all(self.stop_strings), "stop holds an empty string; it would end every output at once")
         _check(
@@ -92,8 +116,12 @@ class SamplingParams:
             "stop strings need detokenize=True; use stop_token_ids to stop without text",
         )
         _check(
-            all(isinstance(token, int) and token >= 0 for token in self.stop_token_ids or ()),
-            f"stop_token_ids is {self.stop_token_ids}; token ids are integers of at least 0",
+            self.stop_token_ids is None
+            or (
+                isinstance(self.stop_token_ids, _SEVERAL)
+                and all(type(token) is int and token >= 0 for token in self.stop_token_ids)
+            ),
+            f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of integers of at least 0, or None",
         )
 
     @property
@@ -123,11 +151,13 @@ class BeamSearchParams:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_integers(self, "beam_width", "max_tokens")
+        _check_numbers(self, "length_penalty")
         _check(
             1 <= self.beam_width <= MAX_LOGPROBS // 2,
             f"beam_width is {self.beam_width}; it must lie between 1 and {MAX_LOGPROBS // 2}",
         )
-        _check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1")
+        _check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be an integer of at least 1")
 
 
 class FinishReason(str, enum.Enum):

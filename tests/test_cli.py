@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def test_info_names_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
         (["simulate", "--dataset-name", "azure", "--dataset-path", "none.csv"], "none.csv: No such file"),
         (["simulate", "--dataset-name", "azure", "--dataset-path", "/"], "/: Is a directory"),
         (["simulate", "--result-filename", "no/such/folder.json"], "there is no folder no/such"),
+        (["simulate", "--max-num-seqs", "0"], "max_num_seqs is 0; it must be at least 1"),
+        (["simulate", "--num-blocks", "0"], "num_blocks is 0; it must be at least 1"),
+        (["simulate", "--beat", "0"], "beat_s is 0.0; it must be positive"),
+        (["simulate", "--dataset-name", "log-normal", "--input-sigma", "nan"], "sigma nan"),
+        (
+            ["sweep", "--summary-filename", "no/such/file.json"],
+            "--summary-filename no/such/file.json: there is",
+        ),
+        (["bench", "--model", "random:tiny", "--temperature", "-1"], "temperature is -1.0"),
+        (["ceilings", "--device", "nosuch"], "device is 'nosuch'; use cpu"),
+        (["ceilings", "--rounds", "0"], "rounds is 0; it must be at least 1"),
         (["bench-handover", "--transports", "pinned"], "workers are on CPUs; choose auto or shm"),
         (["bench", "--model", "random:tiny", "--goodput", "ttft"], "goodput 'ttft'; write ttft:500"),
         (["regret", "--policies", "adaptive", "nosuch"], "unknown policy 'nosuch'"),
@@ -76,6 +88,18 @@ def test_bad_input_is_one_clear_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_result_that_cannot_be_written_is_told_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "kept.json"
+    target.write_text("kept")
+    target.chmod(0o400)
+    if os.access(target, os.W_OK):
+        pytest.skip("root may write what nobody may")
+    assert main(["simulate", "--num-prompts", "3", "--result-filename", str(target)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """The hand-written CUDA kernels as an attention backend.
 
-Decode steps go through the best rung of the ladder (`kernels.launches.best_rung`), chunks through the paged
+Decode steps go through the best rung of the ladder (`kernels.decode_launches.best_rung`), chunks through the paged
 prefill kernel, except where PyTorch's own kernels are faster (see the prefill rows of
 data/recorded/kernels-*.json):
 
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from nanopd_lab.attention.base import AttentionMetadata
-from nanopd_lab.kernels import ops, reference, validate
+from nanopd_lab.kernels import ops, paged, reference, validate
 from nanopd_lab.kernels.errors import KernelArgumentError
 from nanopd_lab.kernels.launches import AttentionShape
 from nanopd_lab.kv.cache import KVShape
@@ -107,7 +107,7 @@ def attend_known(
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if decodes:
-        ops.decode_into(
+        paged.decode_into(
             out[:decodes],
             query[:decodes],
             kv_layer,
@@ -130,7 +130,7 @@ def attend_known(
         if decodes < few:
             # query_start is absolute, so the kernel fills these sequences' rows of the whole output.
             part, starts = slice(decodes, few), query_start[decodes : few + 1]
-            ops.prefill_into(
+            paged.prefill_into(
                 out,
                 query,
                 kv_layer,
@@ -220,10 +220,12 @@ def _attention_cuda(
         )
     # Captured in a graph: which sequences decode, and how long they are, the kernels read on the device.
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    ops.decode_into(out[:sequences], query[:sequences], kv_layer, block_tables, decode_lens, workspace, scale)
+    paged.decode_into(
+        out[:sequences], query[:sequences], kv_layer, block_tables, decode_lens, workspace, scale
+    )
     if not decode_only:
         # Its sequences' rows come behind those of all decode steps, and overwrite the zeros left there.
-        ops.prefill_into(out, query, kv_layer, block_tables, prefill_lens, query_start, workspace, scale)
+        paged.prefill_into(out, query, kv_layer, block_tables, prefill_lens, query_start, workspace, scale)
     return out
 
 

@@ -13,7 +13,7 @@ import torch
 from nanopd_lab.attention.base import AttentionMetadata
 from nanopd_lab.attention.torch_backend import TorchBackend
 from nanopd_lab.kernels import emulated
-from nanopd_lab.kernels.launches import SplitTuning
+from nanopd_lab.kernels.decode_launches import SplitTuning
 
 ONE_WARP = SplitTuning(warps=1, warp_tokens=16, stages=2)  # fewer idle threads to emulate for short contexts
 

@@ -70,18 +70,27 @@ def measure_ceilings(
         rounds: how often each is timed
 
     Raises:
-        ValueError: a device of another kind, or a type that torch lacks.
+        ValueError: a device of another kind or that is not here, a type that torch lacks, or no rounds.
     """
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; use cpu, cuda or cuda:<number>") from None
     if device.type not in READ_BYTES:
         raise ValueError(f"device is {str(device)!r}; ceilings are measured on {' and '.join(READ_BYTES)}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {str(device)!r}, but this machine has {torch.cuda.device_count()} CUDA device(s)"
+        )
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; it must be at least 1")
     if unknown := [name for name in dtypes if not isinstance(getattr(torch, name, None), torch.dtype)]:
         raise ValueError(f"torch has no data type {unknown[0]!r}; for example float32, bfloat16")
     peaks = {name: matmul_flops_per_s(device, getattr(torch, name), rounds) for name in dtypes}
     if device.type == "cuda":
         # Our own kernel: torch's sum does not reach the memory's speed.
-        from nanopd_lab.bench.kernels import Timer
-        from nanopd_lab.bench.kernels import measure_ceilings as bandwidths
+        from nanopd_lab.bench.kernel_timer import Timer
+        from nanopd_lab.bench.kernel_timer import measure_ceilings as bandwidths
 
         with torch.cuda.device(device):
             found = bandwidths(Timer())

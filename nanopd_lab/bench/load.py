@@ -24,7 +24,8 @@ from nanopd_lab.bench.disaggregation import REFUSED, UNFINISHED, UNSENT
 from nanopd_lab.bench.metrics import LoadRecord
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cluster.actions import ClusterBusyError, ClusterDownError
-from nanopd_lab.cluster.cluster import SETTLE_S, Cluster, ClusterOutput
+from nanopd_lab.cluster.cluster import SETTLE_S, Cluster
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.errors import InvalidRequestError
 
@@ -60,6 +61,7 @@ class LoadOptions:
             raise ValueError(f"max_concurrency is {self.max_concurrency}; it must be at least 1, or None")
         if self.num_warmups is not None and self.num_warmups < 0:
             raise ValueError(f"num_warmups is {self.num_warmups}; it must not be negative")
+        SamplingParams(temperature=self.temperature)  # which knows what it may be
         if not self.drain_s > 0 or not self.ready_timeout_s >= 0:
             raise ValueError(
                 f"drain_s is {self.drain_s} and ready_timeout_s {self.ready_timeout_s}; the first must be positive, "

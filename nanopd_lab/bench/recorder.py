@@ -19,8 +19,9 @@ from contextlib import AbstractContextManager
 from nanopd_lab.bench.frames import End, Frame, Rolling, WorkerFrame
 from nanopd_lab.bench.recording import Recording
 from nanopd_lab.cluster.actions import State
-from nanopd_lab.cluster.cluster import Cluster, ClusterOutput
+from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.looking import Look, WorkerLook
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.router.slo import Slo
 
 INTERVAL_S = 0.25

@@ -18,9 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanopd_lab.bench.report import SCHEMA
+
 Result = dict[str, Any]
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+HEAD = f'{{"schema": "{SCHEMA}"'  # of every line
 
 
 class Point(NamedTuple):
@@ -65,8 +68,7 @@ class Results:
     def _read(self, path: Path) -> None:
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # the last line was being written when the run ended
-            os.truncate(path, len(whole.encode()))
+        rest = text[len(whole) :]
         for line, content in enumerate(whole.splitlines(), 1):
             try:
                 result = json.loads(content)
@@ -85,6 +87,12 @@ class Results:
                 )
             if not result["partial"]:
                 self.by_point[point] = result
+        if rest:  # the last line was being written when the run ended
+            if not rest.startswith(HEAD) and not HEAD.startswith(rest):
+                raise ValueError(
+                    f"{path.name} is no file of a sweep, and is left as it is; give another file"
+                )
+            os.truncate(path, len(whole.encode()))
 
 
 def point_of(result: Mapping[str, Any]) -> Point:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from nanopd_lab.bench.provenance import provenance
-from nanopd_lab.bench.transfer import Plan, connected, default_transports, describe, kv_shape, measure
+from nanopd_lab.bench.transfer import default_transports, describe, measure
+from nanopd_lab.bench.transfer_pair import connected
+from nanopd_lab.bench.transfer_plan import Plan, kv_shape
 
 SCHEMA = "nanopd-lab/transfer-pairs/1"
 

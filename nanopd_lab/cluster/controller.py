@@ -68,6 +68,7 @@ from nanopd_lab.router import (
 )
 
 EXPLAINABLE = 1024  # decisions that can be asked about
+SUSPECT = 0.75  # of `Limits.heartbeat_s`: a worker that is silent for so long is watched for the rest
 _NOBODY: frozenset[str] = frozenset()
 
 
@@ -109,6 +110,7 @@ class _Worker:
     capacity: Capacity | None = None
     beat: Beat | None = None
     last_seen: float = 0.0
+    suspected: float | None = None  # since then, for its silence
     attempts: dict[str, _Attempt] = field(default_factory=dict)  # by key, those it may hold something of
 
     prefilling: int = 0
@@ -299,7 +301,7 @@ class Controller:
         """Take in one message of a worker."""
         self.now = now
         sender = self._workers[worker]
-        sender.last_seen = now
+        sender.last_seen, sender.suspected = now, None
         if isinstance(message, (Hello, Beat)):
             self._heard(sender, message)
             return
@@ -345,7 +347,7 @@ class Controller:
         worker = self._workers[name]
         worker.state = State.STARTING if restarting else State.GONE
         worker.beat = None
-        worker.last_seen = now
+        worker.last_seen, worker.suspected = now, None
         self._changed.add(worker)
         for attempt in list(worker.attempts.values()):
             job, _ = self._attempts[attempt.key]
@@ -411,15 +413,22 @@ class Controller:
     def tick(self, now: float) -> None:
         """Deadlines of jobs, silence of workers.
 
+        Who has been away itself, stopped or paused with the whole machine, has heard nobody: a worker is given up only
+        if it was silent for `Limits.heartbeat_s`, and for the last quarter of that since a tick that found it silent.
+        (The idea is that of Lifeguard, Dadgar et al. 2018: doubt yourself before the others.)
+
         Jobs that wait are offered when something has changed, however often this is called; where nothing runs, now.
         """
         self.now = now
         changed = not self._attempts
         for worker in self._workers.values():
-            if worker.state is State.UP and now - worker.last_seen >= self.limits.heartbeat_s:
-                reason = f"was silent for {self.limits.heartbeat_s} s"
-                worker.last_seen = now
-                self.actions.append(Fence(worker.name, reason))
+            if worker.state is State.UP and now >= self._silent_until(worker):
+                if worker.suspected is None:
+                    worker.suspected = now
+                else:
+                    worker.last_seen, worker.suspected = now, None
+                    reason = f"was silent for {self.limits.heartbeat_s} s"
+                    self.actions.append(Fence(worker.name, reason))
         while self._deadlines and (self._deadlines[0][2].done or now >= self._deadlines[0][0]):
             job = heapq.heappop(self._deadlines)[2]
             if not job.done:
@@ -435,10 +444,15 @@ class Controller:
         while self._deadlines and self._deadlines[0][2].done:
             heapq.heappop(self._deadlines)
         times = [self._deadlines[0][0]] if self._deadlines else []
-        times += [
-            w.last_seen + self.limits.heartbeat_s for w in self._workers.values() if w.state is State.UP
-        ]
+        times += [self._silent_until(w) for w in self._workers.values() if w.state is State.UP]
         return min((time for time in times if time != float("inf")), default=None)
+
+    def _silent_until(self, worker: _Worker) -> float:
+        """When a worker that says nothing is suspected or, if it is, given up."""
+        heartbeat_s = self.limits.heartbeat_s
+        if worker.suspected is None:
+            return worker.last_seen + SUSPECT * heartbeat_s
+        return max(worker.last_seen + heartbeat_s, worker.suspected + (1 - SUSPECT) * heartbeat_s)
 
     # ------------------------------------------------------------------ routes
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from nanopd_lab.cluster.messages import Capacity, FromWorker, Hello, ToWorker
 from nanopd_lab.cluster.worker import WorkerCore
@@ -52,6 +52,17 @@ class StepRecord:
     def shifted(self, by_s: float) -> StepRecord:
         """The same on a clock that is so many seconds ahead."""
         return replace(self, begin=self.begin + by_s, end=self.end + by_s)
+
+
+class Findings(NamedTuple):
+    """What is wrong with a worker; each is empty if nothing is.
+
+    broken: a block, a try or a pull is lost
+    held: what it holds, which is wrong while nothing runs
+    """
+
+    broken: str = ""
+    held: str = ""
 
 
 @dataclass(eq=False)
@@ -171,6 +182,23 @@ class WorkerHost:
     def busy(self) -> bool:
         """True if a further turn may get on without a message."""
         return not self.core.idle
+
+    def check(self) -> Findings:
+        """What is wrong here."""
+        core = self.core
+        try:
+            core.check_integrity()
+        except AssertionError as error:
+            return Findings(broken=f"{core.name}: {error}")
+        used = core.scheduler.allocator.stats().used
+        return Findings(held="" if core.idle and not used else f"{core.name} holds {used} blocks")
+
+    def taken_steps(self) -> list[StepRecord]:
+        """The record since the last time; empty if none is kept."""
+        if self.steps is None:
+            return []
+        taken, self.steps = self.steps, []
+        return taken
 
     def close(self) -> None:
         """Give the transport's memory back."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from nanopd_lab.cluster.actions import Action, Fence, Send
 from nanopd_lab.cluster.controller import Controller
-from nanopd_lab.cluster.host import Connect, Disconnect, WorkerHost
+from nanopd_lab.cluster.host import Connect, Disconnect, Findings, StepRecord, WorkerHost
 from nanopd_lab.cluster.messages import FromWorker, ToWorker
 
 
@@ -112,6 +112,14 @@ class InlineLauncher:
                 self.outboxes[name].append(self.hosts[name].core.beat())
         events, self.events = self.events, []
         return events
+
+    def check(self) -> dict[str, Findings]:
+        """What is wrong with each worker."""
+        return {name: host.check() for name, host in self.hosts.items()}
+
+    def steps(self) -> dict[str, list[StepRecord]]:
+        """Every worker's steps since the last time; empty unless it traces."""
+        return {name: host.taken_steps() for name, host in self.hosts.items()}
 
     def close(self) -> None:
         """Stop all workers."""

@@ -1,125 +1,31 @@
 """Carries messages between the controller and workers in processes of their own, and starts those again that died.
 
-What a process is differs (`process`: a child of this one; `ray_launcher`: an actor on some node) and is hidden behind a
-`Starter`, which makes a `Body` for each worker. KV never comes this way. What is sent to a worker waits in a thread of
-its own: one that is stopped, busy or far away cannot hold the controller up.
+KV never comes this way.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from multiprocessing.connection import wait
+from typing import Any
 
 from nanopd_lab.cluster.actions import Action, Fence, Send, State
-from nanopd_lab.cluster.clocks import SAME_CLOCK, ClockOffset, Ping, Pong, Reading, on_our_clock
+from nanopd_lab.cluster.child import Child
+from nanopd_lab.cluster.clocks import SAME_CLOCK, Ping, Pong, Reading, on_our_clock
 from nanopd_lab.cluster.controller import Controller
-from nanopd_lab.cluster.host import Connect, Disconnect, StepRecord
+from nanopd_lab.cluster.host import Connect, Disconnect, Findings, StepRecord
 from nanopd_lab.cluster.messages import Beat, Hello
+from nanopd_lab.cluster.starter import Starter, WorkerStartError
 from nanopd_lab.cluster.worker_loop import Answer, Ask, StartFailed, Stop, WorkerSpec
-from nanopd_lab.transfer import PoolAddress
+
+logger = logging.getLogger(__name__)
 
 STOP_S = 10.0  # for an orderly end
-SENDER_S = 1.0  # for a thread to see that its connection has ended
-
-
-class WorkerStartError(ValueError):
-    """A worker could not be started; the message holds its reason."""
-
-
-class Body(Protocol):
-    """What a worker runs in."""
-
-    @property
-    def connection(self) -> Connection | None:
-        """To its `run_worker`; None until it is there."""
-        ...
-
-    @property
-    def end(self) -> Connection | int:
-        """Can be waited for, and is ready once the worker has ended."""
-        ...
-
-    @property
-    def clock(self) -> ClockOffset | None:
-        """The offset of its clock; None if it shares the controller's."""
-        ...
-
-    @property
-    def pid(self) -> int | None:
-        """Process id, on its machine."""
-        ...
-
-    def reason(self) -> str:
-        """How it ended, behind the worker's name. May take a moment to find out."""
-        ...
-
-    def join(self, timeout: float) -> bool:
-        """Wait for its end; False if it goes on."""
-        ...
-
-    def kill(self) -> None:
-        """End it, at once; nothing can be sent or received any more. What has ended already is left alone."""
-        ...
-
-
-class Starter(Protocol):
-    """Starts workers."""
-
-    def start(self, spec: WorkerSpec, wake: Callable[[], None]) -> Body:
-        """Begin to; returns at once. `wake` is called when the connection has come later than that."""
-        ...
-
-    def close(self) -> None:
-        """Release all, after the bodies have ended."""
-        ...
-
-
-@dataclass(eq=False)
-class _Child:
-    spec: WorkerSpec
-    body: Body
-    deadline: float  # to be ready
-    outgoing: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
-    sender: threading.Thread | None = None
-    address: PoolAddress | None = None
-    ready: bool = False
-    lag_s: float = 0.0  # tests make a link slow
-
-    def begin_to_send(self) -> None:
-        """As soon as there is a connection."""
-        if self.sender is None and (connection := self.body.connection) is not None:
-            name = f"nanopd-to-{self.spec.name}"
-            self.sender = threading.Thread(target=self._send_all, args=(connection,), name=name, daemon=True)
-            self.sender.start()
-
-    def _send_all(self, connection: Connection) -> None:
-        while (message := self.outgoing.get()) is not None:
-            batch = [message]
-            while not self.outgoing.empty():
-                batch.append(self.outgoing.get())
-            last = batch[-1] is None
-            if self.lag_s:
-                time.sleep(self.lag_s)
-            with contextlib.suppress(OSError, ValueError):  # it has died; its `end` says so
-                connection.send([each for each in batch if each is not None])
-            if last:
-                return
-
-    def give_up(self) -> None:
-        """Kill it, and close the connection once nobody writes there."""
-        self.outgoing.put(None)
-        self.body.kill()
-        if self.sender is not None:
-            self.sender.join(SENDER_S)
-        if self.body.connection is not None:
-            self.body.connection.close()
 
 
 class WorkerLauncher:
@@ -152,7 +58,7 @@ class WorkerLauncher:
         self.answers: dict[str, Answer] = {}
         self.starter = starter
         self._start_timeout_s = start_timeout_s
-        self._children: dict[str, _Child] = {}
+        self._children: dict[str, Child] = {}
         self._restarts = {spec.name: max_restarts for spec in specs}
         self._awake, self._wake = Pipe(duplex=False)
         self._closed = False
@@ -172,7 +78,7 @@ class WorkerLauncher:
 
     def _start(self, spec: WorkerSpec) -> None:
         deadline = time.monotonic() + self._start_timeout_s
-        child = _Child(spec, self.starter.start(spec, self.wake), deadline)
+        child = Child(spec, self.starter.start(spec, self.wake), deadline)
         self._children[spec.name] = child
         child.begin_to_send()
 
@@ -192,6 +98,8 @@ class WorkerLauncher:
             self._failure = f"worker {name} {reason} before it was ready"
         started_before = child.ready or child.spec.life > 0
         restart = started_before and not self._closed and self._restarts[name] > 0
+        if started_before:
+            logger.warning("worker %s %s and is %s", name, reason, "started again" if restart else "given up")
         self.controller.worker_down(name, reason, self.clock(), restarting=restart)
         for other in self._children.values():
             other.outgoing.put(Disconnect(name))
@@ -263,7 +171,7 @@ class WorkerLauncher:
         self.controller.tick(self.clock())
         self.collect()
 
-    def _receive(self, name: str, child: _Child) -> bool:
+    def _receive(self, name: str, child: Child) -> bool:
         """Take in what a worker has sent; False if its connection has ended."""
         connection = child.body.connection
         try:
@@ -274,7 +182,7 @@ class WorkerLauncher:
             return False
         return True
 
-    def _take(self, name: str, child: _Child, message: Any) -> None:
+    def _take(self, name: str, child: Child, message: Any) -> None:
         now, clock = self.clock(), child.body.clock
         if isinstance(message, StartFailed):
             self._failure = f"worker {name} could not be started: {message.error}"
@@ -293,7 +201,7 @@ class WorkerLauncher:
             self.controller.handle(name, message, now)
             self.collect()
 
-    def _introduce(self, name: str, child: _Child, hello: Hello) -> None:
+    def _introduce(self, name: str, child: Child, hello: Hello) -> None:
         child.ready, child.address = True, hello.address
         for other_name, other in self._children.items():
             if other_name != name and other.address is not None and child.address is not None:
@@ -314,7 +222,7 @@ class WorkerLauncher:
             else:
                 self.events.append(action)
 
-    def ask(self, what: str, timeout: float = 30.0) -> dict[str, Any]:
+    def _ask(self, what: str, timeout: float = 30.0) -> dict[str, Any]:
         """Ask every worker that is up; their answers by name. Those that don't answer in time are left out."""
         self.answers.clear()
         asked = [name for name in self._children if self.controller.state(name) is State.UP]
@@ -327,9 +235,13 @@ class WorkerLauncher:
             self.pump(0.1)
         return {name: answer.value for name, answer in self.answers.items()}
 
+    def check(self) -> dict[str, Findings]:
+        """What is wrong with each worker."""
+        return self._ask("check")
+
     def steps(self) -> dict[str, list[StepRecord]]:
         """Every worker's steps since the last time, on the controller's clock; empty unless it traces."""
-        found: dict[str, list[StepRecord]] = self.ask("steps")
+        found: dict[str, list[StepRecord]] = self._ask("steps")
         for name, steps in found.items():
             if name in self._children and (offset_s := self.clock_of(name).offset_s):
                 found[name] = [step.shifted(-offset_s) for step in steps]

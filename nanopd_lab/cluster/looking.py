@@ -9,7 +9,7 @@ from nanopd_lab.cluster.messages import Beat, Capacity
 from nanopd_lab.router import Role
 
 if TYPE_CHECKING:
-    from nanopd_lab.cluster.cluster import ClusterOutput
+    from nanopd_lab.cluster.outputs import ClusterOutput
 
 
 class WorkerLook(NamedTuple):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess, SpawnProcess
+from typing import TYPE_CHECKING
 
 from nanopd_lab.cluster.starting import process_context, take_environment
 from nanopd_lab.cluster.worker_loop import WorkerSpec, run_worker
+
+if TYPE_CHECKING:
+    from nanopd_lab.transfer.registry import Choice
 
 EXIT_S = 1.0  # a process's pipe ends a moment before it does
 
@@ -20,7 +24,7 @@ def worker_main(connection: Connection, spec: WorkerSpec, environment: Mapping[s
 
 
 class ProcessBody:
-    """See `launcher.Body`."""
+    """See `starter.Body`."""
 
     clock = None
 
@@ -52,14 +56,23 @@ class ProcessBody:
 
 
 class ProcessStarter:
-    """See `launcher.Starter`.
+    """See `starter.Starter`.
 
     Args:
         devices: of the workers
+        transport: that they are told to use
     """
 
-    def __init__(self, devices: Iterable[str]) -> None:
+    def __init__(self, devices: Sequence[str], transport: str) -> None:
         self._context = process_context(devices)
+        self._devices = devices
+        self._transport = transport
+
+    def transport(self) -> Choice:
+        """See `Starter`: each worker has come to the same."""
+        from nanopd_lab.transfer.registry import resolve_transport
+
+        return resolve_transport(self._transport, self._devices)
 
     def start(self, spec: WorkerSpec, wake: Callable[[], None]) -> ProcessBody:
         """See `Starter`."""

@@ -18,7 +18,7 @@ REASON_S = 0.5  # for Ray to tell why a worker has ended
 
 
 class RayBody:
-    """See `launcher.Body`."""
+    """See `starter.Body`."""
 
     def __init__(self, ray: Any, ticket: str, spec: WorkerSpec, wake: Callable[[], None]) -> None:
         self.connection: Connection | None = None

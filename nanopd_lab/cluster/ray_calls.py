@@ -10,9 +10,9 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from nanopd_lab.cluster.clocks import ClockOffset, Ping, clock_identity
-from nanopd_lab.cluster.launcher import WorkerStartError
 from nanopd_lab.cluster.ray_actor import Here
 from nanopd_lab.cluster.ray_socket import settled, welcome
+from nanopd_lab.cluster.starter import WorkerStartError
 
 PINGS = 10  # before the first message; then one with every beat
 AT_ONCE = 64  # who has not shown a key; more wait

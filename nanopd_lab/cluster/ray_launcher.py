@@ -22,13 +22,13 @@ from typing import Any
 
 from nanopd_lab import __version__
 from nanopd_lab.cluster.clocks import ClockOffset
-from nanopd_lab.cluster.launcher import WorkerStartError
 from nanopd_lab.cluster.ray_actor import Call, Here, WorkerActor
 from nanopd_lab.cluster.ray_body import RayBody
 from nanopd_lab.cluster.ray_calls import CallDesk
 from nanopd_lab.cluster.ray_options import LEAST_CPUS, RayOptions
 from nanopd_lab.cluster.ray_placement import can_move, reserve, transport_between
 from nanopd_lab.cluster.ray_session import RaySession
+from nanopd_lab.cluster.starter import WorkerStartError
 from nanopd_lab.cluster.worker_loop import WorkerSpec
 from nanopd_lab.router import Role
 from nanopd_lab.transfer.offers import host_identity, listen_on
@@ -40,7 +40,7 @@ _NOT_PASSED_ON = ("RAY_", "CUDA_VISIBLE_DEVICES")
 
 
 class RayStarter:
-    """See `launcher.Starter` and the module.
+    """See `starter.Starter` and the module.
 
     Args:
         options: see `RayOptions`
@@ -61,7 +61,7 @@ class RayStarter:
         kinds: Collection[str] = (),
         threads: int = 1,
     ) -> None:
-        self.choice: Choice | None = None  # of the transport, once all are there
+        self._choice: Choice | None = None  # of the transport, once all are there
         self._session = session = RaySession.acquire(options)
         self._lock = threading.Lock()
         self._bodies: list[RayBody] = []
@@ -148,13 +148,13 @@ class RayStarter:
             )
             return
         try:
-            if self.choice is None:
-                self.choice = transport_between(body.spec.transport, self._here.values(), self._movable)
+            if self._choice is None:
+                self._choice = transport_between(body.spec.transport, self._here.values(), self._movable)
         except ValueError as error:
             body.refuse(f"cannot exchange KV: {error}")
             return
         offers = [each.offer for each in self._here.values()]
-        name = self.choice.name
+        name = self._choice.name
         if ":" not in name and (self._movable or len({offer.host for offer in offers}) > 1):
             name = listen_on(name, here.address)
         neighbours = tuple(offer.device for offer in offers if offer.host == here.offer.host)
@@ -162,6 +162,11 @@ class RayStarter:
         body.begin(replace(body.spec, config=config, transport=name, devices=neighbours))
 
     # ------------------------------------------------------------------ what is where, and the end
+
+    def transport(self) -> Choice:
+        """See `Starter`."""
+        assert self._choice is not None, "asked before all workers were there"
+        return self._choice
 
     def places(self) -> dict[str, Here]:
         """Where the workers are, or were last."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from nanopd_lab.cluster.launcher import WorkerStartError
 from nanopd_lab.cluster.ray_actor import Here
 from nanopd_lab.cluster.ray_options import Bundles, RayOptions, bundles_for
+from nanopd_lab.cluster.starter import WorkerStartError
 from nanopd_lab.router import Role
 from nanopd_lab.transfer import TransferError
 from nanopd_lab.transfer.offers import choose_between

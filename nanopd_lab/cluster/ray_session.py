@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nanopd_lab.cluster import janitor
-from nanopd_lab.cluster.launcher import WorkerStartError
 from nanopd_lab.cluster.ray_options import RayOptions, head_of
+from nanopd_lab.cluster.starter import WorkerStartError
 
 OBJECT_STORE_BYTES = 80 << 20  # about the least that Ray takes: no KV goes there
 REACH_S = 5.0

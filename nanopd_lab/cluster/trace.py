@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from nanopd_lab.cluster.cluster import Cluster, ClusterOutput
+from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.host import StepRecord
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.engine.prompts import Prompt
 

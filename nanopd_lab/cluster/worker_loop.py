@@ -46,7 +46,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """`value` is an error text or "" for "check", a list of `StepRecord` for "steps"."""
+    """`value` is a `Findings` for "check", a list of `StepRecord` for "steps"."""
 
     what: str
     value: Any
@@ -123,12 +123,4 @@ def _serve(connection: Connection, host: Any) -> None:
 
 
 def _answer(host: Any, what: str) -> Answer:
-    if what == "steps":
-        steps, host.steps = host.steps or [], []
-        return Answer(what, steps)
-    try:
-        host.core.check_integrity()
-    except AssertionError as error:
-        return Answer(what, f"{host.core.name}: {error}")
-    used = host.core.scheduler.allocator.stats().used
-    return Answer(what, "" if host.core.idle and not used else f"{host.core.name} holds {used} blocks")
+    return Answer(what, host.taken_steps() if what == "steps" else host.check())

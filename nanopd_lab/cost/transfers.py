@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nanopd_lab.bench.transfer import Pair, Plan, default_transports, sources
+from nanopd_lab.bench.transfer import default_transports
+from nanopd_lab.bench.transfer_pair import Pair, sources
+from nanopd_lab.bench.transfer_plan import Plan
 from nanopd_lab.kv.cache import KVShape
 
 TOKENS = (16, 64, 256, 1024, 2048)  # of a pull

@@ -17,11 +17,17 @@ class Detokenizer:
     with and without the new tokens (the scheme of Hugging Face's text-generation-inference and of vLLM).
 
     While the sample runs, the last characters are held back as long as they could be the beginning of a stop
-    string, so that what a stream has shown never has to be taken back.
+    string, so that what a stream has shown never has to be taken back. A stop string that is complete before
+    the sample has `min_tokens` tokens is text like any other, as in vLLM.
     """
 
     def __init__(
-        self, tokenizer: Any, prompt_token_ids: Seq[int], stop: Seq[str] = (), include_stop: bool = False
+        self,
+        tokenizer: Any,
+        prompt_token_ids: Seq[int],
+        stop: Seq[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt_token_ids[-CONTEXT:])
@@ -29,6 +35,7 @@ class Detokenizer:
         self._read = self._context = len(self._ids)
         self._stop = tuple(stop)
         self._include_stop = include_stop
+        self._min_tokens = min_tokens
         self._hold_back = 0 if include_stop else max((len(text) - 1 for text in self._stop), default=0)
         self._text = ""
         self._ended = False
@@ -64,6 +71,8 @@ class Detokenizer:
     def _extend(self, fresh: str) -> str | None:
         old = len(self._text)
         self._text += fresh
+        if self.num_pushed < self._min_tokens:
+            return None
         found = [
             (at, text)
             for text in self._stop

@@ -23,7 +23,7 @@ from nanopd_lab.engine.beam import BeamGroup
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.engine.detokenizer import Detokenizer
 from nanopd_lab.engine.loop import StepLoop
-from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, spelled
 from nanopd_lab.engine.prompts import Prompt, tokenize
 from nanopd_lab.engine.scheduler import Scheduler
 from nanopd_lab.errors import InvalidRequestError
@@ -289,6 +289,7 @@ class Engine:
                 sequence.request.prompt_token_ids,
                 params.stop_strings,
                 params.include_stop_str_in_output,
+                params.min_tokens,
             )
         # A stop token is part of token_ids but not of the text.
         end = sequence.known_len - (sequence.finish_reason == FinishReason.STOP)
@@ -296,7 +297,7 @@ class Engine:
         stopped = reader.push(*fresh) if fresh else None
         if sequence.finished and sequence.finish_reason != FinishReason.ABORT:
             stopped = stopped or reader.end()
-        if stopped and sequence.output_len >= params.min_tokens:
+        if stopped:
             if sequence.finished:
                 sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, stopped
             else:
@@ -323,27 +324,18 @@ class Engine:
 
     def _completion(self, tracked: _Tracked, sequence: Sequence) -> CompletionOutput:
         wants_logprobs = sequence.request.params.logprobs is not None
-        logprobs = None
         if tracked.text is not None:
             self._read(tracked.text, sequence)
-        if wants_logprobs:
-            logprobs = [
-                {token: entry._replace(decoded_token=self._decode(token)) for token, entry in top.items()}
-                for top in sequence.logprobs
-            ]
         return CompletionOutput(
             index=sequence.index,
             text=tracked.text[sequence.index].text if tracked.text is not None else "",
             token_ids=sequence.output_token_ids,
             cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
-            logprobs=logprobs,
+            logprobs=spelled(sequence.logprobs, self.tokenizer) if wants_logprobs else None,
             finish_reason=str(sequence.finish_reason) if sequence.finish_reason else None,
             stop_reason=sequence.stop_reason,
             error=sequence.error,
         )
-
-    def _decode(self, token: int) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.decode([token])
 
     # ------------------------------------------------------------------ looking after itself
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanopd_lab.core import BeamSearchParams, FinishReason, SamplingParams
+from nanopd_lab.core import BeamSearchParams, FinishReason, Request, SamplingParams
 from nanopd_lab.engine.beam import BeamGroup
 from nanopd_lab.engine.config import EngineConfig, EngineParts
 from nanopd_lab.engine.engine import Engine, EngineStats
@@ -80,7 +80,12 @@ class LLM:
                 parts=parts or EngineParts(),
             )
         )
+        self._start()
+
+    def _start(self) -> None:
         self._numbers = itertools.count()
+        self._live: set[str] = set()
+        self._missed: dict[str, list[RequestOutput]] = {}  # of live requests, while others stepped the engine
 
     def reconfigured(self, **changes: Any) -> LLM:
         """Another engine on the same weights, with a scheduler and a KV pool of its own and some settings changed.
@@ -97,7 +102,7 @@ class LLM:
             raise ValueError(f"{wrong[0]} cannot be changed on loaded weights; these can: {free}")
         other = LLM.__new__(LLM)
         other.engine = Engine(replace(config, **changes), loaded=self.engine.loaded)
-        other._numbers = itertools.count()
+        other._start()
         return other
 
     @property
@@ -134,7 +139,7 @@ class LLM:
         """
         batch = as_batch(prompts)
         each = params_for(batch, sampling_params)
-        ids = self._submit(batch, each)
+        ids = self._submit(self._checked(batch, each))
         outputs = {output.request_id: output for output in self._run(ids, use_tqdm, final_only=True)}
         for number, request_id in enumerate(ids):
             for sample in outputs[request_id].outputs:
@@ -148,9 +153,16 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
-        """Yield the growing output after every token. Leaving the loop early aborts the request."""
-        ids = self._submit([prompt], [sampling_params or SamplingParams()])
-        return self._run(ids, use_tqdm=False)
+        """Yield the growing output after every token. Leaving the loop early aborts the request.
+
+        Streams may be read in turns, and `generate` called between: each steps the engine for all that run.
+        """
+        requests = self._checked([prompt], [sampling_params or SamplingParams()])
+
+        def read() -> Iterator[RequestOutput]:
+            yield from self._run(self._submit(requests), use_tqdm=False)
+
+        return read()
 
     def chat(
         self,
@@ -180,7 +192,7 @@ class LLM:
     ) -> list[BeamSearchOutput]:
         """The `beam_width` best continuations of each prompt that beam search finds, best first."""
         batch = as_batch(prompts)
-        ids = self._submit(batch, [params] * len(batch))
+        ids = self._submit(self._checked(batch, [params] * len(batch)))
         groups: dict[str, BeamGroup] = {}
         for request_id in ids:
             group = self.engine.scheduler.beam_group(request_id)
@@ -213,7 +225,7 @@ class LLM:
 
     # ------------------------------------------------------------------ driving the engine
 
-    def _submit(self, prompts: Seq[Prompt], params: Seq[SamplingParams | BeamSearchParams]) -> list[str]:
+    def _checked(self, prompts: Seq[Prompt], params: Seq[SamplingParams | BeamSearchParams]) -> list[Request]:
         requests = []
         for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
             try:
@@ -222,6 +234,9 @@ class LLM:
                 raise InvalidRequestError(
                     f"prompt {number}: {error}" if len(prompts) > 1 else str(error)
                 ) from None
+        return requests
+
+    def _submit(self, requests: Seq[Request]) -> list[str]:
         for request in requests:
             self.engine.submit(request)
         return [request.request_id for request in requests]
@@ -229,13 +244,17 @@ class LLM:
     def _run(self, ids: Seq[str], use_tqdm: bool, final_only: bool = False) -> Iterator[RequestOutput]:
         """Step the engine until all of `ids` have finished; whatever ends the loop early aborts them."""
         pending = set(ids)
+        self._live |= pending
         bar = tqdm(
             total=len(ids), desc="Processed prompts", unit="prompt", disable=not use_tqdm, dynamic_ncols=True
         )
         try:
             while pending:
-                for output in self.engine.step(final_only):
+                missed = [each for name in pending & self._missed.keys() for each in self._missed.pop(name)]
+                for output in missed or self.engine.step(final_only):
                     if output.request_id not in pending:
+                        if output.request_id in self._live:
+                            self._missed.setdefault(output.request_id, []).append(output)
                         continue
                     if output.finished:
                         pending.discard(output.request_id)
@@ -243,5 +262,7 @@ class LLM:
                     yield output
         finally:
             bar.close()
+            self._live.difference_update(ids)
             for request_id in pending:
                 self.engine.abort(request_id)
+                self._missed.pop(request_id, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 from nanopd_lab.core import Logprob
 
@@ -61,6 +62,17 @@ class CompletionOutput:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+
+def spelled(logprobs: Seq[dict[int, Logprob]], tokenizer: Any) -> list[dict[int, Logprob]]:
+    """The same with each token's text; without a tokenizer it has none."""
+    return [
+        {
+            token: entry._replace(decoded_token=None if tokenizer is None else tokenizer.decode([token]))
+            for token, entry in top.items()
+        }
+        for top in logprobs
+    ]
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -28,7 +28,12 @@ def tokenize(prompt: Prompt, tokenizer: Any, vocab_size: int, model: str) -> tup
             raise InvalidRequestError(f"{model} has no tokenizer; give the prompt as token ids")
         # Not verbose: it warns of long prompts that are refused, with a reason, further on.
         return prompt, list(tokenizer(prompt, verbose=False)["input_ids"])
-    ids = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
+    given = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(given, Iterable) or isinstance(given, (bytes, bytearray)):
+        raise InvalidRequestError(
+            f"the prompt is {prompt!r}; give text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"
+        )
+    ids = list(given)
     if not all(type(token) is int for token in ids) or (ids and not 0 <= min(ids) <= max(ids) < vocab_size):
         ids = [_checked(token, position, vocab_size) for position, token in enumerate(ids)]
     return text, ids
@@ -52,21 +57,31 @@ def render_chat(
     """The prompt that the model's chat template makes of a conversation: its text and token ids.
 
     Raises:
-        InvalidRequestError: no template, no messages, or one without role or content.
+        InvalidRequestError: no template, no messages, one without role or text, or the template refuses them.
     """
+    from jinja2 import TemplateError
+
     if tokenizer is None or not (chat_template or tokenizer.chat_template):
         raise InvalidRequestError(f"{model} has no chat template; pass chat_template or use generate")
     if not messages:
         raise InvalidRequestError("the conversation is empty; give at least one message")
     for message in messages:
-        if not {"role", "content"} <= set(message):
-            raise InvalidRequestError(f"message {dict(message)!r} lacks 'role' or 'content'")
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        chat_template=chat_template,
-    )
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise InvalidRequestError(
+                f"message {message!r} lacks 'role' or 'content'; a message is "
+                '{"role": "user", "content": "…"}'
+            )
+        if not isinstance(message["content"], str):
+            raise InvalidRequestError(f"the content of message {message!r} is no text; give a string")
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
+        )
+    except TemplateError as error:
+        raise InvalidRequestError(f"the chat template refuses the conversation: {error}") from error
     # The template writes the special tokens itself.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return {"prompt": text, "prompt_token_ids": ids}
@@ -74,19 +89,24 @@ def render_chat(
 
 def as_batch(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """A list of prompts out of one prompt or many: a list of integers is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
         return [prompts]
-    batch = list(prompts)
+    batch = list(prompts.tolist() if hasattr(prompts, "tolist") else prompts)
     if batch and all(hasattr(item, "__index__") for item in batch):
-        return [batch]  # type: ignore[list-item]
-    return batch  # type: ignore[return-value]
+        return [batch]
+    return batch
 
 
 def as_conversations(messages: Messages | Seq[Messages]) -> list[Messages]:
     """A list of conversations out of one or many."""
-    if messages and isinstance(messages[0], Mapping):
-        return [messages]  # type: ignore[list-item]
-    return list(messages)  # type: ignore[arg-type]
+    if isinstance(messages, Mapping) or not isinstance(messages, Iterable):
+        raise InvalidRequestError(
+            f"the conversation is {messages!r}; give a list of messages, or a list of such lists"
+        )
+    batch = list(messages)
+    if not batch or isinstance(batch[0], Mapping):
+        return [batch]  # type: ignore[list-item]
+    return batch  # type: ignore[return-value]
 
 
 def params_for(

@@ -11,28 +11,29 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanopd_lab.kernels import emulated, gpu, ops, reference
+from nanopd_lab.kernels.decode_launches import RUNGS, decode_launch
 from nanopd_lab.kernels.errors import CompilerMissingError
 from nanopd_lab.kernels.launches import (
     BLOCK_SIZES,
-    CLUSTERS,
     ELEMENTS,
     HEAD_DIMS,
-    ROWS_TUNINGS,
-    RUNGS,
-    SOME_COLUMNS,
     AttentionShape,
     DeviceLimits,
     Launch,
-    decode_launch,
-    few_rows_launch,
     move_launch,
-    prefill_launch,
-    some_rows_launch,
-    some_rows_tuning,
     store_launch,
     top_p_launch,
 )
+from nanopd_lab.kernels.prefill_launches import prefill_launch
 from nanopd_lab.kernels.problems import Problem, make_problem
+from nanopd_lab.kernels.product_launches import (
+    CLUSTERS,
+    ROWS_TUNINGS,
+    SOME_COLUMNS,
+    few_rows_launch,
+    some_rows_launch,
+    some_rows_tuning,
+)
 
 EMULATED = (
     (torch.bfloat16, 128, 16, 4, 2, (1, 70, 0, 33, 150)),

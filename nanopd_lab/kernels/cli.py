@@ -69,7 +69,7 @@ def default_record_path(record: dict[str, Any]) -> Path:
 def run_bench(arguments: argparse.Namespace) -> int:
     """Measure, print the table, write the record; 2 where there is no GPU or an argument is wrong."""
     from nanopd_lab.bench import kernels
-    from nanopd_lab.kernels.launches import RUNGS
+    from nanopd_lab.kernels.decode_launches import RUNGS
 
     unknown = set(arguments.rungs or ()) - set(RUNGS)
     if unknown or arguments.rounds < 3:

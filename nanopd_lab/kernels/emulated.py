@@ -13,29 +13,26 @@ from typing import Any
 import torch
 
 from nanopd_lab.kernels import validate
+from nanopd_lab.kernels.decode_launches import SPLIT_RUNGS, SplitTuning, decode_launch
 from nanopd_lab.kernels.launches import (
-    SPLIT_RUNGS,
     AttentionShape,
     DeviceLimits,
     Launch,
-    RowsTuning,
-    SplitTuning,
-    TileTuning,
-    decode_launch,
-    decode_workspace_bytes,
-    few_rows_launch,
     move_launch,
-    prefill_launch,
-    prefill_workspace,
-    prefill_workspace_bytes,
-    some_rows_launch,
-    split_workspace,
     store_launch,
     top_p_launch,
 )
+from nanopd_lab.kernels.prefill_launches import prefill_launch
+from nanopd_lab.kernels.product_launches import RowsTuning, TileTuning, few_rows_launch, some_rows_launch
 from nanopd_lab.kernels.report import RunResult
 from nanopd_lab.kernels.run import run
 from nanopd_lab.kernels.sources import with_headers
+from nanopd_lab.kernels.workspace import (
+    decode_workspace_bytes,
+    prefill_workspace,
+    prefill_workspace_bytes,
+    split_workspace,
+)
 
 LIMITS = DeviceLimits(multiprocessors=2)
 SMALL_TILES = TileTuning(64, 3, 1)

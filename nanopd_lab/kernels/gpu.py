@@ -104,6 +104,11 @@ def limits_of(index: int) -> DeviceLimits:
     return DeviceLimits(p.multi_processor_count, per_block, per_sm)
 
 
+def limits_on(device: torch.device) -> DeviceLimits:
+    """As `limits_of`, of a tensor's device."""
+    return limits_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @dataclass(frozen=True)
 class LoadedKernel:
     """A kernel on a device. `owner` keeps its module alive."""

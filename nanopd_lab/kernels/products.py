@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from nanopd_lab.kernels import gpu
 from nanopd_lab.kernels.errors import KernelArgumentError
-from nanopd_lab.kernels.launches import (
+from nanopd_lab.kernels.launches import Launch
+from nanopd_lab.kernels.product_launches import (
     MOST_FEW_ROWS,
     MOST_ROWS,
-    Launch,
     TileTuning,
     few_rows_fits,
     few_rows_launch,

@@ -113,7 +113,7 @@ def has_gpu() -> bool:
 def rung_counters(problem: Problem) -> dict[str, Counters]:
     """What the package's rungs ask of memory on one batch, counted in the emulator; empty without a C++ compiler."""
     from nanopd_lab.kernels import emulated
-    from nanopd_lab.kernels.launches import RUNGS
+    from nanopd_lab.kernels.decode_launches import RUNGS
 
     if missing():
         return {}

@@ -18,7 +18,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from nanopd_lab.cluster.actions import ClusterBusyError, ClusterDownError
-from nanopd_lab.cluster.cluster import Cluster, ClusterOutput
+from nanopd_lab.cluster.cluster import Cluster
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.engine.prompts import Prompt, render_chat, tokenize
 from nanopd_lab.errors import InvalidRequestError

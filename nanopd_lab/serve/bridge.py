@@ -8,12 +8,15 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 
-from nanopd_lab.cluster.cluster import Cluster, ClusterOutput
+from nanopd_lab.cluster.cluster import Cluster
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.engine.prompts import Prompt
 
 POLL_S = 0.5
-SETTLE_S = 2.0  # accounts come milliseconds behind the last token, unless a worker has died
+SETTLE_S = (
+    5.0  # accounts come milliseconds behind the last token, unless a worker has died or all are very busy
+)
 
 
 class _Inbox:
@@ -82,9 +85,10 @@ class Bridge:
         name, inbox = f"served-{uuid.uuid4().hex}", _Inbox()
         self._inboxes[name] = inbox
         finished = False
+        # Tokenizing a long prompt must not hold up the other streams.
+        submission = asyncio.ensure_future(asyncio.to_thread(self.cluster.submit, prompt, params, name))
         try:
-            # Tokenizing a long prompt must not hold up the other streams.
-            await asyncio.to_thread(self.cluster.submit, prompt, params, name)
+            await asyncio.shield(submission)
             while not finished:
                 output = await inbox.get()
                 finished = output.finished
@@ -94,7 +98,12 @@ class Bridge:
         finally:
             del self._inboxes[name]
             if not finished:
-                self.cluster.cancel(name)
+                submission.add_done_callback(lambda submitted: self._cancel(name, submitted))
+
+    def _cancel(self, name: str, submitted: asyncio.Future[str]) -> None:
+        """Of a reader that went, perhaps while a thread was still submitting: a cancel ahead of that does nothing."""
+        if not submitted.cancelled() and submitted.exception() is None:
+            self.cluster.cancel(name)
 
     async def _settles(self, inbox: _Inbox) -> ClusterOutput | None:
         """With complete accounts, or None if they don't come."""

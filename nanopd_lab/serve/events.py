@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from nanopd_lab.cluster.cluster import ClusterOutput
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.engine.prompts import Prompt
 from nanopd_lab.serve.bridge import Bridge

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanopd_lab.cluster.cluster import ClusterOutput
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.core import Logprob
 from nanopd_lab.engine.outputs import CompletionOutput
 

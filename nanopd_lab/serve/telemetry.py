@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from nanopd_lab.cluster.cluster import ClusterOutput
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.serve.bridge import Bridge
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)

@@ -252,8 +252,8 @@ def _prior(args: argparse.Namespace) -> Machine:
     name = args.model.removeprefix("random:")
     dims = ModelDims.from_config(SimpleNamespace(**shape_fields(name)), name=name, weight_itemsize=2)
     left = WEIGHT_SHARE * hardware.memory.value - dims.weight_bytes
-    blocks = args.num_blocks or int(left // (16 * dims.kv_bytes_per_token))
-    if blocks < 1:
+    blocks = int(left // (16 * dims.kv_bytes_per_token)) if args.num_blocks is None else args.num_blocks
+    if blocks < 1 and args.num_blocks is None:
         raise ValueError(
             f"{name} takes {dims.weight_bytes / 1e9:.1f} GB of weights, which leaves no room for KV in "
             f"{WEIGHT_SHARE:.0%} of {hardware.device}'s {hardware.memory.value / 1e9:.0f} GB; take a smaller model"
@@ -288,7 +288,7 @@ def _fitted(args: argparse.Namespace) -> Machine:
         cost.model,
         cost.iteration,
         cost.transfer or LinkModel(),
-        args.num_blocks or 4096,
+        4096 if args.num_blocks is None else args.num_blocks,
         block_bytes or 0,
         bool(cost.fit.get("ahead", False)),
         cost.company,

@@ -63,6 +63,9 @@ class SimConfig:
     company: workers are on one host, and steps are faster while others rest; None: each has a device of its own
     skip: jump over runs of equal decode steps
     trace: keep what every worker did
+
+    Raises:
+        ValueError: a setting is out of range.
     """
 
     num_blocks: int = 2048
@@ -81,6 +84,19 @@ class SimConfig:
     company: Company | None = None
     skip: bool = True
     trace: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_blocks",
+            "block_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.beat_s is not None and not 0 < self.beat_s < float("inf"):
+            raise ValueError(f"beat_s is {self.beat_s}; it must be positive and finite, or None")
 
 
 @dataclass(eq=False, slots=True)

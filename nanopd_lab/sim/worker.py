@@ -16,7 +16,8 @@ from functools import lru_cache
 
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
-from nanopd_lab.cluster.worker import Try, WorkerCore
+from nanopd_lab.cluster.tries import Try
+from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.core import SampledToken, Sequence, StepPlan
 from nanopd_lab.engine.decode_run import taken_by_then
 from nanopd_lab.engine.handover import HandoverScheduler

@@ -127,6 +127,13 @@ class Lengths:
     sigma: float
     most: int
 
+    def __post_init__(self) -> None:
+        if not (0 < self.median < math.inf and 0 <= self.sigma <= 10):
+            raise ValueError(
+                f"log-normal lengths with median {self.median} and sigma {self.sigma}; the median must be positive, "
+                "and sigma lie in [0, 10]"
+            )
+
     def draw(self, rng: random.Random) -> int:
         """One of them."""
         return max(1, min(self.most, round(self.median * math.exp(self.sigma * rng.gauss(0.0, 1.0)))))

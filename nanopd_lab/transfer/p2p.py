@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nanopd_lab.kernels import ops
+from nanopd_lab.kernels.moves import Puller
 from nanopd_lab.transfer.base import Pool, Pull, TransferError
 from nanopd_lab.transfer.cuda_pools import CudaPoolTransport, bytes_of
 from nanopd_lab.transfer.device_memory import can_reach, enable_peer_access
@@ -53,7 +53,7 @@ class P2PTransport(CudaPoolTransport):
     def __init__(self) -> None:
         super().__init__()
         self._stream: torch.cuda.Stream | None = None
-        self._puller: ops.Puller | None = None  # into the own pool
+        self._puller: Puller | None = None  # into the own pool
         self._computed: torch.cuda.Event | None = None  # recorded anew for each pull
         self._flying: dict[Job, Ticket] = {}
         self._tickets: list[Ticket] = []  # those that no launch needs any more
@@ -66,7 +66,7 @@ class P2PTransport(CudaPoolTransport):
         details = super()._show(pool)
         # Before the computation's kernels: its thread blocks are short and mostly wait for memory.
         self._stream = torch.cuda.Stream(pool.memory.device, priority=-1)
-        self._puller = ops.Puller(bytes_of(pool.memory), self._stream)
+        self._puller = Puller(bytes_of(pool.memory), self._stream)
         self._computed = torch.cuda.Event()
         self._tickets = [Ticket()]  # others' events belong to another device
         return details

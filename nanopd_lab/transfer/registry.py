@@ -66,6 +66,11 @@ def choose_transport(devices: Sequence[torch.device | str], one_process: bool = 
     )
 
 
+def resolve_transport(name: str, devices: Sequence[torch.device | str], one_process: bool = False) -> Choice:
+    """What a transport that is asked for by name comes to, see `choose_transport`."""
+    return choose_transport(devices, one_process) if name == "auto" else Choice(name, "asked for")
+
+
 def create_transport(
     name: str = "auto",
     devices: Sequence[torch.device | str] = ("cpu",),
@@ -98,8 +103,7 @@ def create_transport(
             create_transport(between, shared_tables=False, **options),
             host,
         )
-    if name == "auto":
-        name = choose_transport(devices, one_process).name
+    name = resolve_transport(name, devices, one_process).name
     # Imported when asked for: who has no GPU need not load what drives one.
     if name == "inproc":
         from nanopd_lab.transfer.inproc import InprocTransport

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from nanopd_lab.cluster.cluster import ClusterOutput
 from nanopd_lab.cluster.host import StepRecord
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.transfer.pipeline import chunk_arrivals
 from nanopd_lab.viz.style import ALERT, DECODE, FAINT, INK, KV, PAPER, PREFILL, WAITING, LabFigure, figure
 

@@ -133,7 +133,7 @@ def test_what_is_recorded_is_what_the_load_generator_measured() -> None:
         assert "round-robin, 2 workers" in recording.title
         assert recorder.error is None
         assert 0 < recorder.busy_s < recording.duration_s
-        assert not cluster._watchers
+        assert not cluster._requests._watchers
 
 
 def test_workers_are_seen_at_what_they_do() -> None:

@@ -47,6 +47,17 @@ def one_by_one() -> Any:
 POINTS = points_of(["collocated", "round-robin"], [2.0, 6.0], [0, 1, 2])
 
 
+@pytest.mark.parametrize(
+    "content", ['{"mine": 1}', "my notes", '{"schema": "other/1"}', '{"mine": 1}\n{"sch']
+)
+def test_another_file_is_refused_and_left_as_it_is(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"mine\.json"):
+        Results(path, {})
+    assert path.read_text() == content
+
+
 def test_a_sweep_goes_on_where_it_ended(tmp_path: Path) -> None:
     path = tmp_path / "sweep.jsonl"
     asked: list[Point] = []

@@ -18,7 +18,7 @@ import pytest
 
 from nanopd_lab import LLM, Cluster, ClusterConfig, SamplingParams
 from nanopd_lab.cluster.actions import ClusterDownError, Limits
-from nanopd_lab.cluster.launcher import WorkerStartError
+from nanopd_lab.cluster.starter import WorkerStartError
 from tests.engine.test_token_identity import prompts
 
 POOL = 1 << 25
@@ -115,6 +115,20 @@ class LauncherSuite:
                 assert path.attempts[-1].decode.received + path.attempts[-1].decode.first_cached == len(
                     prompt
                 )
+        pair.check_integrity()
+
+    def test_it_says_how_kv_moves_and_why(self, pair: Cluster) -> None:
+        addresses = pair.launcher._children.values()  # type: ignore[union-attr]
+        assert {child.address.transport for child in addresses if child.address} == {pair.transport.name}
+        assert "shared memory" in pair.transport.reason
+
+    def test_what_is_given_back_while_a_worker_is_asked_is_not_lost(self, pair: Cluster) -> None:
+        for prompt in prompts([300, 40], seed=11):
+            name = pair.submit(prompt, SamplingParams(max_tokens=500, temperature=0, ignore_eos=True))
+            wait_for(pair, lambda name=name: tokens_of(pair, name) >= 1)  # type: ignore[misc]
+            pair.cancel(name)
+            pair.check_integrity()
+            assert finish(pair, [name])[name].outputs[0].finish_reason == "abort"
         pair.check_integrity()
 
     def test_chunks_are_pulled_while_the_next_ones_are_computed(self, pair: Cluster) -> None:

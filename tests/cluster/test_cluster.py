@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from nanopd_lab import LLM, Cluster, ClusterConfig, SamplingParams
-from nanopd_lab.cluster.cluster import RequestFailedError
+from nanopd_lab.cluster.actions import ClusterBusyError, Limits
+from nanopd_lab.cluster.config import ClusterParts
 from nanopd_lab.cluster.inline import InlineLauncher
+from nanopd_lab.cluster.outputs import RequestFailedError
 from nanopd_lab.errors import InvalidRequestError
+from nanopd_lab.transfer.packing import pack_blocks
+from nanopd_lab.transfer.registry import Choice
 from tests.engine.test_token_identity import prompts
 from tests.hf import CONFIGS, assert_same_tokens, greedy, save_tiny
 
@@ -215,3 +220,54 @@ def test_an_inline_cluster_may_be_left_alone_between_calls() -> None:
             assert len(output.paths[0].attempts) == 1
             ahead += 10 * config.limits.heartbeat_s
         assert cluster.launcher.hosts == hosts
+
+
+def test_it_says_how_kv_moves_and_why() -> None:
+    with inline("random:tiny") as cluster:
+        assert cluster.transport.name == "inproc"
+        assert "all workers are in this process" in cluster.transport.reason
+    config = ClusterConfig(
+        "random:tiny", launcher="inline", devices=("cpu",) * 2, engine={"kv_cache_memory_bytes": POOL}
+    )
+    with Cluster(replace(config, transport="shm")) as cluster:
+        assert cluster.transport == Choice("shm", "asked for")
+    exchanged = ClusterParts(pack=lambda pool, blocks: pack_blocks(pool, blocks))
+    with Cluster(replace(config, parts=exchanged)) as cluster:
+        assert cluster.transport == Choice("inproc", "parts exchange pack, which only it uses")
+
+
+def test_without_a_trace_no_step_is_kept() -> None:
+    with inline("random:tiny") as cluster:
+        for _ in range(2):
+            assert cluster.steps() == {"w0": [], "w1": []}
+            cluster.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
+
+
+def test_a_lost_block_is_seen_while_requests_run() -> None:
+    with inline("random:tiny") as cluster:
+        assert isinstance(cluster.launcher, InlineLauncher)
+        cluster.submit([5] * 50, GREEDY)
+        allocator = cluster.launcher.hosts["w0"].core.scheduler.allocator
+        (lost,) = allocator.allocate(1)
+        with pytest.raises(AssertionError, match="w0"):
+            cluster.check_integrity()
+        allocator.release([lost])
+        cluster.check_integrity()
+
+
+def test_a_batch_that_does_not_fit_the_queue_leaves_nothing_behind() -> None:
+    config = ClusterConfig(
+        "random:tiny",
+        workers=1,
+        launcher="inline",
+        devices=("cpu",),
+        engine={"kv_cache_memory_bytes": POOL},
+        limits=Limits(max_queue=2, max_jobs=1),
+    )
+    with Cluster(config) as cluster:
+        with pytest.raises(ClusterBusyError):
+            cluster.generate([[5] * 20] * 9, GREEDY, use_tqdm=False)
+        ended = cluster.poll(0.5)
+        assert len(ended) == 3
+        assert all(output.outputs[0].finish_reason == "abort" for output in ended)
+        assert cluster.controller.num_unsettled == 0

@@ -261,6 +261,23 @@ def test_a_silent_worker_is_fenced_and_its_work_done_elsewhere() -> None:
     assert f"worker {target} was silent for 5.0 s" in str(harness.settled["r", 0].path.attempts[0].failure)
 
 
+def test_a_controller_that_was_stopped_itself_blames_no_worker() -> None:
+    """Ctrl-Z, a debugger, a paused machine: all stood still, the clock did not, and then all go on."""
+    harness = make("1p2d", 3, limits=Limits(heartbeat_s=5.0))
+    reach(harness, "decoding")
+    for _ in range(4):
+        harness.clock.now += 60.0
+        harness.controller.tick(harness.clock())  # before anybody has had time to speak
+        harness.launcher.collect()
+        for name, host in harness.launcher.hosts.items():
+            harness.launcher.outboxes[name].append(host.core.beat())
+            harness.launcher.deliver(name)
+        harness.step(0.1)
+    harness.run()
+    assert harness.tokens["r", 0] == WANT
+    assert len(harness.settled["r", 0].path.attempts) == 1
+
+
 @pytest.mark.parametrize("broken", [1, 2, 7])
 def test_a_step_that_raises_is_tried_again_and_then_elsewhere(broken: int) -> None:
     harness = make("collocated", 2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nanopd_lab import Cluster, ClusterConfig, SamplingParams
 from nanopd_lab.cluster.asking import PolicyError
-from nanopd_lab.cluster.cluster import RequestFailedError
+from nanopd_lab.cluster.outputs import RequestFailedError
 from nanopd_lab.core import FinishReason, Route
 from nanopd_lab.router import Decision, JobView, Postponed, Role, WorkerView
 from nanopd_lab.sim import ConstantTime, SimRequest, Simulator

@@ -10,10 +10,10 @@ from multiprocessing.connection import Client, Connection
 import pytest
 
 from nanopd_lab.cluster.clocks import ClockOffset, Ping, Pong, clock_identity
-from nanopd_lab.cluster.launcher import WorkerStartError
 from nanopd_lab.cluster.ray_actor import Here
 from nanopd_lab.cluster.ray_calls import PINGS, CallDesk
 from nanopd_lab.cluster.ray_socket import connect, sever
+from nanopd_lab.cluster.starter import WorkerStartError
 from nanopd_lab.transfer.offers import Offer
 
 KEY = b"k" * 32

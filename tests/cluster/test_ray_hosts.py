@@ -10,9 +10,10 @@ import pytest
 
 from nanopd_lab import LLM, Cluster
 from nanopd_lab.cluster.actions import Limits
-from nanopd_lab.cluster.launcher import WorkerLauncher, WorkerStartError
+from nanopd_lab.cluster.launcher import WorkerLauncher
 from nanopd_lab.cluster.ray_launcher import RayStarter
 from nanopd_lab.cluster.ray_options import RayOptions
+from nanopd_lab.cluster.starter import WorkerStartError
 from tests.cluster.launched import ENGINE, GREEDY, LONG, alone, finish, start, tokens_of, wait_for
 from tests.cluster.ray_hosts import AHEAD_S, Hosts, hosts, why_not
 from tests.engine.test_token_identity import prompts

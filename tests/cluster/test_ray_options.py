@@ -9,8 +9,8 @@ import shlex
 import pytest
 
 from nanopd_lab import Cluster, ClusterConfig
-from nanopd_lab.cluster.launcher import WorkerStartError
 from nanopd_lab.cluster.ray_options import LEAST_CPUS, RayOptions, bundles_for, device_of
+from nanopd_lab.cluster.starter import WorkerStartError
 from nanopd_lab.router import Role
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED

@@ -59,6 +59,16 @@ def test_the_stop_string_can_be_kept() -> None:
     assert reader.text == "x END"
 
 
+def test_a_stop_string_before_min_tokens_is_text_like_any_other() -> None:
+    """And one that begins before and is complete there ends the text."""
+    reader = Detokenizer(Bytes(), [], ["ab"], min_tokens=4)
+    assert [reader.push(byte) for byte in b"abca"] == [None] * 4
+    assert reader.push(*b"b") == "ab"
+    assert reader.text == "abc"
+    late = Detokenizer(Bytes(), [], ["bc"], min_tokens=3)
+    assert [late.push(byte) for byte in b"abc"] == [None, None, "bc"]
+
+
 def test_an_unfinished_character_is_shown_at_the_end() -> None:
     reader = Detokenizer(Bytes(), [])
     for byte in "ab€".encode()[:-1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,6 +50,11 @@ def test_one_prompt_or_many(tiny: LLM) -> None:
         assert output.finished
         assert output.outputs[0].finish_reason == "length"
     assert tiny.generate([], use_tqdm=False) == []
+    rows = tiny.generate(np.array([[1, 2, 3], [1, 2, 3]]), params, use_tqdm=False)  # type: ignore[arg-type]
+    assert [row.outputs[0].token_ids for row in rows] == [alone.outputs[0].token_ids] * 2
+    for lonely in (None, b"bytes"):
+        with pytest.raises(InvalidRequestError, match="give text"):
+            tiny.generate(lonely, params)  # type: ignore[arg-type]
 
 
 def test_metrics_add_up(tiny: LLM) -> None:
@@ -92,6 +98,27 @@ def test_stream_grows_and_can_be_left(tiny: LLM) -> None:
     for output in tiny.stream([5, 6, 7], params):
         if len(output.outputs[0].token_ids) == 3:
             break
+    assert unharmed(tiny)
+
+
+@pytest.mark.timeout(60)
+def test_streams_and_generate_may_take_turns(tiny: LLM) -> None:
+    """Each steps the engine for all; what it steps for others is not lost to them."""
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    alone = [tiny.generate([prompt], params, use_tqdm=False)[0].outputs for prompt in ([5, 6], [7], [8])]
+    turns = list(zip(tiny.stream([5, 6], params), tiny.stream([7], params), strict=True))
+    assert [last.outputs for last in turns[-1]] == alone[:2]
+    outer = tiny.stream([5, 6], params)
+    first = next(outer)
+    assert tiny.generate([8], params, use_tqdm=False)[0].outputs == alone[2]
+    assert [first, *outer][-1].outputs == alone[0]
+    assert unharmed(tiny)
+
+
+def test_a_stream_that_nobody_reads_leaves_nothing_behind(tiny: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="empty"):
+        tiny.stream([])
+    tiny.stream([5, 6, 7])
     assert unharmed(tiny)
 
 
@@ -147,6 +174,9 @@ def test_stop_strings_cut_the_text() -> None:
         end = text.index(" 6") + (2 if keep else 0)
         assert sample.text == text[:end]
         assert (sample.finish_reason, sample.stop_reason) == ("stop", " 6")
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=" 6", min_tokens=18)
+    sample = llm.generate("1, 2, 3,", params, use_tqdm=False)[0].outputs[0]
+    assert (sample.text, sample.finish_reason) == (text, "length"), "text was cut out of the middle"
     assert unharmed(llm)
 
 
@@ -161,6 +191,10 @@ def test_stop_strings_cut_the_text() -> None:
         ([-1], {}, "prompt token 0 is -1"),
         ([1, "x"], {}, "prompt token 1 is 'x'"),
         ([1, True], {}, "prompt token 1 is True"),
+        (None, {}, "the prompt is None; give text"),
+        (5, {}, "the prompt is 5; give text"),
+        (b"bytes", {}, "the prompt is b'bytes'; give text"),
+        ({"prompt": 5}, {}, "the prompt is 5; give text"),
         ("text", {}, "has no tokenizer; give the prompt as token ids"),
         ([1], {"stop": "x"}, "use stop_token_ids instead of stop"),
         ([1], {"n": 9}, "max_num_seqs = 8"),
@@ -198,6 +232,20 @@ def test_bad_requests_are_refused_before_anything_starts(
         ("seed", 2**64),
         ("stop", [""]),
         ("stop_token_ids", [-5]),
+        ("n", 1.5),
+        ("n", True),
+        ("max_tokens", None),
+        ("min_tokens", 2.5),
+        ("logprobs", 2.5),
+        ("logprobs", True),
+        ("seed", "x"),
+        ("temperature", "0.5"),
+        ("top_p", None),
+        ("stop", b"bytes"),
+        ("stop", [3]),
+        ("stop", 3),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", [True]),
     ],
 )
 def test_sampling_params_name_the_field(field: str, value: Any) -> None:
@@ -205,7 +253,15 @@ def test_sampling_params_name_the_field(field: str, value: Any) -> None:
         SamplingParams(**{field: value})
 
 
+def test_integers_may_be_numpys() -> None:
+    params = SamplingParams(max_tokens=np.int64(5), seed=np.uint8(3), temperature=np.float32(0.5))  # type: ignore[arg-type]
+    assert params == SamplingParams(max_tokens=5, seed=3, temperature=0.5)
+    assert type(params.max_tokens) is int
+
+
 def test_beam_params_name_the_field() -> None:
+    with pytest.raises(InvalidRequestError, match=r"beam_width is 1\.5"):
+        BeamSearchParams(1.5, 5)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="beam_width is 0"):
         BeamSearchParams(0, 5)
     with pytest.raises(InvalidRequestError, match="max_tokens is 0"):
@@ -227,6 +283,7 @@ def test_one_params_each_or_one_for_all(tiny: LLM) -> None:
         ({"max_num_batched_tokens": -1}, "max_num_batched_tokens is -1"),
         ({"max_model_len": 10**7}, "has only .* positions"),
         ({"kv_cache_memory_bytes": 10}, "one block of 16 tokens takes"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must"),
         ({"attention_backend": "flash"}, "'flash' is unknown"),
     ],
 )
@@ -275,6 +332,17 @@ def test_chat_needs_a_template_and_whole_messages(tiny: LLM) -> None:
     llm = LLM("smollm2", device="cpu")
     with pytest.raises(InvalidRequestError, match="lacks 'role' or 'content'"):
         llm.chat([{"role": "user"}])
+    for content in (None, 5):
+        with pytest.raises(InvalidRequestError, match="is no text"):
+            llm.chat([{"role": "user", "content": content}])
+    for nothing in ([], [[]]):
+        with pytest.raises(InvalidRequestError, match="the conversation is empty"):
+            llm.chat(nothing)
+    hello = {"role": "user", "content": "hi"}
+    with pytest.raises(InvalidRequestError, match="give a list of messages"):
+        llm.chat(hello)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="the chat template refuses the conversation"):
+        llm.chat([hello], chat_template="{{ raise_exception('no users here') }}")
 
 
 # ---------------------------------------------------------------------- parts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from nanopd_lab.kernels import ops, reference
-from nanopd_lab.kernels.launches import RUNGS
+from nanopd_lab.kernels.decode_launches import RUNGS
 from nanopd_lab.kernels.problems import make_problem
 
 CASES = [

@@ -10,7 +10,7 @@ import torch
 
 from nanopd_lab.bench import kernels
 from nanopd_lab.kernels import cli
-from nanopd_lab.kernels.launches import RUNGS
+from nanopd_lab.kernels.decode_launches import RUNGS
 from nanopd_lab.resources import data_dir
 from nanopd_lab.viz.ladder import LABELS, ladder_figure
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopd_lab.kernels import KernelArgumentError, emulated, reference
-from nanopd_lab.kernels.launches import RUNGS, SplitTuning
+from nanopd_lab.kernels.decode_launches import RUNGS, SplitTuning
 from nanopd_lab.kernels.problems import Problem, make_problem
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

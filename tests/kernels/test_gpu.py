@@ -13,7 +13,7 @@ import torch
 from nanopd_lab.attention.base import AttentionMetadata
 from nanopd_lab.attention.cuda import CudaBackend
 from nanopd_lab.kernels import KernelArgumentError, empty, ops, reference, run
-from nanopd_lab.kernels.launches import RUNGS
+from nanopd_lab.kernels.decode_launches import RUNGS
 from nanopd_lab.kernels.problems import Problem, make_problem
 
 pytestmark = [

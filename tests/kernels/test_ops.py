@@ -11,8 +11,9 @@ import torch
 from nanopd_lab.attention.base import AttentionMetadata
 from nanopd_lab.attention.cuda import CudaBackend
 from nanopd_lab.attention.reference import ReferenceBackend
-from nanopd_lab.kernels import KernelArgumentError, launches, ops, validate
-from nanopd_lab.kernels.launches import AttentionShape, DeviceLimits, SplitTuning, decode_launch
+from nanopd_lab.kernels import KernelArgumentError, decode_launches, launches, ops, validate, workspace
+from nanopd_lab.kernels.decode_launches import SplitTuning, decode_launch
+from nanopd_lab.kernels.launches import AttentionShape, DeviceLimits
 from nanopd_lab.kernels.problems import Problem, make_problem
 
 NOTHING = torch.zeros(0, dtype=torch.uint8)
@@ -158,7 +159,7 @@ def test_launch_limits() -> None:
     with pytest.raises(KernelArgumentError, match="split the batch"):
         decode_launch("mma", shape, 10_000, 512)
     with pytest.raises(KernelArgumentError, match="zeroed once"):
-        launches.split_workspace(torch.zeros(8, dtype=torch.uint8), shape, 10)
+        workspace.split_workspace(torch.zeros(8, dtype=torch.uint8), shape, 10)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +172,9 @@ def test_every_shape_fits_in_shared_memory(limits: DeviceLimits, dtype: torch.dt
             for group in range(1, 9):
                 for sequences in (1, 64):
                     shape = AttentionShape(dtype, group, 1, head_dim, block_size)
-                    launch = decode_launch(launches.best_rung(shape), shape, sequences, 512, limits)
+                    launch = decode_launch(decode_launches.best_rung(shape), shape, sequences, 512, limits)
                     assert launch.shared_bytes <= limits.shared_bytes_per_block
-                    assert launch.grid[0] <= launches.max_grid(limits)
+                    assert launch.grid[0] <= decode_launches.max_grid(limits)
 
 
 def test_stage_arithmetic() -> None:

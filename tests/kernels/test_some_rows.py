@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopd_lab.kernels import KernelArgumentError, emulated, products, reference
-from nanopd_lab.kernels.launches import CLUSTERS, DeviceLimits, TileTuning, some_rows_launch, some_rows_tuning
+from nanopd_lab.kernels.launches import DeviceLimits
+from nanopd_lab.kernels.product_launches import CLUSTERS, TileTuning, some_rows_launch, some_rows_tuning
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TUNINGS = {"64": TileTuning(64, 3, 1), "128": TileTuning(128, 2, 1), "deep": TileTuning(64, 6, 1)}

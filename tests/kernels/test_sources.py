@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanopd_lab.kernels import KernelCompileError, emulated, reference
-from nanopd_lab.kernels.launches import FILES, RUNGS
+from nanopd_lab.kernels.decode_launches import FILES, RUNGS
 from nanopd_lab.kernels.problems import Problem, make_problem
 from nanopd_lab.kernels.sources import YOURS, definition, replaced, with_headers
 from nanopd_lab.resources import cuda_dir

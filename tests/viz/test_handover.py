@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from nanopd_lab import Cluster, ClusterConfig, SamplingParams
-from nanopd_lab.cluster.cluster import ClusterOutput
 from nanopd_lab.cluster.host import StepRecord
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.cluster.trace import decode_gaps_s, run_with_latecomer
 from nanopd_lab.viz.explorer import Explorer
 from nanopd_lab.viz.handover import LINK, SOURCE, TARGET, handover_timeline, pipeline_view

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
+from nanopd_lab.cluster.exchange import missing_blocks
 from nanopd_lab.cluster.lease import Lease, LeaseTerms
-from nanopd_lab.cluster.worker import missing_blocks
 from nanopd_lab.lab.checking import Steps, call, expect
 from nanopd_lab.lab.pieces import with_piece
 from nanopd_lab.lab.registry import Exercise
