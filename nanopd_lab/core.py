@@ -189,7 +189,7 @@ class SampledToken(NamedTuple):
     error: str | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One prompt and what to do with it. `arrival` is in seconds on the caller's clock."""
 
@@ -202,7 +202,7 @@ class Request:
     serial: int = -1  # order of admission, given by the scheduler; lower is served first
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One sample of a request: its tokens, its blocks, and how far its KV has been computed.
 
@@ -233,6 +233,7 @@ class Sequence:
     tokens_cached: int = 0
     tokens_received: int = 0
     preemptions: int = 0
+    prompt_len: int = field(init=False)
 
     def __post_init__(self) -> None:
         prompt = self.request.prompt_token_ids

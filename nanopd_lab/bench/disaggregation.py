@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nanopd_lab.bench.metrics import Floats, LoadRecord, Selection, Served, concurrency, duration_s, spread
+from nanopd_lab.bench.metrics import Floats, LoadRecord, Selection, Served, column, concurrency, spread
 from nanopd_lab.cluster.accounts import AttemptReport, PathReport
 from nanopd_lab.router.slo import NAMES, Slo
 from nanopd_lab.sim.results import RequestRecord
@@ -50,7 +50,7 @@ def disaggregation(
         served: of the same records, if somebody has it
     """
     served, selection = served or Served(records), selection or Selection()
-    duration = duration_s(records)
+    duration = served.duration_s
     paths = [record.path for record in served.records if record.path is not None]
     scheduled, routes = served.since(served.scheduled), Counter(path.route for path in paths)
     tokens = float(served.output_tokens.sum())
@@ -153,7 +153,8 @@ def stages(paths: Iterable[PathReport], percentiles: Sequence[float]) -> dict[st
     both = [(path, path.attempts[-1]) for path in paths if path.attempts]
     found = {}
     for name, stage in STAGES.items():
-        values = np.array([value for pair in both if (value := stage(*pair)) is not None], dtype=np.float64)
+        values = column([stage(path, last) for path, last in both])
+        values = values[~np.isnan(values)]
         found[name] = {
             key.replace(f"_{name}_", "_"): value for key, value in spread(name, values, percentiles).items()
         }

@@ -296,7 +296,7 @@ class Controller(Dispatcher):
                 job, FinishReason.ERROR, error=f"given up after {tries} attempts; the last one: {error}"
             )
             return
-        job.avoid.add(worker)
+        job.avoid |= {worker}
         self._queue.appendleft(job)
         job.queued = True
 

@@ -18,7 +18,6 @@ from nanopd_lab.core import FinishReason, Route, SampledToken
 from nanopd_lab.router import Decision, Explanation, Fleet, JobView, Policy, Postponed, Role
 
 EXPLAINABLE = 1024  # decisions that can be asked about
-_NOBODY: frozenset[str] = frozenset()
 
 
 class Dispatcher(Ledger):
@@ -106,7 +105,7 @@ class Dispatcher(Ledger):
             len(job.prompt) + len(job.outputs),
             job.params,
             job.path.arrival,
-            frozenset(job.avoid) if job.avoid else _NOBODY,
+            job.avoid,
             postponed=postponed,
         )
         answer = ask(self.policy, seen, free, self.now)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+_NONE: frozenset[int] = frozenset()
+
 
 class Positions:
     """A set of positions in a block table; it only grows.
@@ -15,18 +17,18 @@ class Positions:
 
     def __init__(self, first: int = 0) -> None:
         self.first = first
-        self.others: set[int] = set()
+        self.others = _NONE
 
     def add(self, positions: Sequence[int]) -> None:
         """Put these in too. A range has steps of 1."""
         if isinstance(positions, range) and positions.start <= self.first:
             self.first = max(self.first, positions.stop)
         else:
-            self.others.update(positions)
+            self.others = self.others.union(positions)
         if self.others:
             while self.first in self.others:
                 self.first += 1
-            self.others = {position for position in self.others if position > self.first}
+            self.others = frozenset(position for position in self.others if position > self.first)
 
     def __contains__(self, position: object) -> bool:
         return isinstance(position, int) and (0 <= position < self.first or position in self.others)

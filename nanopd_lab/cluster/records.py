@@ -12,6 +12,8 @@ from nanopd_lab.cluster.messages import Beat, Capacity
 from nanopd_lab.core import SamplingParams
 from nanopd_lab.router import Role, WorkerView
 
+NOBODY: frozenset[str] = frozenset()
+
 
 @dataclass(eq=False, slots=True)
 class Attempt:
@@ -37,7 +39,7 @@ class Job:
     path: PathReport
     outputs: list[int] = field(default_factory=list)
     attempt: Attempt | None = None
-    avoid: set[str] = field(default_factory=set)
+    avoid: frozenset[str] = NOBODY
     queued: bool = False
     done: bool = False
     unsettled: int = 0  # attempts of which a worker may hold something
@@ -78,23 +80,27 @@ class WorkerRecord:
     def view(self) -> WorkerView:
         """What policies see of it; the same object for as long as that doesn't change."""
         capacity = self.capacity
-        view = WorkerView(
-            self.name,
-            self.role,
-            self.prefilling,
-            self.prefill_tokens,
-            self.decoding,
-            self.beat.blocks_free if self.beat else 0,
-            capacity.max_num_seqs if capacity else 0,
-            self.decode_tokens,
-            self.arriving,
-            self.arriving_tokens,
-            self.leaving,
-            self.leaving_tokens,
-            self.prefill_since,
-            capacity.num_blocks if capacity else 0,
-            capacity.block_size if capacity else 0,
-            capacity.max_num_batched_tokens if capacity else 0,
+        # For every change of every worker: past the Python code in `WorkerView(...)`.
+        view = tuple.__new__(
+            WorkerView,
+            (
+                self.name,
+                self.role,
+                self.prefilling,
+                self.prefill_tokens,
+                self.decoding,
+                self.beat.blocks_free if self.beat else 0,
+                capacity.max_num_seqs if capacity else 0,
+                self.decode_tokens,
+                self.arriving,
+                self.arriving_tokens,
+                self.leaving,
+                self.leaving_tokens,
+                self.prefill_since,
+                capacity.num_blocks if capacity else 0,
+                capacity.block_size if capacity else 0,
+                capacity.max_num_batched_tokens if capacity else 0,
+            ),
         )
         if self._view is None or view != self._view:
             self._view = view

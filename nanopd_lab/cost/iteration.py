@@ -213,10 +213,11 @@ class IterationModel:
 
     def device_seconds(self, step: StepFeatures) -> float:
         """Of the device alone, as if the host took no time."""
+        tokens, drawn = self.captured.rows(step.tokens, step.drawn, step.sequences)
         return (
             self.t0_s
             + (0.0 if step.decodes_only else self.mixed_s)
-            + self._matrices(*self.captured.rows(step.tokens, step.drawn, step.sequences))
+            + self._matrices(tokens, drawn)
             + self.pair_s * step.pairs
             + self.short_pair_s * step.short_pairs
             + self.context_s * step.context

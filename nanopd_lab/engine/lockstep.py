@@ -184,7 +184,8 @@ class LockstepScheduler(HandoverScheduler):
                 ended.append(sequence)
         if not newcomers:
             return ended
-        return newcomers if len(newcomers) == 1 and not ended else sorted({*ended, *newcomers}, key=_priority)
+        told = ended + [each for each in newcomers if each not in ended]
+        return told if len(told) == 1 else sorted(told, key=_priority)
 
     # ------------------------------------------------------------------ single steps
 

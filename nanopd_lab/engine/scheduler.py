@@ -27,7 +27,6 @@ Rules, in the order in which a step is filled:
 from __future__ import annotations
 
 import bisect
-import operator
 from collections import deque
 from collections.abc import Callable, Container, Iterable, MutableSequence
 from collections.abc import Sequence as Seq
@@ -219,7 +218,7 @@ class Scheduler:
         return StepPlan(
             self.num_steps,
             tuple(chunks.values()),
-            tuple(chain.from_iterable(copies.values())),
+            tuple(chain.from_iterable(copies.values())) if copies else (),
             tuple(preempted),
         )
 
@@ -230,7 +229,8 @@ class Scheduler:
         """
         assert len(sampled) == len(plan.chunks)
         touched: list[Sequence] = []
-        for chunk, tokens in zip(plan.chunks, sampled, strict=True):
+        for place, chunk in enumerate(plan.chunks):
+            tokens = sampled[place]
             sequence, end = chunk.sequence, chunk.start + chunk.count
             sequence.in_flight -= 1
             if sequence.finish_reason:  # since the step was planned
@@ -356,7 +356,8 @@ class Scheduler:
                 left.append(remaining)
         counts = self.chunk_policy(num_decodes, left, self.budget)
         self._check_counts(counts, num_decodes, left)
-        for sequence, count in zip(prefills, counts, strict=True):
+        for place, sequence in enumerate(prefills):
+            count = counts[place]
             if count == 0 or (preempted and sequence not in self.running):
                 continue
             # Admission reserved room for every prompt, but decodes may have eaten into it since.
@@ -523,7 +524,10 @@ class Scheduler:
 
     def _check_counts(self, counts: Seq[int], num_decodes: int, left: Seq[int]) -> None:
         fits = len(counts) == len(left) and num_decodes + sum(counts) <= self.budget
-        if not (fits and all(map(operator.le, counts, left)) and min(counts, default=0) >= 0):
+        if fits:
+            for place, most in enumerate(left):
+                fits = fits and 0 <= counts[place] <= most
+        if not fits:
             raise ValueError(
                 f"the chunk policy returned {list(counts)} for prompts with {list(left)} tokens "
                 f"left, {num_decodes} decodes and a budget of {self.budget}; each count must lie between 0 and what "

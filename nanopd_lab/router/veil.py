@@ -40,15 +40,7 @@ class Veiled:
             self.finished = finished
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
-        shown = JobView(
-            job.prompt_tokens,
-            job.known_tokens,
-            self._params,
-            job.arrival,
-            job.avoid,
-            job.cached_tokens,
-            job.postponed,
-        )
+        shown = tuple.__new__(JobView, (*job[:2], self._params, *job[3:]))  # quicker than `_replace`
         return self.policy.choose(shown, workers, now)
 
     def __getattr__(self, name: str) -> Any:

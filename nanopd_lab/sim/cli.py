@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import gc
 import json
 import time
@@ -139,11 +138,10 @@ def run(args: argparse.Namespace) -> int:
     """Simulate, print a summary, write the files asked for."""
     from nanopd_lab.sim.simulator import uncollected
 
-    atexit.register(
-        gc.freeze
-    )  # all that is left of a million requests need not be looked through on the way out
     with uncollected():
-        return _run(args)
+        code = _run(args)
+        gc.freeze()  # what is left of a million requests is not looked through any more, here or on the way out
+    return code
 
 
 def _run(args: argparse.Namespace) -> int:

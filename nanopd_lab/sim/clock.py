@@ -14,9 +14,9 @@ import enum
 import math
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, Final
 
-_NEVER = math.inf
+_NEVER: Final = math.inf
 
 
 class Kind(enum.IntEnum):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from nanopd_lab.cache import cache_dir
 from nanopd_lab.resources import cuda_dir, data_dir
-from nanopd_lab.sim.constructors import write_out_constructors
+from nanopd_lab.sim.constructors import declare_acyclic, write_out_constructors
 
 MODULES = (
     "core",
@@ -101,7 +101,7 @@ def compiled_root() -> Path:
         )
         for name in MODULES:
             module = root / package.name / f"{name}.py"
-            module.write_text(write_out_constructors(module.read_text()))
+            module.write_text(declare_acyclic(write_out_constructors(module.read_text())))
         (root / "mypy.ini").write_text(_MYPY)
         command = [sys.executable, "-m", "mypyc", *(f"{package.name}/{name}.py" for name in MODULES)]
         environment = {**os.environ, "PYTHONPATH": "", "MYPYC_OPT_LEVEL": "2", "MYPYC_DEBUG_LEVEL": "0"}

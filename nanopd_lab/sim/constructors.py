@@ -1,4 +1,4 @@
-"""Constructors of dataclasses written out in their source, for mypyc.
+"""What mypyc cannot know of dataclasses, written into their source: constructors, and that there are no cycles.
 
 Python makes the `__init__` of a dataclass as the class is made, so that a compiler never sees it, and a compiled class
 is filled field by field by the interpreter: dearer than in plain Python. Written out, it is compiled like all else.
@@ -9,6 +9,9 @@ is filled field by field by the interpreter: dearer than in plain Python. Writte
 
                                             def __init__(self, key: str) -> None:
                                                 self.key = key
+
+Those with slots are values: what they hold does not hold them. Python's garbage collector need not know of them, which
+saves them a place each in its list. Taking one out of that list touches its neighbours, far away in memory.
 """
 
 from __future__ import annotations
@@ -43,6 +46,27 @@ def write_out_constructors(source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def declare_acyclic(source: str) -> str:
+    """A module's source in which dataclasses with slots are kept from the garbage collector; not derived ones."""
+    lines = source.splitlines()
+    tree = ast.parse(source)
+    found = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and not node.bases
+        and any(_is_dataclass(each) and "slots=True" in ast.unparse(each) for each in node.decorator_list)
+    ]
+    for node in sorted(found, key=lambda node: -node.lineno):
+        lines.insert(node.decorator_list[0].lineno - 1, "@mypyc_attr(acyclic=True)")
+    future = [
+        each.lineno for each in tree.body if isinstance(each, ast.ImportFrom) and each.module == "__future__"
+    ]
+    if found:
+        lines.insert(max(future, default=0), "from mypy_extensions import mypyc_attr")
+    return "\n".join(lines) + "\n"
+
+
 def _is_dataclass(decorator: ast.expr) -> bool:
     name = decorator.func if isinstance(decorator, ast.Call) else decorator
     return isinstance(name, ast.Name) and name.id == "dataclass"
@@ -65,6 +89,8 @@ def _constructor(node: ast.ClassDef, decorator: ast.expr) -> list[str] | None:
             parameters.append(f"{name}: {kind}")
         elif isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field":
             options_of = {keyword.arg: ast.unparse(keyword.value) for keyword in value.keywords}
+            if options_of == {"init": "False"}:
+                continue  # `__post_init__` sets it
             if "default_factory" in options_of:
                 parameters.append(f"{name}: {kind} | None = None")
                 given = f"({options_of['default_factory']})() if {name} is None else {name}"

@@ -129,23 +129,24 @@ class RunClock:
         total_context: int,
         contexts: Callable[[], Sequence[int]],
     ) -> None:
-        self.start = start
-        self.end: Callable[[int], float]  # when so many steps are over; `end(0)` is the start
+        self.start = self._begin = start
+        self._progress: Progress | None = None
+        self._seconds: Callable[[int], float] | None = None  # of so many steps
         if (decode_run := getattr(time, "decode_run", None)) is not None:
-            seconds = decode_run(batch, total_context)
-            self.end = lambda steps: start + seconds(steps)
-            self._even = True
+            self._seconds = decode_run(batch, total_context)
         else:
             self._time, self._contexts = time, contexts()
             self._ends = [start]  # as far as somebody has asked
-            self.end = self._added_up
-            self._even = False
 
     def paced_by(self, progress: Progress) -> None:
         """Take the times so far for work, from 0 on, that gets done like this."""
-        work = self.end
-        self.start = progress.began
-        self.end = lambda steps: progress.when(work(steps))
+        self.start, self._progress = progress.began, progress
+
+    def end(self, steps: int) -> float:
+        """When so many steps are over; `end(0)` is the start."""
+        seconds = self._seconds
+        end = self._added_up(steps) if seconds is None else self._begin + seconds(steps)
+        return end if self._progress is None else self._progress.when(end)
 
     def _added_up(self, steps: int) -> float:
         ends = self._ends
@@ -161,7 +162,7 @@ class RunClock:
             return 0
         # The answer lies in between; steps are nearly alike, so a guess is nearly right.
         low, high, reach, start = 0, most - 1, 1, self.start
-        guess = int((now - start) / (self.end(1) - start)) if self._even else 0
+        guess = int((now - start) / (self.end(1) - start)) if self._seconds is not None else 0
         while low < high:
             middle = min(max(guess, low + 1), high)
             end = self.end(middle)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Expect, FromWorker, ToWorker
@@ -116,7 +117,7 @@ class SimCore(WorkerCore):
         return blocks
 
     def _sampled(self, sequence: Sequence, new: Seq[int]) -> tuple[SampledToken, ...]:
-        return (TOKEN,) * len(new)
+        return _tokens(len(new))
 
     def held_tokens(self) -> int:
         """Tokens whose KV is here; of one that has stopped."""
@@ -125,6 +126,11 @@ class SimCore(WorkerCore):
     def table_of(self, pull_id: int) -> int:
         """The first block of the table that this pull under way is from."""
         return self._pulling[pull_id][1].blocks[0]
+
+
+@lru_cache(maxsize=512)
+def _tokens(count: int) -> tuple[SampledToken, ...]:
+    return (TOKEN,) * count
 
 
 @dataclass(frozen=True)
@@ -184,8 +190,12 @@ class SimWorker:
     _began: float = 0.0
     _progress: Progress | None = None  # of the step or run under way, on a host that is shared
     _work_s: float = 0.0  # of the step under way there
+    _come_round: Callable[[int], None] = field(init=False)  # the event: `_loop`, bound once
     _turn: int = 0  # the order of the event at which the loop comes round next, 0 if there is none
     _wake_at: float = -math.inf  # the last one asked for
+
+    def __post_init__(self) -> None:
+        self._come_round = self._loop
 
     # ------------------------------------------------------------------ being called
 
@@ -216,7 +226,7 @@ class SimWorker:
         if (run := self._run) is not None:
             self._cut(run, self._over(run) + 1)
         elif self._plan is None and not self._turn:
-            self._turn = self.queue.push(self.queue.now, Kind.LOOP, self._loop, self.rank)
+            self._turn = self.queue.push(self.queue.now, Kind.LOOP, self._come_round, self.rank)
 
     def _over(self, run: RunClock) -> int:
         """How many steps of the run under way are over."""
@@ -226,7 +236,7 @@ class SimWorker:
         """Let the run end after so many steps, if it would go on."""
         if steps < self._steps:
             self._steps = steps
-            self._turn = self.queue.push(run.end(steps), Kind.LOOP, self._loop, self.rank)
+            self._turn = self.queue.push(run.end(steps), Kind.LOOP, self._come_round, self.rank)
 
     def _timer(self, _: int) -> None:
         """Something may be due by now, unless it has been settled since."""
@@ -340,7 +350,7 @@ class SimWorker:
                 f"a step of {core.name} from {now} to {end} s; the cost model must give seconds > 0"
             )
         self._began = now
-        self._turn = self.queue.push(end, Kind.LOOP, self._loop, self.rank)
+        self._turn = self.queue.push(end, Kind.LOOP, self._come_round, self.rank)
 
     def keep_pace(self) -> None:
         """Others of the host have begun or ended: what is under way ends sooner or later than thought."""
@@ -351,7 +361,7 @@ class SimWorker:
             return
         progress.go_on(now, speed)
         end = progress.when(self._work_s) if run is None else run.end(self._steps)
-        self._turn = self.queue.push(max(now, end), Kind.LOOP, self._loop, self.rank)
+        self._turn = self.queue.push(max(now, end), Kind.LOOP, self._come_round, self.rank)
 
     def _seconds(self, plan: StepPlan) -> float:
         chunks = [(chunk.start, chunk.count) for chunk in plan.chunks]

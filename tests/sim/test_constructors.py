@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanopd_lab.sim.compiled import MODULES
-from nanopd_lab.sim.constructors import write_out_constructors
+from nanopd_lab.sim.constructors import declare_acyclic, write_out_constructors
 
 PACKAGE = Path(__file__).resolve().parents[2] / "nanopd_lab"
 
@@ -38,6 +38,14 @@ class Checked:
 class Frozen:
     first: int
 
+@dataclass(eq=False, slots=True)
+class Late:
+    first: list[int]
+    second: int = field(init=False)
+
+    def __post_init__(self):
+        self.second = len(self.first)
+
 class Plain:
     first: int = 1
 """
@@ -56,14 +64,23 @@ def _loaded(source: str, name: str) -> types.ModuleType:
 def test_constructors_are_written_out() -> None:
     written = write_out_constructors(SOURCE)
     module = _loaded(written, "written")
-    assert written.count("def __init__") == 3
+    assert written.count("def __init__") == 4
     assert dataclasses.asdict(module.Bare(1)) == {"first": 1, "second": []}
     assert module.Bare(1).second is not module.Bare(1).second
     assert module.Bare(1, [2]) == module.Bare(second=[2], first=1)
     assert not hasattr(module.Checked(), "__dict__")
     with pytest.raises(ValueError, match="-1 is negative"):
         module.Checked(-1)
+    assert module.Late([5, 6]).second == 2
     assert len({module.Frozen(1), module.Frozen(1), module.Frozen(2)}) == 2
+
+
+def test_values_are_kept_from_the_garbage_collector() -> None:
+    lines = declare_acyclic("from __future__ import annotations\n" + SOURCE).splitlines()
+    assert lines[:2] == ["from __future__ import annotations", "from mypy_extensions import mypyc_attr"]
+    declared = [number for number, line in enumerate(lines) if line == "@mypyc_attr(acyclic=True)"]
+    assert [lines[number + 1] for number in declared] == ["@dataclass(", "@dataclass(eq=False, slots=True)"]
+    assert "mypyc_attr" not in declare_acyclic("class Plain:\n    first: int = 1")
 
 
 @pytest.mark.parametrize("name", MODULES)
