@@ -78,6 +78,7 @@ def test_info_names_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
         (["ceilings", "--rounds", "0"], "rounds is 0; it must be at least 1"),
         (["bench-handover", "--transports", "pinned"], "workers are on CPUs; choose auto or shm"),
         (["bench", "--model", "random:tiny", "--goodput", "ttft"], "goodput 'ttft'; write ttft:500"),
+        (["plan", "--goodput", "ttft:500", "--simulate", "-1"], "--simulate is -1; it must be 0 or more"),
         (["regret", "--policies", "adaptive", "nosuch"], "unknown policy 'nosuch'"),
     ],
 )

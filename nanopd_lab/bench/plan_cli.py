@@ -59,14 +59,18 @@ def run(args: argparse.Namespace) -> int:
     )
     from nanopd_lab.bench.planning import Plan
     from nanopd_lab.bench.workload_cli import workload_of
-    from nanopd_lab.router import ESTIMATING, Slo
+    from nanopd_lab.router import ESTIMATING, Slo, create_policy
     from nanopd_lab.sim.cli import machine_of
 
     slo = Slo.parse(args.goodput)
+    if args.simulate is not None and args.simulate < 0:
+        raise ValueError(f"--simulate is {args.simulate}; it must be 0 or more layouts")
     workload = workload_of(args)
     machine = machine_of(args, shared=any(each.shared() for each in workload.requests))
     rate = workload.request_rate if workload.arrivals is None else args.request_rate
     plan = Plan.make(machine, workload, slo, args.gpus, rate, args.attainment)
+    for policy in args.policies or ():  # before others are simulated
+        create_policy(policy, args.gpus, machine.outlook(slo))
     print(forecast_table(plan))
     count = args.simulate
     if count is None:

@@ -122,7 +122,11 @@ class Cluster(ClusterDriver):
         return [outputs[name] for name in names]
 
     def stream(self, request_ids: Seq[str], use_tqdm: bool = False) -> Iterator[ClusterOutput]:
-        """Outputs of these requests as they grow, until all have settled."""
+        """Outputs of these requests as they grow, until all have settled.
+
+        Raises:
+            InvalidRequestError: one is unknown, or somebody else has read all of it.
+        """
         pending = set(request_ids)
         bar = tqdm(
             total=len(pending),
@@ -134,7 +138,16 @@ class Cluster(ClusterDriver):
         finished: dict[str, float] = {}
         with bar:
             while pending:
-                for output in self.poll(0.1, pending):
+                outputs = self.poll(0.1, pending)
+                if not outputs:
+                    with self._lock:
+                        lost = pending - self._tracked.keys() - self._fresh.keys() - finished.keys()
+                    if lost:
+                        raise InvalidRequestError(
+                            f"request {min(lost)!r} is not under way: it was never submitted, or all of it has been "
+                            "read already"
+                        )
+                for output in outputs:
                     if output.finished and output.request_id not in finished:
                         finished[output.request_id] = self.clock()
                         bar.update()

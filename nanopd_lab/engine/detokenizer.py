@@ -7,6 +7,8 @@ from typing import Any
 
 # Decoding starts this many prompt tokens early, because a token's text can depend on the one before it.
 CONTEXT = 5
+# So many tokens without text are looked at again and again; of more the special ones, which have none, are left out.
+SILENT = 16
 
 
 class Detokenizer:
@@ -33,6 +35,7 @@ class Detokenizer:
         self._ids = list(prompt_token_ids[-CONTEXT:])
         self._prefix = 0
         self._read = self._context = len(self._ids)
+        self._left_out = 0
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -46,11 +49,13 @@ class Detokenizer:
     @property
     def num_pushed(self) -> int:
         """Tokens of the sample so far."""
-        return len(self._ids) - self._context
+        return len(self._ids) - self._context + self._left_out
 
     def push(self, *tokens: int) -> str | None:
         """Add tokens; returns the stop string that they completed, or None."""
         self._ids.extend(tokens)
+        if len(self._ids) - self._read > SILENT:
+            self._leave_out_special()
         known = self._decode(self._prefix, self._read)
         now = self._decode(self._prefix)
         if len(now) <= len(known) or now.endswith("\ufffd"):
@@ -58,6 +63,13 @@ class Detokenizer:
         fresh = now[len(known) :]
         self._prefix, self._read = self._read, len(self._ids)
         return self._extend(fresh)
+
+    def _leave_out_special(self) -> None:
+        special = set(getattr(self._tokenizer, "all_special_ids", ()))
+        fresh = self._ids[self._read :]
+        kept = [token for token in fresh if token not in special]
+        self._left_out += len(fresh) - len(kept)
+        self._ids[self._read :] = kept
 
     def end(self) -> str | None:
         """No more tokens: release an unfinished character and what was held back."""

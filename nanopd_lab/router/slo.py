@@ -25,13 +25,13 @@ class Slo(NamedTuple):
 
     @classmethod
     def parse(cls, items: Iterable[str]) -> Slo:
-        """From `ttft:500 tpot:100` in ms, as vLLM's `--goodput`; `e2el` is the third name.
+        """From `ttft:500 tpot:100` in ms, one text or several, as vLLM's `--goodput`; `e2el` is the third name.
 
         Raises:
             ValueError: an unknown or repeated name, or a number of ms that is not positive and finite.
         """
         found: dict[str, float] = {}
-        for item in items:
+        for item in items.split() if isinstance(items, str) else items:
             name, _, value = item.partition(":")
             if name not in NAMES or not value:
                 raise ValueError(f"goodput {item!r}; write ttft:500, tpot:100 or e2el:5000, in ms")

@@ -125,11 +125,12 @@ def test_any_route_chunk_and_pool_gives_what_one_engine_gives(
 
 
 def test_text_and_stop_strings_are_those_of_one_engine() -> None:
-    questions = ["The capital of France is", "Count: one, two, three,", "A poem about the sea:"]
+    questions = ["The capital of France is", "Count: one, two, three,", "A poem about the sea:", "1, 2, 3,"]
     params = [
         SamplingParams(max_tokens=12, temperature=0),
         SamplingParams(max_tokens=40, temperature=0, stop=[" six", "."]),
         SamplingParams(max_tokens=16, temperature=0.7, seed=3),
+        SamplingParams(max_tokens=20, temperature=0, stop=" 6", min_tokens=18),  # comes before, and is text
     ]
     want = LLM("smollm2", kv_cache_memory_bytes=1 << 28, device="cpu").generate(
         questions, params, use_tqdm=False
@@ -190,6 +191,16 @@ def test_a_request_that_fails_is_an_error_of_generate() -> None:
 def test_a_wrong_setting_is_named_before_anything_starts(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClusterConfig(**{"model": "random:tiny", "workers": 2, **changes})
+
+
+@pytest.mark.timeout(60)
+def test_a_stream_of_what_is_not_under_way_is_an_error() -> None:
+    with inline("random:tiny") as cluster:
+        name = cluster.submit([1, 2, 3], GREEDY)
+        assert list(cluster.stream([name]))[-1].settled
+        for wrong in (name, "nosuch"):
+            with pytest.raises(InvalidRequestError, match=f"request '{wrong}' is not under way"):
+                list(cluster.stream([wrong]))
 
 
 def test_requests_come_and_go_while_others_run() -> None:

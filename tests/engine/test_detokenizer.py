@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,6 +77,40 @@ def test_an_unfinished_character_is_shown_at_the_end() -> None:
     assert reader.text == "ab"
     reader.end()
     assert reader.text == "ab\ufffd"
+
+
+class Marked(Bytes):
+    """With special tokens, which are no text; counts what it decodes."""
+
+    all_special_ids = (256, 257)
+    decoded = 0
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        self.decoded += len(ids)
+        return super().decode([token for token in ids if token < 256])
+
+
+@given(
+    tokens=st.lists(st.one_of(st.integers(0, 257), st.just([257] * 20)), max_size=30),
+    stop=st.sampled_from(["", "a", "ab"]),
+)
+def test_special_tokens_are_no_text_however_many(tokens: list[Any], stop: str) -> None:
+    flat = [each for token in tokens for each in (token if isinstance(token, list) else [token])]
+    reader, plain = Detokenizer(Marked(), [], stop and [stop]), Detokenizer(Bytes(), [], stop and [stop])
+    for number, token in enumerate(flat, 1):
+        assert reader.push(token) == (plain.push(token) if token < 256 else None)
+        assert (reader.text, reader.num_pushed) == (plain.text, number)
+    assert (reader.end(), reader.text) == (plain.end(), plain.text)
+
+
+def test_tokens_without_text_are_not_decoded_again_for_ever() -> None:
+    """`ignore_eos` goes on behind the end of an answer, mostly with one stop token after the other."""
+    tokenizer = Marked()
+    reader = Detokenizer(tokenizer, list(b"ab"))
+    for token in [99, *[256] * 2000, 100]:
+        reader.push(token)
+    assert reader.text == "cd"
+    assert tokenizer.decoded < 2000 * 64
 
 
 @given(

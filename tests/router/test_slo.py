@@ -15,6 +15,7 @@ def test_parse_is_vllms_flag_in_ms() -> None:
     assert Slo.parse(["e2el:5000"]).e2e_s == 5.0
     assert str(Slo.parse(["tpot:62.5", "ttft:500"])) == "ttft:500 tpot:62.5"
     assert Slo.parse([]) == Slo()
+    assert Slo.parse("ttft:500 tpot:62.5") == Slo(0.5, 0.0625, math.inf)
     assert not Slo().given
     assert Slo(1.0).given
 
