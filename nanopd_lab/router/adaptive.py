@@ -142,14 +142,16 @@ class Adaptive:
         return {view.name: PREFILL if number < half else DECODE for number, view in enumerate(views)}
 
     def _roles(self, views: Sequence[WorkerView], now: float) -> dict[str, Role]:
-        """Roles that change now."""
+        """Roles that change now; those that have been decided and not taken up yet count as if they were."""
         pending, self._pending = self._pending, {}
+        if pending:
+            views = [view._replace(role=pending.get(view.name, view.role)) for view in views]
         if self.plan.due:
             self._begin_plan(views, now)
         wanted = self.plan.think()
         if wanted is None or wanted >= len(views):
             return pending
-        return role_changes(views, wanted)
+        return {**pending, **role_changes(views, wanted)}
 
     def _begin_plan(self, views: Sequence[WorkerView], now: float) -> None:
         typical, terms = self._typical(), []

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SECONDS_WORTH = 0.02  # misses that count as much as the time that a request takes alone
 TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12  # how far estimates are off, as a share of the objective
+SHARED = 0.25  # of the prompts that are queued: so many come while they are computed, and share a step
 MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 FRESH_S = 0.5  # after so long a view is looked at again though nothing has happened there
@@ -107,7 +108,7 @@ def terms_of(
     """
     (
         _, role, prefilling, prefill_tokens, decoding, _, _, decode_tokens, arriving, arriving_tokens,
-        _, leaving_tokens, since, *_,
+        _, leaving_tokens, since, num_blocks, block_size, _,
     ) = view  # fmt: skip
     prompt, output, delay_s = typical
     slo_s, budget, batches, by_context, host_s = (
@@ -128,7 +129,13 @@ def terms_of(
             work_s = prefilling * costs.beside(mean, active) + prefill_tokens / room * pace_s
         else:
             work_s = costs.queued(mean, prefilling)
-        free_at, wait_s = since + work_s, costs.rest_s
+        # Where outputs run, a step is planned ahead: who comes until then shares the prompt's own.
+        free_at, wait_s = since + work_s, 0.0
+        if active:
+            shared_s = SHARED * work_s
+            wait_s = (costs.wait_steps - 0.5) * pace_s + (
+                shared_s if shared_s < costs.rest_s else costs.rest_s
+            )
         if decoding and role is not DECODE:
             left_s, each_s = max(1e-9, free_at - now), output * (pace_s or costs.decode(1, 0))
             staying = active * max(0.0, 1.0 - left_s / each_s)
@@ -146,10 +153,19 @@ def terms_of(
             life_s = output * (pace_s or costs.decode(1, prompt))
             stay = max(0.0, 1.0 - delay_s / life_s)
             outputs = round(active * stay + (arriving * min(1.0, life_s / delay_s) if delay_s else arriving))
-        after_s = batches[outputs + 1] + by_context * (outputs * each + prompt + produced)
+        held = outputs * each + prompt + produced
+        after_s = batches[outputs + 1] + by_context * held
         if after_s < host_s:
             after_s = host_s
         spread_s = tpot_s = after_s / free if role is MIXED else after_s
+        crowd = before = 1.0
+        room_tokens = num_blocks * block_size
+        if (
+            room_tokens and held + prefill_tokens > room_tokens
+        ):  # who has no room waits until others have ended
+            crowd = (held + prefill_tokens) / room_tokens
+            before = max(1.0, (outputs * each + prefill_tokens) / room_tokens)
+            spread_s = tpot_s = tpot_s * crowd
         before_s = 0.0
         if outputs:
             before_s = batches[outputs] + by_context * (outputs * each)
@@ -163,7 +179,7 @@ def terms_of(
             own, step = 1 / (1 + exp(unmissed - by_s * tpot_s)), 0.1 * slo_s
             handover_slope = (1 / (1 + exp(unmissed - by_s * (tpot_s + step))) - own) / step
             if outputs:
-                alone = 1 / (1 + exp(unmissed - by_s * tpot_s * before_s / after_s))
+                alone = 1 / (1 + exp(unmissed - by_s * tpot_s * before_s * before / (after_s * crowd)))
                 output_harm = 0.5 * outputs * (own - alone)
     if exposed and role is not DECODE and slo_s < math.inf:
         usual_s = costs.beside(prompt, exposed) or 1e-9
