@@ -225,7 +225,7 @@ class Adaptive:
                 each = self._look(view, typical, now)
             (
                 _, _, role, active, exposed, room, free_at, wait_s, pace_s, harm,
-                tpot_s, own, late, joining_s, more, spread, link,
+                tpot_s, own, late, joining_s, more, spread, link, _,
             ) = each  # fmt: skip
             if role is not PREFILL:
                 decodes = own + more + by_token * spread
@@ -271,7 +271,7 @@ class Adaptive:
             (second_source, target),
             (source, second_target),
         ):
-            if a is None or b is None or a is b or (far and a.role is MIXED and b.role is MIXED):
+            if a is None or b is None or a is b or ((far or b.full) and a.role is b.role):
                 continue
             if prefills + decodes < cost:
                 cost, s, t = prefills + decodes, a, b
@@ -296,7 +296,7 @@ class Adaptive:
                 if roles[0] is Role.DECODE or roles[1] is Role.PREFILL:
                     continue
                 moves = s is not t
-                if moves and far and roles == (Role.MIXED, Role.MIXED):
+                if moves and (far or t.full) and s.role is t.role:
                     continue
                 found = {**as_source(s, ask, self.costs, self.slo, now), **as_target(t, ask, moves)}
                 found["misses_by_link"] = link_cost(s, ask, slope) if moves else 0.0

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SECONDS_WORTH = 0.02  # misses that count as much as the time that a request takes alone
 TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12  # how far estimates are off, as a share of the objective
 SHARED = 0.25  # of the prompts that are queued: so many come while they are computed, and share a step
+FULL = 0.9  # of the KV blocks: outputs that run need room to grow
 MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 FRESH_S = 0.5  # after so long a view is looked at again though nothing has happened there
@@ -49,6 +50,7 @@ class Terms(NamedTuple):
     output_harm: misses of others by one more output
     spread_s: what one token more costs, all together
     link_s: that waits for the worker's link
+    full: with one more output, its KV blocks would be, about
     """
 
     view: WorkerView
@@ -68,6 +70,7 @@ class Terms(NamedTuple):
     output_harm: float
     spread_s: float
     link_s: float
+    full: bool
 
 
 class Typical(NamedTuple):
@@ -143,7 +146,13 @@ def terms_of(
             coming = max(1.0, arriving * min(1.0, each_s / left_s)) if arriving else 0.0
             exposed = round(staying + coming)
     each = decode_tokens / decoding + produced if decoding else 0.0
+    room_tokens = num_blocks * block_size
+    if room_tokens and active and role is not DECODE:
+        excess = decode_tokens + active * produced + prefill_tokens + leaving_tokens + prompt - room_tokens
+        if excess > 0.0:  # the prompt waits until others have ended
+            wait_s += excess / (active * each) * output * pace_s
     free = 1.0 - share
+    full = False
     tpot_s = own = handover_slope = joining_s = output_harm = spread_s = prompt_harm = 0.0
     if role is not PREFILL:
         outputs = 0
@@ -158,14 +167,12 @@ def terms_of(
         if after_s < host_s:
             after_s = host_s
         spread_s = tpot_s = after_s / free if role is MIXED else after_s
-        crowd = before = 1.0
-        room_tokens = num_blocks * block_size
-        if (
-            room_tokens and held + prefill_tokens > room_tokens
-        ):  # who has no room waits until others have ended
-            crowd = (held + prefill_tokens) / room_tokens
-            before = max(1.0, (outputs * each + prefill_tokens) / room_tokens)
-            spread_s = tpot_s = tpot_s * crowd
+        crowd = before = 0.0  # over what there is room for, as a share of it
+        full = 0 < FULL * room_tokens < held + prefill_tokens
+        if full and held + prefill_tokens > room_tokens:
+            crowd = (held + prefill_tokens) / room_tokens - 1.0
+            before = max(0.0, (outputs * each + prefill_tokens) / room_tokens - 1.0)
+            spread_s += crowd * tpot_s
         before_s = 0.0
         if outputs:
             before_s = batches[outputs] + by_context * (outputs * each)
@@ -178,9 +185,11 @@ def terms_of(
         ):  # `miss`, without its calls: an estimate can't be so low that `exp` would overflow
             own, step = 1 / (1 + exp(unmissed - by_s * tpot_s)), 0.1 * slo_s
             handover_slope = (1 / (1 + exp(unmissed - by_s * (tpot_s + step))) - own) / step
-            if outputs:
-                alone = 1 / (1 + exp(unmissed - by_s * tpot_s * before_s * before / (after_s * crowd)))
-                output_harm = 0.5 * outputs * (own - alone)
+            alone = 1 / (1 + exp(unmissed - by_s * tpot_s * before_s / after_s)) if outputs else own
+            if crowd:
+                own = max(own, too_short(crowd, tpot_s, slo_s))
+                alone = max(alone, too_short(before, tpot_s * before_s / after_s, slo_s))
+            output_harm = 0.5 * outputs * (own - alone)
     if exposed and role is not DECODE and slo_s < math.inf:
         usual_s = costs.beside(prompt, exposed) or 1e-9
         pace = costs.decode(exposed, exposed * each) / free
@@ -205,7 +214,20 @@ def terms_of(
         output_harm,
         spread_s,
         leaving_tokens * token_s,
+        full,
     )
+
+
+def too_short(crowd: float, tpot_s: float, slo_s: float) -> float:
+    """The probability that an output misses its time per token because it waits for room.
+
+    By Little's law it waits `crowd` times as long as an output takes, so that the short ones miss. Of lengths that are
+    log-normal about the mean one, so many are shorter than what makes the wait up (sigma 0.85, where it is a square).
+    """
+    if tpot_s >= slo_s:
+        return 1.0
+    square = (crowd * tpot_s / (slo_s - tpot_s)) ** 2
+    return square / (1.0 + square)
 
 
 def first_token_s(terms: Terms, ask: Ask, costs: StepCosts, now: float) -> float:

@@ -6,11 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from nanopd_lab.router.estimates import Terms
+from nanopd_lab.router.estimates import FULL, Terms
 from nanopd_lab.router.policy import Role, WorkerView
 from nanopd_lab.router.replay_worker import Room
-
-FULL = 0.9  # of the KV blocks: outputs that run need room to grow
 
 
 class Load(NamedTuple):

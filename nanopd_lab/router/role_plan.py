@@ -144,7 +144,9 @@ class RolePlan:
 
     def _plan(self, fleet: Fleetwide) -> Generator[None, None, int]:
         settings, workers, now = self.settings, fleet.workers, fleet.prefills
-        arrivals, ended = Arrivals(list(self._arrivals)), self.ended
+        # Of the window the last ones, as many as a replay takes: what is new must not be left out.
+        total = max(settings.replayed, 12 * workers)
+        arrivals, ended = Arrivals(list(self._arrivals)[-total:]), self.ended
         yield
         yield from arrivals.forecast(self.predictor, self.lengths, fleet.ages)
         self.mean_output = arrivals.mean_output
