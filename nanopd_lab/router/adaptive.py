@@ -163,7 +163,9 @@ class Adaptive:
         paces = [each.active * each.pace_s / (1 - self._shares.of(each.view.name, now)) for each in terms]
         pace_s = sum(paces) / max(1, sum(each.active for each in terms))
         ages = self._under_way.ages(now, pace_s)
-        self.plan.begin(Fleetwide.of(terms, self.plan.mean_output, ages, now))
+        fleet = Fleetwide.of(terms, self.plan.mean_output, ages, now)
+        ended, going = self._under_way.begun_since(self.plan.since, now)
+        self.plan.begin(fleet._replace(ends=self._under_way.lengths, ended=ended, going=going))
 
     # ------------------------------------------------------------------ one decision
 

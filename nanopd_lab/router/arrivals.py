@@ -82,6 +82,14 @@ class Arrivals:
         )
         yield
 
+    def set_mean(self, output_tokens: float) -> None:
+        """Have output lengths with this mean; their shapes stay. Before `jobs`."""
+        scale = output_tokens / self.mean_output
+        for kind, lengths in self._lengths.items():
+            self._lengths[kind] = [max(1, round(length * scale)) for length in lengths]
+        self._common = [max(1, round(length * scale)) for length in self._common]
+        self.mean_output = output_tokens
+
     @property
     def mean_context(self) -> float:
         """Tokens that an output has in the cache, half of its own among them."""

@@ -31,6 +31,8 @@ class Fleetwide(NamedTuple):
     ages: tokens that outputs under way have produced, by the bits of their prompt's length
     leftovers: outputs that would be left on workers that are to prefill, by the number of these
     stuck: that run on workers that prefill now
+    ends, ended, going: what `survival` asks: lengths of outputs that have ended; of those of them that came with the
+        arrivals that the plan looks at; and tokens so far of those of these that go on
     """
 
     workers: int
@@ -39,6 +41,9 @@ class Fleetwide(NamedTuple):
     stuck: int
     load: Load
     ages: Mapping[int, Sequence[float]]
+    ends: Sequence[int] = ()
+    ended: Sequence[int] = ()
+    going: Sequence[float] = ()
 
     @classmethod
     def of(

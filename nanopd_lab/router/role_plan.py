@@ -20,6 +20,7 @@ from nanopd_lab.router.mean_length import MeanLengths
 from nanopd_lab.router.replay import ReplayJob, decode_times, first_tokens, mixed_times
 from nanopd_lab.router.replay_worker import Room
 from nanopd_lab.router.step_costs import StepCosts
+from nanopd_lab.router.survival import corrected
 
 if TYPE_CHECKING:
     from nanopd_lab.router.lengths import LengthPredictor
@@ -34,6 +35,7 @@ LATELY, SHIFTED = (
     32,
     2.0,
 )  # by this factor more or less work in the last so many arrivals: time for another plan
+REPLAYED = 12  # requests of a replay for each worker, at least
 LOOKED_AT = 128  # requests of a replay that are judged, at most
 
 
@@ -140,15 +142,23 @@ class RolePlan:
             return found
         return None
 
+    @property
+    def since(self) -> float:
+        """When the first of the arrivals came that a plan looks at, s; with no more workers than a replay is made for."""
+        return self._latest(1)[0].time
+
+    def _latest(self, workers: int) -> list[Arrival]:
+        """The newest arrivals, as many as a replay takes."""
+        return list(self._arrivals)[-max(self.settings.replayed, REPLAYED * workers) :]
+
     # ------------------------------------------------------------------ one plan
 
     def _plan(self, fleet: Fleetwide) -> Generator[None, None, int]:
         settings, workers, now = self.settings, fleet.workers, fleet.prefills
-        # Of the window the last ones, as many as a replay takes: what is new must not be left out.
-        total = max(settings.replayed, 12 * workers)
-        arrivals, ended = Arrivals(list(self._arrivals)[-total:]), self.ended
+        arrivals, ended = Arrivals(self._latest(workers)), self.ended
         yield
         yield from arrivals.forecast(self.predictor, self.lengths, fleet.ages)
+        arrivals.set_mean(corrected(arrivals.mean_output, fleet.ends, fleet.ended, fleet.going))
         self.mean_output = arrivals.mean_output
         worth = self.worth = {now: (yield from self._worth(arrivals, fleet, now))}
         # It cannot get better by more than the margin.
@@ -207,7 +217,7 @@ class RolePlan:
         """Of a layout in which so many workers prefill."""
         costs, settings, load, now = self.costs, self.settings, fleet.load, fleet.prefills
         decodes = fleet.workers - prefills  # all, if mixed
-        total = max(settings.replayed, 12 * fleet.workers)
+        total = max(settings.replayed, REPLAYED * fleet.workers)
         # What runs or is queued stays where it is.
         sharers = max(decodes, fleet.workers - now)
         count = round(load.decoding / sharers)
