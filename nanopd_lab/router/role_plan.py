@@ -187,10 +187,13 @@ class RolePlan:
                     break
                 stride //= 2
             place = best
+        # What a change costs: outputs that it leaves on workers that are to prefill.
+        lost = {each: fleet.left_on(each) * worth[now] / settings.horizon for each in worth} | {now: 0.0}
         # Of those that are about as good, the one that is nearest: to come from or to mixed workers changes all.
         # Before anything has ended there is nothing to stay near to.
-        most = max(worth.values()) - (settings.margin / 2 if ended >= settings.first else 0.0)
-        near = [layout for layout, value in worth.items() if value >= most]
+        most = max(worth[each] - lost[each] for each in worth)
+        most -= settings.margin / 2 if ended >= settings.first else 0.0
+        near = [each for each in worth if worth[each] - lost[each] >= most]
         best = min(
             near,
             key=lambda each: (
@@ -201,11 +204,10 @@ class RolePlan:
         )
         if best == now:
             return now
-        lost = fleet.left_on(best) * worth[now] / settings.horizon
         margin = settings.margin if ended >= settings.first else settings.doubt
         self._gains = {each: self._gains.get(each, 0.0) + worth[each] - worth[now] - SLACK for each in worth}
         gains = (
-            worth[best] >= settings.least and max(self._gains[best], worth[best] - worth[now]) > margin + lost
+            worth[best] >= settings.least and max(self._gains[best], worth[best] - worth[now]) > margin + lost[best]
         )
         if not gains:
             self._gains = {each: max(0.0, gain) for each, gain in self._gains.items()}
