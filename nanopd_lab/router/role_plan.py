@@ -15,6 +15,7 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanopd_lab.router.arrivals import Arrival, Arrivals
+from nanopd_lab.router.estimates import TPOT_DOUBT, miss
 from nanopd_lab.router.fleetwide import Fleetwide
 from nanopd_lab.router.mean_length import MeanLengths
 from nanopd_lab.router.replay import ReplayJob, decode_times, first_tokens, mixed_times
@@ -35,6 +36,7 @@ LATELY, SHIFTED = (
     32,
     2.0,
 )  # by this factor more or less work in the last so many arrivals: time for another plan
+BUSY = 0.9  # with prompts, at most
 REPLAYED = 12  # requests of a replay for each worker, at least
 LOOKED_AT = 128  # requests of a replay that are judged, at most
 
@@ -188,7 +190,15 @@ class RolePlan:
                 stride //= 2
             place = best
         # What a change costs: outputs that it leaves on workers that are to prefill.
-        lost = {each: fleet.left_on(each) * worth[now] / settings.horizon for each in worth} | {now: 0.0}
+        lost = {
+            each: fleet.left_on(each)
+            * self._spoilt(arrivals, fleet, seconds / each)
+            * worth[now]
+            / settings.horizon
+            if each and each != now
+            else 0.0
+            for each in worth
+        }
         # Of those that are about as good, the one that is nearest: to come from or to mixed workers changes all.
         # Before anything has ended there is nothing to stay near to.
         most = max(worth[each] - lost[each] for each in worth)
@@ -207,7 +217,8 @@ class RolePlan:
         margin = settings.margin if ended >= settings.first else settings.doubt
         self._gains = {each: self._gains.get(each, 0.0) + worth[each] - worth[now] - SLACK for each in worth}
         gains = (
-            worth[best] >= settings.least and max(self._gains[best], worth[best] - worth[now]) > margin + lost[best]
+            worth[best] >= settings.least
+            and max(self._gains[best], worth[best] - worth[now]) > margin + lost[best]
         )
         if not gains:
             self._gains = {each: max(0.0, gain) for each, gain in self._gains.items()}
@@ -252,6 +263,13 @@ class RolePlan:
             jobs = [jobs[place] for place in places]
         skipped = settings.warm * len(rows) // settings.replayed
         return (yield from self._mean(rows[skipped:], jobs[skipped:]))
+
+    def _spoilt(self, arrivals: Arrivals, fleet: Fleetwide, busy: float) -> float:
+        """The probability that an output misses its objectives beside prompts that take such a share of the time."""
+        each = max(1, round(fleet.load.decoding / fleet.workers))
+        pace_s = self.costs.decode(each, each * arrivals.mean_context) / (1 - min(busy, BUSY))
+        long = miss(pace_s * arrivals.mean_output, self.slo.e2e_s, TPOT_DOUBT)
+        return max(long, miss(pace_s, self.slo.tpot_s, TPOT_DOUBT))
 
     def _steady(self, arrivals: Arrivals, workers: int, mixed: bool, room: Room) -> int:
         """Outputs that a worker will decode at once if it goes on like this (Little's law), as far as it has room."""

@@ -35,9 +35,7 @@ def hazard_ratio(ends: Sequence[int], ended: Sequence[int], ages: Sequence[float
     return (len(ended) + DOUBT) / (expected + DOUBT)
 
 
-def corrected(
-    believed: float, ends: Sequence[int], ended: Sequence[int], ages: Sequence[float]
-) -> float:
+def corrected(believed: float, ends: Sequence[int], ended: Sequence[int], ages: Sequence[float]) -> float:
     """`believed`, a mean length, as far as `hazard_ratio` knows it better; arguments as there."""
     if not ends:
         return believed
