@@ -146,7 +146,7 @@ class RolePlan:
 
     @property
     def since(self) -> float:
-        """When the first of the arrivals came that a plan looks at, s; with no more workers than a replay is made for."""
+        """When the first of the arrivals came that a plan for a few workers looks at, s."""
         return self._latest(1)[0].time
 
     def _latest(self, workers: int) -> list[Arrival]:
@@ -251,10 +251,10 @@ class RolePlan:
             queued = yield from arrivals.jobs(total, thin)
             busy = round(servers * min(prefills, now) / prefills) if now else servers
             backlogs = [backlog_s] * busy + [0.0] * (servers - busy)
-            cards = max(1, round(min(prefills, decodes) / thin))
+            targets = max(1, round(decodes / thin))
             held = round((fleet.stuck + fleet.left_on(prefills)) / prefills)
             rest = arrivals.running(held, context)
-            firsts = yield from first_tokens(costs, queued, backlogs, rest, cards, self.latest_s)
+            firsts = yield from first_tokens(costs, queued, backlogs, rest, targets, self.latest_s)
             lasts = yield from decode_times(costs, jobs, running, load.room)
             # Each first token goes with a decode of about its time; more of them would tell little more.
             step, last = max(1, len(firsts) // LOOKED_AT), len(lasts) - 1

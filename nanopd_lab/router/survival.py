@@ -9,10 +9,12 @@ by how much the hazard has changed (a standardised mortality ratio), and a mean 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 
 DOUBT = 6.0  # ends more, expected and seen: few say little
 MOST = 2.0  # how often an output can be overdue: how far it has come is a guess
+CHANGE = 4.0  # of the mean, at most by this factor: how it goes on beyond what has been seen is not known
 SURE = 24  # ends from which on the outcome counts more than what was believed before
 
 
@@ -24,20 +26,25 @@ def hazard_ratio(ends: Sequence[int], ended: Sequence[int], ages: Sequence[float
         ended: lengths of those that have come lately and have ended
         ages: tokens that those have produced that have come lately and go on
     """
-    ordered, hazards, hazard = sorted(ends), [], 0.0
-    for left in range(len(ordered), 0, -1):
-        hazard += 1.0 / left
-        hazards.append(min(hazard, MOST))
-    expected = 0.0
-    for tokens in (*ended, *ages):
+    counts = Counter(ends)
+    ordered, hazards, left = sorted(counts), [0.0], len(ends)
+    for tokens in ordered:
+        hazards.append(min(hazards[-1] + counts[tokens] / left, MOST))
+        left -= counts[tokens]
+    expected, seen = 0.0, 0
+    for tokens in ended:
         place = bisect_right(ordered, tokens)
-        expected += hazards[place - 1] if place else 0.0
-    return (len(ended) + DOUBT) / (expected + DOUBT)
+        expected += hazards[place]
+        seen += hazards[max(0, place - 1)] < MOST  # who comes further is not looked at beyond
+    for age in ages:
+        expected += hazards[bisect_right(ordered, age)]
+    return (seen + DOUBT) / (expected + DOUBT)
 
 
 def corrected(believed: float, ends: Sequence[int], ended: Sequence[int], ages: Sequence[float]) -> float:
     """`believed`, a mean length, as far as `hazard_ratio` knows it better; arguments as there."""
     if not ends:
         return believed
-    found = sum(ends) / len(ends) / hazard_ratio(ends, ended, ages)
+    ratio = hazard_ratio(ends, ended, ages)
+    found = sum(ends) / len(ends) / min(CHANGE, max(1 / CHANGE, ratio))
     return believed + len(ends) / (len(ends) + SURE) * (found - believed)
