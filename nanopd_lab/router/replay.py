@@ -65,24 +65,24 @@ def first_tokens(
     for worker in workers:
         for each in leftovers:
             worker.add(-1, each.context, each.remaining)
-    sources = [0] * len(jobs)
+    sources = []
     for number, job in enumerate(jobs):
-        time, best, least_s = job.arrival, 0, math.inf
-        for place, worker in enumerate(workers):
+        time, best, least_s = job.arrival, workers[0], math.inf
+        for worker in workers:
             if worker.now < time:
                 worker.advance(time)
             queued_s = worker.queued_s(time)
             if queued_s < least_s:
-                best, least_s = place, queued_s
-        sources[number] = best
+                best, least_s = worker, queued_s
+        sources.append(best)
         if least_s + costs.prompt(job.prompt_tokens) <= latest_s:
-            workers[best].take(number, time, job.prompt_tokens, 0)
+            best.take(number, time, job.prompt_tokens, 0)
         if number % SLICE == SLICE - 1:
             yield
     for worker in workers:
         worker.advance(math.inf)
     yield
-    sending, getting = [0.0] * len(workers), [0.0] * max(1, targets)
+    sending, getting = dict.fromkeys(workers, 0.0), [0.0] * max(1, targets)
     found = [(math.inf, 0.0)] * len(jobs)
     for turn, (first, number) in enumerate(sorted(zip(firsts, range(len(jobs)), strict=True))):
         if first < math.inf:
