@@ -142,14 +142,16 @@ class Adaptive:
         return {view.name: PREFILL if number < half else DECODE for number, view in enumerate(views)}
 
     def _roles(self, views: Sequence[WorkerView], now: float) -> dict[str, Role]:
-        """Roles that change now."""
+        """Roles that change now; those that have been decided and not taken up yet count as if they were."""
         pending, self._pending = self._pending, {}
+        if pending:
+            views = [view._replace(role=pending.get(view.name, view.role)) for view in views]
         if self.plan.due:
             self._begin_plan(views, now)
         wanted = self.plan.think()
         if wanted is None or wanted >= len(views):
             return pending
-        return role_changes(views, wanted)
+        return {**pending, **role_changes(views, wanted)}
 
     def _begin_plan(self, views: Sequence[WorkerView], now: float) -> None:
         typical, terms = self._typical(), []
@@ -161,7 +163,9 @@ class Adaptive:
         paces = [each.active * each.pace_s / (1 - self._shares.of(each.view.name, now)) for each in terms]
         pace_s = sum(paces) / max(1, sum(each.active for each in terms))
         ages = self._under_way.ages(now, pace_s)
-        self.plan.begin(Fleetwide.of(terms, self.plan.mean_output, ages, now))
+        fleet = Fleetwide.of(terms, self.plan.mean_output, ages, now)
+        ended, going = self._under_way.begun_since(self.plan.since, now)
+        self.plan.begin(fleet._replace(ends=self._under_way.lengths, ended=ended, going=going))
 
     # ------------------------------------------------------------------ one decision
 
@@ -223,7 +227,7 @@ class Adaptive:
                 each = self._look(view, typical, now)
             (
                 _, _, role, active, exposed, room, free_at, wait_s, pace_s, harm,
-                tpot_s, own, late, joining_s, more, spread, link,
+                tpot_s, own, late, joining_s, more, spread, link, _,
             ) = each  # fmt: skip
             if role is not PREFILL:
                 decodes = own + more + by_token * spread
@@ -269,7 +273,7 @@ class Adaptive:
             (second_source, target),
             (source, second_target),
         ):
-            if a is None or b is None or a is b or (far and a.role is MIXED and b.role is MIXED):
+            if a is None or b is None or a is b or ((far or b.full) and a.role is b.role):
                 continue
             if prefills + decodes < cost:
                 cost, s, t = prefills + decodes, a, b
@@ -294,7 +298,7 @@ class Adaptive:
                 if roles[0] is Role.DECODE or roles[1] is Role.PREFILL:
                     continue
                 moves = s is not t
-                if moves and far and roles == (Role.MIXED, Role.MIXED):
+                if moves and (far or t.full) and s.role is t.role:
                     continue
                 found = {**as_source(s, ask, self.costs, self.slo, now), **as_target(t, ask, moves)}
                 found["misses_by_link"] = link_cost(s, ask, slope) if moves else 0.0

@@ -82,6 +82,14 @@ class Arrivals:
         )
         yield
 
+    def set_mean(self, output_tokens: float) -> None:
+        """Have output lengths with this mean, as far as they may be so long; their shapes stay. Before `jobs`."""
+        scale, most = output_tokens / self.mean_output, max(each.max_tokens for each in self.window)
+        for kind, lengths in self._lengths.items():
+            self._lengths[kind] = [max(1, min(most, round(length * scale))) for length in lengths]
+        self._common = [max(1, min(most, round(length * scale))) for length in self._common]
+        self.mean_output = output_tokens
+
     @property
     def mean_context(self) -> float:
         """Tokens that an output has in the cache, half of its own among them."""

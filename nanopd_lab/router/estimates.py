@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SECONDS_WORTH = 0.02  # misses that count as much as the time that a request takes alone
 TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12  # how far estimates are off, as a share of the objective
+SHARED = 0.25  # of the prompts that are queued: so many come while they are computed, and share a step
+FULL = 0.9  # of the KV blocks: outputs that run need room to grow
 MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 FRESH_S = 0.5  # after so long a view is looked at again though nothing has happened there
@@ -48,6 +50,7 @@ class Terms(NamedTuple):
     output_harm: misses of others by one more output
     spread_s: what one token more costs, all together
     link_s: that waits for the worker's link
+    full: with one more output, its KV blocks would be, about
     """
 
     view: WorkerView
@@ -67,6 +70,7 @@ class Terms(NamedTuple):
     output_harm: float
     spread_s: float
     link_s: float
+    full: bool
 
 
 class Typical(NamedTuple):
@@ -107,7 +111,7 @@ def terms_of(
     """
     (
         _, role, prefilling, prefill_tokens, decoding, _, _, decode_tokens, arriving, arriving_tokens,
-        _, leaving_tokens, since, *_,
+        _, leaving_tokens, since, num_blocks, block_size, _,
     ) = view  # fmt: skip
     prompt, output, delay_s = typical
     slo_s, budget, batches, by_context, host_s = (
@@ -128,7 +132,13 @@ def terms_of(
             work_s = prefilling * costs.beside(mean, active) + prefill_tokens / room * pace_s
         else:
             work_s = costs.queued(mean, prefilling)
-        free_at, wait_s = since + work_s, costs.rest_s
+        # Where outputs run, a step is planned ahead: who comes until then shares the prompt's own.
+        free_at, wait_s = since + work_s, 0.0
+        if active:
+            shared_s = SHARED * work_s
+            wait_s = (costs.wait_steps - 0.5) * pace_s + (
+                shared_s if shared_s < costs.rest_s else costs.rest_s
+            )
         if decoding and role is not DECODE:
             left_s, each_s = max(1e-9, free_at - now), output * (pace_s or costs.decode(1, 0))
             staying = active * max(0.0, 1.0 - left_s / each_s)
@@ -136,7 +146,13 @@ def terms_of(
             coming = max(1.0, arriving * min(1.0, each_s / left_s)) if arriving else 0.0
             exposed = round(staying + coming)
     each = decode_tokens / decoding + produced if decoding else 0.0
+    room_tokens = num_blocks * block_size
+    if room_tokens and active and role is not DECODE:
+        excess = decode_tokens + active * produced + prefill_tokens + leaving_tokens + prompt - room_tokens
+        if excess > 0.0:  # the prompt waits until others have ended
+            wait_s += excess / (active * each) * output * pace_s
     free = 1.0 - share
+    full = False
     tpot_s = own = handover_slope = joining_s = output_harm = spread_s = prompt_harm = 0.0
     if role is not PREFILL:
         outputs = 0
@@ -146,10 +162,17 @@ def terms_of(
             life_s = output * (pace_s or costs.decode(1, prompt))
             stay = max(0.0, 1.0 - delay_s / life_s)
             outputs = round(active * stay + (arriving * min(1.0, life_s / delay_s) if delay_s else arriving))
-        after_s = batches[outputs + 1] + by_context * (outputs * each + prompt + produced)
+        held = outputs * each + prompt + produced
+        after_s = batches[outputs + 1] + by_context * held
         if after_s < host_s:
             after_s = host_s
         spread_s = tpot_s = after_s / free if role is MIXED else after_s
+        crowd = before = 0.0  # over what there is room for, as a share of it
+        full = 0 < FULL * room_tokens < held + prefill_tokens
+        if full and held + prefill_tokens > room_tokens:
+            crowd = (held + prefill_tokens) / room_tokens - 1.0
+            before = max(0.0, (outputs * each + prefill_tokens) / room_tokens - 1.0)
+            spread_s += crowd * tpot_s
         before_s = 0.0
         if outputs:
             before_s = batches[outputs] + by_context * (outputs * each)
@@ -162,9 +185,11 @@ def terms_of(
         ):  # `miss`, without its calls: an estimate can't be so low that `exp` would overflow
             own, step = 1 / (1 + exp(unmissed - by_s * tpot_s)), 0.1 * slo_s
             handover_slope = (1 / (1 + exp(unmissed - by_s * (tpot_s + step))) - own) / step
-            if outputs:
-                alone = 1 / (1 + exp(unmissed - by_s * tpot_s * before_s / after_s))
-                output_harm = 0.5 * outputs * (own - alone)
+            alone = 1 / (1 + exp(unmissed - by_s * tpot_s * before_s / after_s)) if outputs else own
+            if crowd:
+                own = max(own, too_short(crowd, tpot_s, slo_s))
+                alone = max(alone, too_short(before, tpot_s * before_s / after_s, slo_s))
+            output_harm = 0.5 * outputs * (own - alone)
     if exposed and role is not DECODE and slo_s < math.inf:
         usual_s = costs.beside(prompt, exposed) or 1e-9
         pace = costs.decode(exposed, exposed * each) / free
@@ -189,7 +214,20 @@ def terms_of(
         output_harm,
         spread_s,
         leaving_tokens * token_s,
+        full,
     )
+
+
+def too_short(crowd: float, tpot_s: float, slo_s: float) -> float:
+    """The probability that an output misses its time per token because it waits for room.
+
+    By Little's law it waits `crowd` times as long as an output takes, so that the short ones miss. Of lengths that are
+    log-normal about the mean one, so many are shorter than what makes the wait up (sigma 0.85, where it is a square).
+    """
+    if tpot_s >= slo_s:
+        return 1.0
+    square = (crowd * tpot_s / (slo_s - tpot_s)) ** 2
+    return square / (1.0 + square)
 
 
 def first_token_s(terms: Terms, ask: Ask, costs: StepCosts, now: float) -> float:

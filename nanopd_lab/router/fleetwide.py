@@ -6,11 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from nanopd_lab.router.estimates import Terms
+from nanopd_lab.router.estimates import FULL, Terms
 from nanopd_lab.router.policy import Role, WorkerView
 from nanopd_lab.router.replay_worker import Room
-
-FULL = 0.9  # of the KV blocks: outputs that run need room to grow
 
 
 class Load(NamedTuple):
@@ -33,6 +31,8 @@ class Fleetwide(NamedTuple):
     ages: tokens that outputs under way have produced, by the bits of their prompt's length
     leftovers: outputs that would be left on workers that are to prefill, by the number of these
     stuck: that run on workers that prefill now
+    ends, ended, going: what `survival` asks: lengths of outputs that have ended; of those of them that came with the
+        arrivals that the plan looks at; and tokens so far of those of these that go on
     """
 
     workers: int
@@ -41,6 +41,9 @@ class Fleetwide(NamedTuple):
     stuck: int
     load: Load
     ages: Mapping[int, Sequence[float]]
+    ends: Sequence[int] = ()
+    ended: Sequence[int] = ()
+    going: Sequence[float] = ()
 
     @classmethod
     def of(

@@ -13,7 +13,6 @@ All are generators that give back control after a few requests, so that a policy
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
@@ -50,7 +49,7 @@ def first_tokens(
     jobs: Sequence[ReplayJob],
     backlogs_s: Sequence[float],
     leftovers: Sequence[Running],
-    cards: int,
+    targets: int,
     latest_s: float,
 ) -> Pairs:
     """(time to first token, seconds from there until all KV is at the target) of each job.
@@ -58,7 +57,7 @@ def first_tokens(
     Args:
         backlogs_s: of each worker that prefills, what it has to do at first
         leftovers: outputs on each, from when it decoded too
-        cards: pairs of source and target that can move KV at once
+        targets: workers that take turns in getting the KV; a pull needs both cards, so that others of either wait
         latest_s: who would get his first token later is not served: infinite times
     """
     firsts, ends = [math.inf] * len(jobs), [math.inf] * len(jobs)
@@ -66,6 +65,7 @@ def first_tokens(
     for worker in workers:
         for each in leftovers:
             worker.add(-1, each.context, each.remaining)
+    sources = []
     for number, job in enumerate(jobs):
         time, best, least_s = job.arrival, workers[0], math.inf
         for worker in workers:
@@ -74,6 +74,7 @@ def first_tokens(
             queued_s = worker.queued_s(time)
             if queued_s < least_s:
                 best, least_s = worker, queued_s
+        sources.append(best)
         if least_s + costs.prompt(job.prompt_tokens) <= latest_s:
             best.take(number, time, job.prompt_tokens, 0)
         if number % SLICE == SLICE - 1:
@@ -81,13 +82,14 @@ def first_tokens(
     for worker in workers:
         worker.advance(math.inf)
     yield
-    links = [0.0] * max(1, cards)
+    sending, getting = dict.fromkeys(workers, 0.0), [0.0] * max(1, targets)
     found = [(math.inf, 0.0)] * len(jobs)
-    for first, number in sorted(zip(firsts, range(len(jobs)), strict=True)):
+    for turn, (first, number) in enumerate(sorted(zip(firsts, range(len(jobs)), strict=True))):
         if first < math.inf:
             whole, seen = costs.pulls(jobs[number].prompt_tokens)
-            moved = max(first + seen, links[0] + whole)
-            heapq.heapreplace(links, moved)
+            source, target = sources[number], turn % len(getting)
+            moved = max(first + seen, max(sending[source], getting[target]) + whole)
+            sending[source] = getting[target] = moved
             found[number] = first - jobs[number].arrival, moved - first
     return found
 

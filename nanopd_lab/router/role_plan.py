@@ -15,11 +15,13 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanopd_lab.router.arrivals import Arrival, Arrivals
+from nanopd_lab.router.estimates import TPOT_DOUBT, miss
 from nanopd_lab.router.fleetwide import Fleetwide
 from nanopd_lab.router.mean_length import MeanLengths
 from nanopd_lab.router.replay import ReplayJob, decode_times, first_tokens, mixed_times
 from nanopd_lab.router.replay_worker import Room
 from nanopd_lab.router.step_costs import StepCosts
+from nanopd_lab.router.survival import corrected
 
 if TYPE_CHECKING:
     from nanopd_lab.router.lengths import LengthPredictor
@@ -34,6 +36,8 @@ LATELY, SHIFTED = (
     32,
     2.0,
 )  # by this factor more or less work in the last so many arrivals: time for another plan
+BUSY = 0.9  # with prompts, at most
+REPLAYED = 12  # requests of a replay for each worker, at least
 LOOKED_AT = 128  # requests of a replay that are judged, at most
 
 
@@ -140,13 +144,23 @@ class RolePlan:
             return found
         return None
 
+    @property
+    def since(self) -> float:
+        """When the first of the arrivals came that a plan for a few workers looks at, s."""
+        return self._latest(1)[0].time
+
+    def _latest(self, workers: int) -> list[Arrival]:
+        """The newest arrivals, as many as a replay takes."""
+        return list(self._arrivals)[-max(self.settings.replayed, REPLAYED * workers) :]
+
     # ------------------------------------------------------------------ one plan
 
     def _plan(self, fleet: Fleetwide) -> Generator[None, None, int]:
         settings, workers, now = self.settings, fleet.workers, fleet.prefills
-        arrivals, ended = Arrivals(list(self._arrivals)), self.ended
+        arrivals, ended = Arrivals(self._latest(workers)), self.ended
         yield
         yield from arrivals.forecast(self.predictor, self.lengths, fleet.ages)
+        arrivals.set_mean(corrected(arrivals.mean_output, fleet.ends, fleet.ended, fleet.going))
         self.mean_output = arrivals.mean_output
         worth = self.worth = {now: (yield from self._worth(arrivals, fleet, now))}
         # It cannot get better by more than the margin.
@@ -175,10 +189,21 @@ class RolePlan:
                     break
                 stride //= 2
             place = best
+        # What a change costs: outputs that it leaves on workers that are to prefill.
+        lost = {
+            each: fleet.left_on(each)
+            * self._spoilt(arrivals, fleet, seconds / each)
+            * worth[now]
+            / settings.horizon
+            if each and each != now
+            else 0.0
+            for each in worth
+        }
         # Of those that are about as good, the one that is nearest: to come from or to mixed workers changes all.
         # Before anything has ended there is nothing to stay near to.
-        most = max(worth.values()) - (settings.margin / 2 if ended >= settings.first else 0.0)
-        near = [layout for layout, value in worth.items() if value >= most]
+        most = max(worth[each] - lost[each] for each in worth)
+        most -= settings.margin / 2 if ended >= settings.first else 0.0
+        near = [each for each in worth if worth[each] - lost[each] >= most]
         best = min(
             near,
             key=lambda each: (
@@ -189,11 +214,11 @@ class RolePlan:
         )
         if best == now:
             return now
-        lost = fleet.left_on(best) * worth[now] / settings.horizon
         margin = settings.margin if ended >= settings.first else settings.doubt
         self._gains = {each: self._gains.get(each, 0.0) + worth[each] - worth[now] - SLACK for each in worth}
         gains = (
-            worth[best] >= settings.least and max(self._gains[best], worth[best] - worth[now]) > margin + lost
+            worth[best] >= settings.least
+            and max(self._gains[best], worth[best] - worth[now]) > margin + lost[best]
         )
         if not gains:
             self._gains = {each: max(0.0, gain) for each, gain in self._gains.items()}
@@ -205,7 +230,7 @@ class RolePlan:
         """Of a layout in which so many workers prefill."""
         costs, settings, load, now = self.costs, self.settings, fleet.load, fleet.prefills
         decodes = fleet.workers - prefills  # all, if mixed
-        total = max(settings.replayed, 12 * fleet.workers)
+        total = max(settings.replayed, REPLAYED * fleet.workers)
         # What runs or is queued stays where it is.
         sharers = max(decodes, fleet.workers - now)
         count = round(load.decoding / sharers)
@@ -226,10 +251,10 @@ class RolePlan:
             queued = yield from arrivals.jobs(total, thin)
             busy = round(servers * min(prefills, now) / prefills) if now else servers
             backlogs = [backlog_s] * busy + [0.0] * (servers - busy)
-            cards = max(1, round(min(prefills, decodes) / thin))
+            targets = max(1, round(decodes / thin))
             held = round((fleet.stuck + fleet.left_on(prefills)) / prefills)
             rest = arrivals.running(held, context)
-            firsts = yield from first_tokens(costs, queued, backlogs, rest, cards, self.latest_s)
+            firsts = yield from first_tokens(costs, queued, backlogs, rest, targets, self.latest_s)
             lasts = yield from decode_times(costs, jobs, running, load.room)
             # Each first token goes with a decode of about its time; more of them would tell little more.
             step, last = max(1, len(firsts) // LOOKED_AT), len(lasts) - 1
@@ -238,6 +263,13 @@ class RolePlan:
             jobs = [jobs[place] for place in places]
         skipped = settings.warm * len(rows) // settings.replayed
         return (yield from self._mean(rows[skipped:], jobs[skipped:]))
+
+    def _spoilt(self, arrivals: Arrivals, fleet: Fleetwide, busy: float) -> float:
+        """The probability that an output misses its objectives beside prompts that take such a share of the time."""
+        each = max(1, round(fleet.load.decoding / fleet.workers))
+        pace_s = self.costs.decode(each, each * arrivals.mean_context) / (1 - min(busy, BUSY))
+        long = miss(pace_s * arrivals.mean_output, self.slo.e2e_s, TPOT_DOUBT)
+        return max(long, miss(pace_s, self.slo.tpot_s, TPOT_DOUBT))
 
     def _steady(self, arrivals: Arrivals, workers: int, mixed: bool, room: Room) -> int:
         """Outputs that a worker will decode at once if it goes on like this (Little's law), as far as it has room."""

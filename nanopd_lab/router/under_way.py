@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
+LATELY = 128  # outputs that have ended
+
 
 class UnderWay:
     """See the module. Who has ended is known by his prompt's length only."""
@@ -13,6 +15,7 @@ class UnderWay:
         # When those under way should have got their first token (s), by the prompt's length.
         self._begun: dict[int, deque[float]] = {}
         self.pace_s = 0.0  # a token, of outputs that have ended of late; 0 if none has
+        self._ended: deque[tuple[float, int]] = deque(maxlen=LATELY)  # first token (s), length (tokens)
 
     def begins(self, prompt_tokens: int, when: float) -> None:
         """An output gets its first token then."""
@@ -24,11 +27,23 @@ class UnderWay:
         """One has ended."""
         if came := self._begun.get(prompt_tokens):
             begun = came.popleft()  # perhaps another one's, of the same length: what is left is as many
+            self._ended.append((begun, output_tokens))
             if not came:
                 del self._begun[prompt_tokens]
             if output_tokens > 1 and now > begun:
                 pace_s = (now - begun) / output_tokens
                 self.pace_s += (pace_s - self.pace_s) / 20 if self.pace_s else pace_s
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of outputs that have ended of late."""
+        return [tokens for _, tokens in self._ended]
+
+    def begun_since(self, since: float, now: float) -> tuple[list[int], list[float]]:
+        """(lengths of those that have ended, tokens so far of those that go on) of outputs with a first token since."""
+        ended = [tokens for begun, tokens in self._ended if begun >= since]
+        going = [begun for times in self._begun.values() for begun in times if since <= begun < now]
+        return ended, [(now - begun) / self.pace_s for begun in going] if self.pace_s else []
 
     def ages(self, now: float, pace_s: float) -> dict[int, list[float]]:
         """Tokens that each should have produced, by the bits of its prompt's length.

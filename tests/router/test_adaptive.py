@@ -121,7 +121,8 @@ def test_an_estimate_by_hand() -> None:
 
     A prompt of 300 (320 in steps of 32) beside 5 (8 in steps of 8) makes a step of 328 tokens (336 in steps of 16):
     43.6 ms, 32.8 more than the 10.8 of 8 decodes. A decode step takes 10 + 5·0.1 = 10.5 ms, and 600 tokens fill 600/507
-    steps. Half a full step (61.2/2 ms) comes on top, and the own prompt: 224 + 8 tokens, 240 in steps of 16.
+    steps. A quarter of that comes on top, as others will come and share the step, and the own prompt: 224 + 8 tokens,
+    240 in steps of 16.
     """
     costs = StepCosts(outlook())
     view = mixed("a", prefilling=2, prefill_tokens=600, decoding=5, decode_tokens=500)
@@ -131,7 +132,7 @@ def test_an_estimate_by_hand() -> None:
     assert terms.free_at == pytest.approx(queued)
     policy = Adaptive(outlook())
     first_s = first_token_s(terms, policy._ask(job(200), 0.02), costs, 0.02)
-    assert first_s == pytest.approx(queued - 0.02 + 61.2e-3 / 2 + 23.2e-3 + 10.5e-3)
+    assert first_s == pytest.approx(queued - 0.02 + queued / 4 + 23.2e-3 + 10.5e-3)
 
 
 def test_an_idle_worker_is_taken_before_a_busy_one() -> None:
