@@ -141,7 +141,7 @@ class Cluster(ClusterDriver):
                 outputs = self.poll(0.1, pending)
                 if not outputs:
                     with self._lock:
-                        lost = pending - self._tracked.keys() - self._fresh.keys() - finished.keys()
+                        lost = self._requests.lost(pending - finished.keys())
                     if lost:
                         raise InvalidRequestError(
                             f"request {min(lost)!r} is not under way: it was never submitted, or all of it has been "

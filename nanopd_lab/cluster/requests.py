@@ -197,6 +197,10 @@ class RequestBook:
         """Requests with something new, only of these if any are named."""
         return [name for name in self._fresh if wanted is None or name in wanted]
 
+    def lost(self, names: set[str]) -> set[str]:
+        """Those of which nothing new will come: they are not under way, and all of them has been read."""
+        return names - self._tracked.keys() - self._fresh.keys()
+
     def read(self, names: Seq[str]) -> list[ClusterOutput]:
         """Requests of `news` as they are now; they are news no more."""
         return [self._fresh.pop(name).output(self.tokenizer) for name in names]
