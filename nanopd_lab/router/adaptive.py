@@ -46,7 +46,7 @@ CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
 TIGHT = 2  # a first token in no more than so many times what it takes beside one output is tight
 QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
-REFRESH = 16  # ends after which forecasts are asked for anew; a quarter of all, once that is more
+REFRESH = 16  # ends after which forecasts are asked for anew; half of all, once that is more
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 USUAL = 50  # requests over which means are taken
 
@@ -92,7 +92,7 @@ class Adaptive:
             self.predictor.observe(prompt_tokens, output_tokens, censored)
             self.plan.has_ended(prompt_tokens, output_tokens)
             if self.plan.ended >= self._refresh:
-                self._refresh += max(REFRESH, self._refresh // 4)
+                self._refresh += max(REFRESH, self._refresh // 2)
                 self._medians.clear()
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
@@ -227,11 +227,12 @@ class Adaptive:
                 each = self._look(view, typical, now)
             (
                 _, _, role, active, exposed, room, free_at, wait_s, pace_s, harm,
-                tpot_s, own, late, joining_s, more, spread, link, _,
+                tpot_s, own, late, joining_s, more, spread, link, full,
             ) = each  # fmt: skip
             if role is not PREFILL:
                 decodes = own + more + by_token * spread
-                if decodes < second_target[0]:
+                # A mixed worker that is full keeps its room: others' outputs would wait there, and its own prompts.
+                if decodes < second_target[0] and (role is DECODE or not full):
                     comes = decodes + (moved_s + joining_s) / gaps * (late + by_token)
                     if comes < target[0]:
                         target, second_target = (comes, each), target
@@ -273,7 +274,7 @@ class Adaptive:
             (second_source, target),
             (source, second_target),
         ):
-            if a is None or b is None or a is b or ((far or b.full) and a.role is b.role):
+            if a is None or b is None or a is b or (far and a.role is MIXED and b.role is MIXED):
                 continue
             if prefills + decodes < cost:
                 cost, s, t = prefills + decodes, a, b
@@ -298,7 +299,7 @@ class Adaptive:
                 if roles[0] is Role.DECODE or roles[1] is Role.PREFILL:
                     continue
                 moves = s is not t
-                if moves and (far or t.full) and s.role is t.role:
+                if moves and t.role is MIXED and (t.full or (far and s.role is MIXED)):
                     continue
                 found = {**as_source(s, ask, self.costs, self.slo, now), **as_target(t, ask, moves)}
                 found["misses_by_link"] = link_cost(s, ask, slope) if moves else 0.0

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from math import erfc
 
 SIGMA = 0.8  # of the logarithm, where nothing is known of it
-MEDIANS = [16.0 * 2 ** (step / 2) for step in range(17)]
+MEDIANS = [16.0 * 2**step for step in range(9)]
 LOGS = [math.log(median) for median in MEDIANS]
 _SCALE = 1 / (SIGMA * math.sqrt(2))
 PLACES = [each * _SCALE for each in LOGS]
