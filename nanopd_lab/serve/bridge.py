@@ -120,6 +120,11 @@ class Bridge:
         """Requests that have come and not ended."""
         return len(self._inboxes)
 
+    def fail(self, error: Exception) -> None:
+        """Whoever waits gets this error, and cancels its request."""
+        for inbox in list(self._inboxes.values()):
+            inbox.put(error)
+
     def close(self) -> None:
         """Stop delivering; the cluster stays."""
         self._closed.set()
@@ -133,8 +138,7 @@ class Bridge:
                 RuntimeError,
                 ValueError,
             ) as error:  # the controller has stopped, or the cluster is closed
-                for inbox in list(self._inboxes.values()):
-                    inbox.put(error)
+                self.fail(error)
                 if self._closed.wait(POLL_S):
                     return
                 continue
