@@ -82,9 +82,10 @@ class Bridge:
         name, inbox = f"served-{uuid.uuid4().hex}", _Inbox()
         self._inboxes[name] = inbox
         finished = False
+        # Tokenizing a long prompt must not hold up the other streams.
+        submitting = asyncio.ensure_future(asyncio.to_thread(self.cluster.submit, prompt, params, name))
         try:
-            # Tokenizing a long prompt must not hold up the other streams.
-            await asyncio.to_thread(self.cluster.submit, prompt, params, name)
+            await asyncio.shield(submitting)  # a thread goes on, whoever is cancelled
             while not finished:
                 output = await inbox.get()
                 finished = output.finished
@@ -93,7 +94,11 @@ class Bridge:
                 yield settled
         finally:
             del self._inboxes[name]
-            if not finished:
+            if not submitting.done():
+                submitting.add_done_callback(
+                    lambda done: done.cancelled() or done.exception() or self.cluster.cancel(name)
+                )
+            elif not finished:
                 self.cluster.cancel(name)
 
     async def _settles(self, inbox: _Inbox) -> ClusterOutput | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -9,13 +10,17 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 
-from nanopd_lab import Cluster, ClusterConfig
+from nanopd_lab import Cluster, ClusterConfig, SamplingParams
+from nanopd_lab.cluster.cluster import ClusterOutput
 from nanopd_lab.serve.app import create_app
+from nanopd_lab.serve.bridge import Bridge
 from nanopd_lab.serve.server import Server
 
 
@@ -25,6 +30,33 @@ def cluster() -> Iterator[Cluster]:
         ClusterConfig("random:tiny", workers=1, engine={"kv_cache_memory_bytes": 1 << 26})
     ) as cluster:
         yield cluster
+
+
+def test_who_goes_while_a_request_is_handed_in_cancels_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled: list[ClusterOutput] = []
+    bridge, submit, begun, gone = Bridge(cluster, settled.append), cluster.submit, Event(), Event()
+
+    def slowly(*args: Any) -> str:
+        begun.set()
+        assert gone.wait(60)
+        return submit(*args)
+
+    async def leave() -> None:
+        params = SamplingParams(max_tokens=4000, ignore_eos=True)
+        task = asyncio.create_task(bridge.result([1, 2, 3], params))
+        await asyncio.to_thread(begun.wait)
+        task.cancel()
+        await asyncio.wait([task])
+        gone.set()
+        while not settled:
+            await asyncio.sleep(0.02)
+
+    monkeypatch.setattr(cluster, "submit", slowly)
+    asyncio.run(leave())
+    bridge.close()
+    assert settled[0].outputs[0].finish_reason == "abort"
 
 
 def test_who_is_served_at_the_end_is_told(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
