@@ -6,6 +6,7 @@
     bridge     between the cluster's thread and asyncio
     telemetry  what Prometheus reads
     app        the endpoints
+    server     uvicorn's, with an end that clients are told of
 
 It needs the extra `serve`.
 """

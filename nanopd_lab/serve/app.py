@@ -62,6 +62,7 @@ def create_app(
         bridge.close()
 
     app = FastAPI(title="nanopd_lab", lifespan=lifespan)
+    app.state.bridge = bridge  # for `Server`
 
     def refuse(status: int, message: str, kind: str, param: str | None = None) -> JSONResponse:
         telemetry.refused(status)

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from nanopd_lab.cluster.actions import Limits
     from nanopd_lab.cluster.cluster import Cluster
     from nanopd_lab.serve.app import create_app
+    from nanopd_lab.serve.server import Server
 
     config = replace(
         serving_cli.cluster_config(args, args.policy),
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     with listening, serving_cli.terminable(), Cluster(config) as cluster:
         app = create_app(cluster, args.served_model_name, args.api_key, args.enable_per_request_metrics)
-        server = uvicorn.Server(uvicorn.Config(app, log_level=args.log_level, timeout_graceful_shutdown=5))
+        server = Server(uvicorn.Config(app, log_level=args.log_level))
         host, port = listening.getsockname()[:2]
         print(f"{args.served_model_name or args.model} at http://{host}:{port}/v1", flush=True)
         server.run(sockets=[listening])
