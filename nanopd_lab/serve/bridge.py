@@ -82,6 +82,11 @@ class Bridge:
         name, inbox = f"served-{uuid.uuid4().hex}", _Inbox()
         self._inboxes[name] = inbox
         finished = False
+
+        def too_late(submitted: asyncio.Future[str]) -> None:
+            if not submitted.cancelled() and submitted.exception() is None:
+                self.cluster.cancel(name)
+
         # Tokenizing a long prompt must not hold up the other streams.
         submitting = asyncio.ensure_future(asyncio.to_thread(self.cluster.submit, prompt, params, name))
         try:
@@ -95,9 +100,7 @@ class Bridge:
         finally:
             del self._inboxes[name]
             if not submitting.done():
-                submitting.add_done_callback(
-                    lambda done: done.cancelled() or done.exception() or self.cluster.cancel(name)
-                )
+                submitting.add_done_callback(too_late)
             elif not finished:
                 self.cluster.cancel(name)
 
