@@ -14,9 +14,7 @@ from nanopd_lab.core import SamplingParams
 from nanopd_lab.engine.prompts import Prompt
 
 POLL_S = 0.5
-SETTLE_S = (
-    5.0  # accounts come milliseconds behind the last token, unless a worker has died or all are very busy
-)
+SETTLE_S = 5.0  # accounts come milliseconds behind the last token, unless a worker has died
 
 
 class _Inbox:
@@ -85,10 +83,15 @@ class Bridge:
         name, inbox = f"served-{uuid.uuid4().hex}", _Inbox()
         self._inboxes[name] = inbox
         finished = False
+
+        def too_late(submitted: asyncio.Future[str]) -> None:
+            if not submitted.cancelled() and submitted.exception() is None:
+                self.cluster.cancel(name)
+
         # Tokenizing a long prompt must not hold up the other streams.
-        submission = asyncio.ensure_future(asyncio.to_thread(self.cluster.submit, prompt, params, name))
+        submitting = asyncio.ensure_future(asyncio.to_thread(self.cluster.submit, prompt, params, name))
         try:
-            await asyncio.shield(submission)
+            await asyncio.shield(submitting)  # a thread goes on, whoever is cancelled
             while not finished:
                 output = await inbox.get()
                 finished = output.finished
@@ -97,13 +100,10 @@ class Bridge:
                 yield settled
         finally:
             del self._inboxes[name]
-            if not finished:
-                submission.add_done_callback(lambda submitted: self._cancel(name, submitted))
-
-    def _cancel(self, name: str, submitted: asyncio.Future[str]) -> None:
-        """Of a reader that went, perhaps while a thread was still submitting: a cancel ahead of that does nothing."""
-        if not submitted.cancelled() and submitted.exception() is None:
-            self.cluster.cancel(name)
+            if not submitting.done():
+                submitting.add_done_callback(too_late)
+            elif not finished:
+                self.cluster.cancel(name)
 
     async def _settles(self, inbox: _Inbox) -> ClusterOutput | None:
         """With complete accounts, or None if they don't come."""
@@ -129,6 +129,11 @@ class Bridge:
         """Requests that have come and not ended."""
         return len(self._inboxes)
 
+    def fail(self, error: Exception) -> None:
+        """Whoever waits gets this error, and cancels its request."""
+        for inbox in list(self._inboxes.values()):
+            inbox.put(error)
+
     def close(self) -> None:
         """Stop delivering; the cluster stays."""
         self._closed.set()
@@ -142,8 +147,7 @@ class Bridge:
                 RuntimeError,
                 ValueError,
             ) as error:  # the controller has stopped, or the cluster is closed
-                for inbox in list(self._inboxes.values()):
-                    inbox.put(error)
+                self.fail(error)
                 if self._closed.wait(POLL_S):
                     return
                 continue

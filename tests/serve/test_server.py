@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 
 from nanopd_lab import Cluster, ClusterConfig, SamplingParams
-from nanopd_lab.cluster.cluster import ClusterOutput
+from nanopd_lab.cluster.outputs import ClusterOutput
 from nanopd_lab.serve.app import create_app
 from nanopd_lab.serve.bridge import Bridge
 from nanopd_lab.serve.server import Server
