@@ -9,6 +9,7 @@ Names are imported on first use: importing the package loads neither torch nor t
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from nanopd_lab.engine.outputs import CompletionOutput, RequestOutput
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # an application says where messages go
 
 _HOME = {
     "BeamSearchParams": "nanopd_lab.core",

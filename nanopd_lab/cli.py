@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ SLOW_TO_IMPORT = ("kernels.cli", "router.predictor.cli")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (2 for bad input, with the reason on stderr)."""
     argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="%(name)s: %(message)s")  # a worker that died, say
     try:
         args = build_parser(argv[0] if argv else None).parse_args(argv)
         for name in ("result_filename", "summary_filename"):
