@@ -10,7 +10,6 @@ import ctypes
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,7 +131,7 @@ class SimulatedGpus:
             PinnedTransport, "_pinned", staticmethod(lambda n: torch.zeros(n, dtype=torch.uint8))
         )
         monkeypatch.setattr(pinned, "copy_async", self.copy)
-        monkeypatch.setattr(p2p, "ops", SimpleNamespace(Puller=SimulatedPuller))
+        monkeypatch.setattr(p2p, "Puller", SimulatedPuller)
         monkeypatch.setattr(cuda_pools.CudaPoolTransport, "_check_cuda", lambda *_: None)
         monkeypatch.setattr(cuda_pools, "device_of", lambda _: torch.device("cpu"))
         monkeypatch.setattr(
