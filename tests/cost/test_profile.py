@@ -213,7 +213,7 @@ def test_what_only_gpus_have_is_found_out() -> None:
 
 
 def test_the_recorded_gpu_profile_is_met_within_the_target() -> None:
-    record = read_json(data_dir() / "recorded" / "profile-qwen3-8b-nvidia-h100-2026-11-25.json")
+    record = read_json(data_dir() / "recorded" / "profile-qwen3-8b-nvidia-h100-2026-11-27.json")
     found, kept = fit_profile(record), load_model("h100-qwen3-8b")
     held_out = found.fit["errors"]["held_out"]
     assert held_out["count"] == 27
