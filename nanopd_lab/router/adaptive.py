@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import exp
 from typing import TYPE_CHECKING
 
@@ -202,8 +203,8 @@ class Adaptive:
             )
         self._under_way.begins(job.prompt_tokens, now + first_s)
         route = Route(s.view.name, t.view.name)
-        known = self._terms.copy()
-        return Decision(route, explainer=lambda: self._explain(route, views, known, ask, slope, far, now))
+        explain = partial(self._explain, route, views, self._terms.copy(), ask, slope, far, now)
+        return Decision(route, explainer=explain)
 
     def _pair(self, ask: Ask, views: Sequence[WorkerView], now: float) -> tuple[Terms, Terms, bool] | None:
         """The pair of the lowest cost, and whether KV is far: moves only between workers of two roles.
@@ -212,15 +213,14 @@ class Adaptive:
         `as_source` and `as_target` say stands here without a call for each worker, and as far as it takes to see that a
         worker is not among the best: no part of a cost is negative.
         """
-        costs, slo, known = self.costs, self.slo, self._terms
-        tokens, alone_s, weight, gaps, moved_s = ask.tokens, ask.alone_s, ask.weight, ask.gaps, ask.moved_s
-        by_token, by_link = weight * ask.output, self._slope / gaps + weight
-        latest_s, scale = slo.ttft_s - ask.waited_s, TTFT_DOUBT * slo.ttft_s
-        beside = costs.beside_all(tokens)
-        nobody: tuple[float, Terms | None] = (math.inf, None)
-        source = second_source = target = second_target = stays = nobody
-        least_tpot_s, decodes = math.inf, 0.0
-        typical = self._typical()
+        slo, known = self.slo, self._terms
+        tokens, alone_s, _, moved_s, gaps, output, waited_s, weight = ask
+        by_token, by_link = weight * output, self._slope / gaps + weight
+        latest_s, scale = slo.ttft_s - waited_s, TTFT_DOUBT * slo.ttft_s
+        beside, typical = self.costs.beside_all(tokens), self._typical()
+        source = second_source = target = second_target = stays = None
+        source_cost = second_source_cost = target_cost = second_target_cost = stays_cost = math.inf
+        least_tpot_s, decodes, move = math.inf, 0.0, moved_s / gaps * by_token
         for view in views:
             each = known.get(view.name)
             if each is None or each[0] is not view or now >= each[1]:
@@ -232,12 +232,13 @@ class Adaptive:
             if role is not PREFILL:
                 decodes = own + more + by_token * spread
                 # A mixed worker that is full keeps its room: others' outputs would wait there, and its own prompts.
-                if decodes < second_target[0] and (role is DECODE or not full):
+                if decodes + move < second_target_cost and (role is DECODE or not full):
                     comes = decodes + (moved_s + joining_s) / gaps * (late + by_token)
-                    if comes < target[0]:
-                        target, second_target = (comes, each), target
-                    elif comes < second_target[0]:
-                        second_target = comes, each
+                    if comes < target_cost:
+                        second_target, second_target_cost = target, target_cost
+                        target, target_cost = each, comes
+                    elif comes < second_target_cost:
+                        second_target, second_target_cost = each, comes
                 if tpot_s < least_tpot_s:
                     least_tpot_s = tpot_s
                 if role is DECODE:
@@ -248,36 +249,36 @@ class Adaptive:
             else:
                 first_s += alone_s
             prefills = weight * first_s
-            both = role is MIXED and prefills + decodes < stays[0]
-            if prefills >= second_source[0] and not both:
-                continue
             if exposed:
                 extra = beside[-(-exposed // 8)]
                 harmed = harm * extra
                 prefills += (harmed if harmed < exposed else exposed) + weight * exposed * extra
+            both = role is MIXED and prefills + decodes < stays_cost
+            if prefills >= second_source_cost and not both:
+                continue
             if scale < math.inf:
                 prefills += 1 / (1 + exp((latest_s - first_s) / scale))
-            if both and prefills + decodes < stays[0]:
-                stays = prefills + decodes, each
+            if both and prefills + decodes < stays_cost:
+                stays, stays_cost = each, prefills + decodes
             if link:
                 prefills += link * by_link
-            if prefills < source[0]:
-                source, second_source = (prefills, each), source
-            elif prefills < second_source[0]:
-                second_source = prefills, each
-        cost, s = stays
-        t = s
+            if prefills < source_cost:
+                second_source, second_source_cost = source, source_cost
+                source, source_cost = each, prefills
+            elif prefills < second_source_cost:
+                second_source, second_source_cost = each, prefills
+        s = t = stays
         # Where KV takes long to move, the links fill before anybody sees it in a queue.
         far = ask.pull_s / gaps > CLOSE * min(slo.tpot_s, least_tpot_s)
-        for (prefills, a), (decodes, b) in (
-            (source, target),
-            (second_source, target),
-            (source, second_target),
+        for a, prefills, b, decodes in (
+            (source, source_cost, target, target_cost),
+            (second_source, second_source_cost, target, target_cost),
+            (source, source_cost, second_target, second_target_cost),
         ):
             if a is None or b is None or a is b or (far and a.role is MIXED and b.role is MIXED):
                 continue
-            if prefills + decodes < cost:
-                cost, s, t = prefills + decodes, a, b
+            if prefills + decodes < stays_cost:
+                s, t, stays_cost = a, b, prefills + decodes
         return None if s is None or t is None else (s, t, far)
 
     def _explain(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SECONDS_WORTH = 0.02  # misses that count as much as the time that a request takes alone
 TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12  # how far estimates are off, as a share of the objective
+UNMISSED = 1 / TPOT_DOUBT  # doubts between no time per token and the objective
 SHARED = 0.25  # of the prompts that are queued: so many come while they are computed, and share a step
 FULL = 0.9  # of the KV blocks: outputs that run need room to grow
 MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
@@ -117,7 +118,7 @@ def terms_of(
     slo_s, budget, batches, by_context, host_s = (
         slo.tpot_s, costs.budget, costs.batches, costs.context_s, costs.host_s,
     )  # fmt: skip
-    unmissed, by_s = 1 / TPOT_DOUBT, 1 / (TPOT_DOUBT * slo_s)
+    promised, by_s = slo_s < math.inf, 1 / (TPOT_DOUBT * slo_s)
     produced = output / 2
     exposed = active = decoding - arriving
     free_at, wait_s, pace_s, room = now, 0.0, 0.0, budget - active if active < budget else 1
@@ -129,7 +130,7 @@ def terms_of(
     if prefilling:
         mean = max(1, prefill_tokens // prefilling)
         if active:
-            work_s = prefilling * costs.beside(mean, active) + prefill_tokens / room * pace_s
+            work_s = prefilling * costs.beside_all(mean)[-(-active // 8)] + prefill_tokens / room * pace_s
         else:
             work_s = costs.queued(mean, prefilling)
         # Where outputs run, a step is planned ahead: who comes until then shares the prompt's own.
@@ -160,17 +161,22 @@ def terms_of(
             decoding
         ):  # when this request decodes, some have ended, and of those on their way not all have come
             life_s = output * (pace_s or costs.decode(1, prompt))
-            stay = max(0.0, 1.0 - delay_s / life_s)
-            outputs = round(active * stay + (arriving * min(1.0, life_s / delay_s) if delay_s else arriving))
+            there: float = arriving
+            if arriving and life_s < delay_s:
+                there *= life_s / delay_s
+            if delay_s < life_s:
+                there += active * (1.0 - delay_s / life_s)
+            outputs = round(there)
         held = outputs * each + prompt + produced
         after_s = batches[outputs + 1] + by_context * held
         if after_s < host_s:
             after_s = host_s
         spread_s = tpot_s = after_s / free if role is MIXED else after_s
         crowd = before = 0.0  # over what there is room for, as a share of it
-        full = 0 < FULL * room_tokens < held + prefill_tokens
-        if full and held + prefill_tokens > room_tokens:
-            crowd = (held + prefill_tokens) / room_tokens - 1.0
+        kept = held + prefill_tokens
+        full = kept > FULL * room_tokens > 0
+        if full and kept > room_tokens:
+            crowd = kept / room_tokens - 1.0
             before = max(0.0, (outputs * each + prefill_tokens) / room_tokens - 1.0)
             spread_s += crowd * tpot_s
         before_s = 0.0
@@ -180,42 +186,26 @@ def terms_of(
                 before_s = host_s
             joining_s = JOINING_STEPS * before_s
             spread_s += outputs * (after_s - before_s)
-        if (
-            slo_s < math.inf
-        ):  # `miss`, without its calls: an estimate can't be so low that `exp` would overflow
-            own, step = 1 / (1 + exp(unmissed - by_s * tpot_s)), 0.1 * slo_s
-            handover_slope = (1 / (1 + exp(unmissed - by_s * (tpot_s + step))) - own) / step
-            alone = 1 / (1 + exp(unmissed - by_s * tpot_s * before_s / after_s)) if outputs else own
+        if promised:  # `miss`, without its calls: an estimate can't be so low that `exp` would overflow
+            own, step = 1 / (1 + exp(UNMISSED - by_s * tpot_s)), 0.1 * slo_s
+            handover_slope = (1 / (1 + exp(UNMISSED - by_s * (tpot_s + step))) - own) / step
+            alone = 1 / (1 + exp(UNMISSED - by_s * tpot_s * before_s / after_s)) if outputs else own
             if crowd:
                 own = max(own, too_short(crowd, tpot_s, slo_s))
                 alone = max(alone, too_short(before, tpot_s * before_s / after_s, slo_s))
             output_harm = 0.5 * outputs * (own - alone)
-    if exposed and role is not DECODE and slo_s < math.inf:
-        usual_s = costs.beside(prompt, exposed) or 1e-9
-        pace = costs.decode(exposed, exposed * each) / free
+    if exposed and promised and role is not DECODE:
+        usual_s = costs.beside_all(prompt)[-(-exposed // 8)] or 1e-9
+        pace = batches[exposed] + by_context * (exposed * each)
+        pace = (pace if pace > host_s else host_s) / free
         later = pace + (usual_s / produced if produced > 1.0 else usual_s)
-        gone = 1 / (1 + exp(unmissed - by_s * later)) - 1 / (1 + exp(unmissed - by_s * pace))
+        gone = 1 / (1 + exp(UNMISSED - by_s * later)) - 1 / (1 + exp(UNMISSED - by_s * pace))
         prompt_harm = exposed * gone / usual_s
-    return Terms(
-        view,
-        now + FRESH_S,
-        role,
-        active,
-        exposed,
-        room,
-        free_at,
-        wait_s,
-        pace_s,
-        prompt_harm,
-        tpot_s,
-        own,
-        handover_slope,
-        joining_s,
-        output_harm,
-        spread_s,
-        leaving_tokens * token_s,
-        full,
-    )
+    found = (
+        view, now + FRESH_S, role, active, exposed, room, free_at, wait_s, pace_s, prompt_harm, tpot_s,
+        own, handover_slope, joining_s, output_harm, spread_s, leaving_tokens * token_s, full,
+    )  # fmt: skip
+    return tuple.__new__(Terms, found)  # much quicker than by name, and made for each change of a worker
 
 
 def too_short(crowd: float, tpot_s: float, slo_s: float) -> float:

@@ -61,9 +61,7 @@ class MeanLength:
         produced = [math.log(tokens + 1.0) * _SCALE for tokens in sample]
         scores = []
         for each, place in zip(LOGS, PLACES, strict=True):
-            alive = 1.0
-            for point in produced:
-                alive *= 0.5 * erfc(point - place) + 1e-12
+            alive = math.prod([0.5 * erfc(point - place) + 1e-12 for point in produced])
             seen = self._squares - each * (2 * self._logs - each * self._weight)
             score = weight * math.log(alive) - 0.5 * seen / SIGMA**2
             scores.append(score - 0.5 * ((each - prior) / sigma) ** 2)

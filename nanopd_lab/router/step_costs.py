@@ -39,7 +39,7 @@ class StepCosts:
         self._beside: dict[int, Beside] = {}
         self._shared: dict[tuple[int, int], float] = {}
         self.batches = Batches(self.model)
-        self._pulls: dict[int, tuple[float, float]] = {}
+        self._pulls: dict[int, float] = {}  # by blocks
         self._steps: dict[tuple[int, int], float] = {}
         self.rest_s = self.prompt(self.budget) / 2  # of a full step
         self.token_s = 2 * self.rest_s / self.budget
@@ -129,19 +129,18 @@ class StepCosts:
         if self.transfer is None:
             return 0.0
         blocks = -(-tokens // self.block_size)
-        return self.transfer.seconds(blocks, blocks * self.block_bytes)
+        found = self._pulls.get(blocks)
+        if found is None:
+            found = self._pulls[blocks] = self.transfer.seconds(blocks, blocks * self.block_bytes)
+        return found
 
     def pulls(self, tokens: int) -> tuple[float, float]:
         """(of the whole KV, of what can be seen of it) of a prompt."""
-        found = self._pulls.get(tokens)
-        if found is None:
-            if len(self._pulls) > 1 << 14:
-                self._pulls.clear()
-            whole = self.pull(tokens)
-            # Chunks before the last are pulled while the next is computed.
-            last = tokens - (tokens - 1) // self.budget * self.budget
-            found = self._pulls[tokens] = whole, whole if last == tokens else self.pull(last)
-        return found
+        whole = self.pull(tokens)
+        if tokens <= self.budget:
+            return whole, whole
+        # Chunks before the last are pulled while the next is computed.
+        return whole, self.pull(tokens - (tokens - 1) // self.budget * self.budget)
 
 
 class Beside(dict[int, float]):

@@ -65,6 +65,7 @@ class PromptShares:
 
     def __init__(self, memory_s: float) -> None:
         self.memory_s = memory_s
+        self._most_s = memory_s / math.log(2)  # of a worker whose prompts have always taken all time
         self._busy: dict[str, tuple[float, float]] = {}  # seconds of prompts, decayed, and as of when
         self._begun = 0.0
         self._all = 0.0, -math.inf  # what there would be if prompts had taken all time, and as of when
@@ -84,6 +85,7 @@ class PromptShares:
         total, since = found
         seen_s, asked = self._all
         if asked != now:
-            seen_s = self.memory_s / math.log(2) * (1 - 0.5 ** ((now - self._begun) / self.memory_s))
+            seen_s = self._most_s * (1 - 0.5 ** ((now - self._begun) / self.memory_s))
             self._all = seen_s, now
-        return min(0.9, total * 0.5 ** ((now - since) / self.memory_s) / max(seen_s, total))
+        share = total * 0.5 ** ((now - since) / self.memory_s) / (total if total > seen_s else seen_s)
+        return share if share < 0.9 else 0.9

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
+
+
+@cache
+def _special() -> Any:
+    from scipy import special
+
+    return special
 
 
 def stdtr(df: float, t: float) -> float:
     """The probability of at most `t`."""
-    from scipy import special
-
-    return float(special.stdtr(df, t))
+    return float(_special().stdtr(df, t))
 
 
 def stdtrit(df: float, p: Any) -> Any:
     """What is not exceeded with a probability of `p`, a number or an array of them."""
-    from scipy import special
-
-    return special.stdtrit(df, p)
+    return _special().stdtrit(df, p)
