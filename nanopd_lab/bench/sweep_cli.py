@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from nanopd_lab.bench import serving_cli
@@ -223,24 +224,29 @@ def _search(
     args: argparse.Namespace, policy: str, measure: Measure, results: Results
 ) -> tuple[list[Capacity], str | None]:
     """(one of each share, None), or what there is and why it ended."""
-    from nanopd_lab.bench.capacity import find_capacity
+    from nanopd_lab.bench.climb import Served, climb
     from nanopd_lab.bench.sweep import points_of, sweep
 
     class Interrupted(Exception):  # noqa: N818 - no error
         pass
 
-    def attainment(rate: float) -> float:
-        shares = []
+    def serve(rate: float) -> Served:
+        served = []
         for result in sweep(points_of([policy], [rate], args.seeds), measure, results):
             if result["partial"]:
                 raise Interrupted(result["pd"]["interrupted"])
-            shares.append(result["pd"]["slo"]["attainment"])
-        return sum(shares) / len(shares)
+            served.append(result)
+        return Served(
+            rate,
+            served[0]["num_prompts"],
+            fmean(each["request_throughput"] for each in served),
+            fmean(each["pd"]["slo"]["attainment"] for each in served),
+        )
 
     found: list[Capacity] = []
     try:
         for target in args.search or (0.9, 0.99):
-            found.append(find_capacity(attainment, target, args.search_start, args.search_tolerance))
+            found.append(climb(serve, target, args.search_start, args.search_tolerance, args.min_duration))
     except Interrupted as reason:
         return found, str(reason)
     return found, None
@@ -249,6 +255,8 @@ def _search(
 def _sentence(policy: str, found: Capacity, workers: int) -> str:
     if not found.rate:
         return f"{policy}: {found.target:.0%} in time at no rate down to {found.above:g} requests/s"
+    if found.reason:
+        return f"{policy}: {found.target:.0%} in time at every rate tried: {found.reason}"
     return (
         f"{policy}: {found.target:.0%} in time up to {found.rate:.3g} requests/s, {found.rate / workers:.3g} a worker "
         f"({found.attainment:.1%} there; fewer at {found.above:.3g})"
@@ -257,4 +265,7 @@ def _sentence(policy: str, found: Capacity, workers: int) -> str:
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
     """JSON has neither infinity nor nan."""
-    return {key: value if abs(value) < float("inf") else None for key, value in record.items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
