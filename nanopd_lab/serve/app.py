@@ -16,6 +16,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
 
 from nanopd_lab.cluster.actions import ClusterBusyError, ClusterDownError
 from nanopd_lab.cluster.cluster import Cluster
@@ -29,6 +30,7 @@ from nanopd_lab.serve.replies import Reply, error_body
 from nanopd_lab.serve.schema import ChatRequest, CompletionRequest, Sampled, StreamOptions
 from nanopd_lab.serve.telemetry import Telemetry
 
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
 RETRY_AFTER_S = 1
 GONE = 499  # nginx's "client closed request"; nobody reads it
 T = TypeVar("T")
@@ -95,6 +97,22 @@ def create_app(
     @app.exception_handler(_Unauthorized)
     async def unauthorized(request: Request, error: _Unauthorized) -> JSONResponse:
         return refuse(401, str(error), "authentication_error")
+
+    @app.exception_handler(HTTPException)
+    async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:
+        asked = f"{request.method} {request.url.path}"
+        message = {
+            404: f"{asked} is not served here; there are {', '.join(ENDPOINTS)}",
+            405: f"{asked} is not allowed; use {(error.headers or {}).get('Allow', 'another method')}",
+        }.get(error.status_code, str(error.detail))
+        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+        found = refuse(error.status_code, message, kind)
+        found.headers.update(error.headers or {})
+        return found
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return refuse(500, f"{type(error).__name__}: {error}", "server_error")  # the log has the rest
 
     def guard(request: Request) -> None:
         if api_key is None:
