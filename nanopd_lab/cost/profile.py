@@ -39,6 +39,11 @@ from nanopd_lab.engine.engine import Engine
 
 VISIT_SECONDS = 0.05  # a visit repeats shorter steps, up to MOST_REPEATS times
 MOST_REPEATS = 5
+AHEAD_REPEATS = 3  # at least, where the engine works ahead
+# Steps there before those that count. A host that launches nearly as long as the device computes sees the first results
+# late, and a step shorter than it is (one of 83 ms as 50), until it has caught up and waits for one again.
+MOST_LEAD_IN = 8
+ON_TIME = 0.02  # of a step, waited for its result
 SAVE_SECONDS = 5.0
 CPU = torch.device("cpu")
 
@@ -80,7 +85,7 @@ class StepTimer:
         return StepPlan(0, tuple(chunks))
 
     def seconds(self, point: Point, repeats: int) -> float:
-        """Median of so many steps in a row; one more runs before them where the engine works ahead.
+        """Median of so many steps in a row; where the engine works ahead others run before them, see MOST_LEAD_IN.
 
         Raises:
             RuntimeError: the model's logits were not finite.
@@ -95,12 +100,17 @@ class StepTimer:
             before = runner.launch(plan)
             under_way = runner.launch(plan)
             before.result()
-            begun = self.clock()
-            for _ in range(repeats):
+            begun, lead_in = self.clock(), MOST_LEAD_IN
+            while len(times) < repeats:
                 following = runner.launch(plan)
+                launched = self.clock()
                 sampled = under_way.result()
                 now = self.clock()
-                times.append(now - begun)
+                if lead_in:
+                    late = now - launched < ON_TIME * (now - begun)
+                    lead_in = lead_in - 1 if late else 0
+                else:
+                    times.append(now - begun)
                 begun, under_way = now, following
             under_way.result()
         if wrong := [token.error for tokens in sampled for token in tokens if token.error]:
@@ -238,11 +248,12 @@ def _visit(
     left = [row for row in rows if len(row["seconds"]) < rounds]
     visits = sum(rounds - len(row["seconds"]) for row in left) + len(left)
     repeats: dict[int, int] = {}
+    least = AHEAD_REPEATS if timer.engine.loop.ahead else 1
     saved = time.monotonic()
     with tqdm(total=visits, desc="profile", unit="visit", disable=not progress) as bar:
         for row in left:  # thrown away: compiles, touches memory, says how long a step is
             seconds = timer.seconds(Point.from_record(row), 1)
-            repeats[id(row)] = max(1, min(MOST_REPEATS, round(VISIT_SECONDS / seconds)))
+            repeats[id(row)] = max(least, min(MOST_REPEATS, round(VISIT_SECONDS / seconds)))
             bar.update()
         between()
         for number in range(rounds):

@@ -1,4 +1,4 @@
-"""`nanopd-lab kernels check | bench`, also as `python -m nanopd_lab.kernels.cli`."""
+"""`nanopd-lab kernels check | bench | plans`, also as `python -m nanopd_lab.kernels.cli`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def register(subparsers: _Subparsers) -> None:
     )
     bench.add_argument("--plot", default=None, help="also draw the ladder against the roof to this PNG")
     bench.set_defaults(run=run_bench)
+    plans = commands.add_parser(
+        "plans", help="what cuDNN's plan for a prompt length costs on a GPU, and what a call gains"
+    )
+    plans.add_argument("--rounds", type=int, default=15, help="timed launches of each kernel (default 15)")
+    plans.add_argument("--result-filename", default=None, help="JSON file to write")
+    plans.set_defaults(run=run_plans)
     plot = commands.add_parser("plot", help="draw the ladder of a recorded bench")
     plot.add_argument("record", help="JSON file of `kernels bench`")
     plot.add_argument("--out", default="ladder.png", help="PNG to write (default ladder.png)")
@@ -92,6 +98,38 @@ def run_bench(arguments: argparse.Namespace) -> int:
     print(f"written to {path}")
     if arguments.plot:
         _draw(record, arguments.plot)
+    return 0
+
+
+def run_plans(arguments: argparse.Namespace) -> int:
+    """Measure and print; 2 where there is no GPU or an argument is wrong."""
+    import torch
+
+    if problem := (
+        "--rounds: at least 3"
+        if arguments.rounds < 3
+        else "it measures a GPU, and torch sees none here"
+        if not torch.cuda.is_available()
+        else None
+    ):
+        print(f"nanopd-lab kernels plans: {problem}", file=sys.stderr)
+        return 2
+    from nanopd_lab.bench.kernel_plans import bench_plans
+    from nanopd_lab.bench.kernel_timer import Timer
+
+    record = bench_plans(Timer(), arguments.rounds)
+    for row in record["calls"]:
+        print(
+            f"{row['tokens']:>6} tokens: cuDNN {row['cudnn']['median_us']:>7.1f} µs, FlashAttention "
+            f"{row['flash']['median_us']:>7.1f} µs, {1e12 * row['gain_per_pair_s']:>6.1f} ps a pair"
+        )
+    pays = record["pairs_that_pay"]
+    print(
+        f"a plan takes {1e3 * record['plan_s']:.1f} ms; "
+        + (f"{pays:.2e} pairs pay for it" if pays else "cuDNN gains nothing here")
+    )
+    if arguments.result_filename:
+        Path(arguments.result_filename).write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -108,9 +108,34 @@ def test_an_engine_that_works_ahead_is_timed_from_result_to_result(
     monkeypatch.setattr(engine.loop, "ahead", True)
     ticks = iter(range(1000))
     timer = StepTimer(engine, clock=lambda: float(next(ticks)))
-    assert timer.seconds(Point("decode", (ChunkShape(1, 5),)), repeats=2) == 1.0
-    # Never a result before the step after it is launched, and nothing left under way.
-    assert order == ["launch", "launch", "result", "launch", "result", "launch", "result", "result"]
+    assert timer.seconds(Point("decode", (ChunkShape(1, 5),)), repeats=2) == 2.0
+    # Never a result before the step after it is launched, one that does not count, and nothing left under way.
+    assert order == ["launch", "launch", "result", *3 * ["launch", "result"], "result"]
+
+
+@pytest.mark.parametrize("launch_s", [0.5, 3.0, 6.0, 9.0, 14.0])
+def test_a_host_that_is_late_at_first_makes_no_step_look_short(
+    launch_s: float, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device takes 10 s a step, the host `launch_s` to launch one: served on and on, a step takes the longer."""
+    host_s = device_s = 0.0
+
+    class Launched:
+        def __init__(self, plan: StepPlan) -> None:
+            nonlocal host_s, device_s
+            device_s = max(device_s, host_s) + 10.0
+            self.ends_s = device_s
+            host_s += launch_s
+
+        def result(self) -> list[Any]:
+            nonlocal host_s
+            host_s = max(host_s, self.ends_s)
+            return []
+
+    monkeypatch.setattr(engine.runner, "launch", Launched)
+    monkeypatch.setattr(engine.loop, "ahead", True)
+    timer = StepTimer(engine, clock=lambda: host_s)
+    assert timer.seconds(Point("decode", (ChunkShape(1, 5),)), repeats=3) == max(10.0, launch_s)
 
 
 def test_not_finite_logits_are_an_error(engine: Engine) -> None:

@@ -84,3 +84,12 @@ def test_ragged_lengths_are_skewed_and_in_range() -> None:
     assert max(contexts) == 32768
     assert min(contexts) >= 64
     assert sorted(contexts)[64] < sum(contexts) / 128  # a few long ones carry the mean
+
+
+def test_plans_without_a_gpu_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert cli.main(["plans"]) == 2
+    assert "torch sees none here" in capsys.readouterr().err
+    assert cli.main(["plans", "--rounds", "1"]) == 2
+    assert "--rounds: at least 3" in capsys.readouterr().err
