@@ -8,7 +8,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from nanopd_lab.cluster.starting import uninterrupted
+from nanopd_lab.starting import uninterrupted
 
 
 class _Quiet(ProcessPoolExecutor):

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-SCHEMA = "nanopd-lab/sweep/1"
 SEARCH_S = 30.0
 ENGINE_DEFAULTS = {"model": "smollm2", "max_num_batched_tokens": 512, "max_num_seqs": 64}
 # Flags that change where a result goes or how it is shown, and not what is measured.
@@ -78,8 +77,8 @@ def register(subparsers: _Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, print the table, write the files."""
-    from nanopd_lab.bench.provenance import provenance
-    from nanopd_lab.bench.sweep import Results, points_of, rows_of, sweep, table
+    from nanopd_lab.bench.sweep import SUMMARY_SCHEMA, Results, points_of, rows_of, sweep, table
+    from nanopd_lab.provenance import provenance
     from nanopd_lab.router import create_policy
 
     defaults = simulate_cli.ENGINE_DEFAULTS if args.simulate else ENGINE_DEFAULTS
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             print(_sentence(policy, each, args.workers))
     if args.summary_filename:
         record = {
-            "schema": SCHEMA,
+            "schema": SUMMARY_SCHEMA,
             "workers": args.workers,
             "modelled": args.simulate,
             "settings": results.settings,
@@ -214,7 +213,7 @@ def _simulation(args: argparse.Namespace) -> Callable[[Point], Result]:
         shared = any(each.shared() for each in workload.requests)
         machine = simulate_cli.machine_of(args, shared)
         found = simulate_cli.simulated(machine, workload.requests, point.policy, args.workers, slo)
-        setting = machine.setting(args.workers, point.policy, args.label)
+        setting = simulate_cli.setting_of(machine, args.workers, point.policy, args.label)
         return serving_result(found.records, workload, setting, slo, selection, detailed=args.save_detailed)
 
     return measure

@@ -16,7 +16,6 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
 
 from nanopd_lab.cluster.actions import ClusterBusyError, ClusterDownError
 from nanopd_lab.cluster.cluster import Cluster
@@ -98,16 +97,17 @@ def create_app(
     async def unauthorized(request: Request, error: _Unauthorized) -> JSONResponse:
         return refuse(401, str(error), "authentication_error")
 
-    @app.exception_handler(HTTPException)
-    async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(404)
+    async def elsewhere(request: Request, error: Exception) -> JSONResponse:
         asked = f"{request.method} {request.url.path}"
-        message = {
-            404: f"{asked} is not served here; there are {', '.join(ENDPOINTS)}",
-            405: f"{asked} is not allowed; use {(error.headers or {}).get('Allow', 'another method')}",
-        }.get(error.status_code, str(error.detail))
-        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-        found = refuse(error.status_code, message, kind)
-        found.headers.update(error.headers or {})
+        return refuse(404, f"{asked} is not served here; there are {', '.join(ENDPOINTS)}", "not_found_error")
+
+    @app.exception_handler(405)
+    async def otherwise(request: Request, error: Exception) -> JSONResponse:
+        headers = getattr(error, "headers", None) or {}
+        asked, allowed = f"{request.method} {request.url.path}", headers.get("Allow", "another method")
+        found = refuse(405, f"{asked} is not allowed; use {allowed}", "invalid_request_error")
+        found.headers.update(headers)
         return found
 
     @app.exception_handler(Exception)

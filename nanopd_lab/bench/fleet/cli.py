@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure or read controllers' times, simulate, print, write."""
     from nanopd_lab.bench.fleet.record import SCHEMA, cell_table, controller_table, controllers, load, newest
     from nanopd_lab.bench.fleet.study import Section, run_section, sections
-    from nanopd_lab.bench.provenance import provenance
+    from nanopd_lab.provenance import provenance
     from nanopd_lab.router.slo import Slo
 
     if args.seeds < 1 or args.jobs < 1 or args.rounds < 1:
