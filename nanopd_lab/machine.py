@@ -14,10 +14,10 @@ def describe_machine() -> dict[str, Any]:
     import transformers
 
     from nanopd_lab import hostcc
-    from nanopd_lab.bench.provenance import machine
     from nanopd_lab.cache import cache_dir
     from nanopd_lab.cpu import library
     from nanopd_lab.cpu.features import has_bf16_matrix_unit
+    from nanopd_lab.provenance import machine
 
     found = machine()
     memory = found["memory_bytes"]

@@ -15,12 +15,14 @@ class Capacity(NamedTuple):
 
     rate: the highest that reached it, 0 if none did; its share is `attainment`
     above: the lowest above it that did not; infinite if all did
+    reason: why the search ended without a rate that is too high, if it did
     """
 
     target: float
     rate: float
     attainment: float
     above: float
+    reason: str = ""
 
 
 def find_capacity(
@@ -69,4 +71,5 @@ def find_capacity(
             low = middle
         else:
             high = middle
-    return Capacity(target, low, shares.get(low, math.nan), high)
+    reason = f"no rate up to {MOST:g} requests/s is too high" if high == math.inf else ""
+    return Capacity(target, low, shares.get(low, math.nan), high, reason)

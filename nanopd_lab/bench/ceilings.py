@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.cost.roofline import Roof
+from nanopd_lab.provenance import provenance
 
 SCHEMA = "nanopd-lab/ceilings/1"
 # Larger than any cache: a CPU's last level, a GPU's L2.

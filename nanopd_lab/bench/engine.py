@@ -26,8 +26,8 @@ from nanopd_lab import LLM, SamplingParams
 from nanopd_lab.bench.breakdown import break_down
 from nanopd_lab.bench.ceilings import measure_ceilings
 from nanopd_lab.bench.offline import decode_step_ms
-from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.cost.roofline import ChunkShape, ModelDims, step_cost
+from nanopd_lab.provenance import provenance
 
 SCHEMA = "nanopd-lab/engine/1"
 MODES: dict[str, dict[str, Any]] = {

@@ -14,10 +14,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import ClusterConfig
 from nanopd_lab.core import SamplingParams
+from nanopd_lab.provenance import provenance
 
 SCHEMA = "nanopd-lab/handover/1"
 

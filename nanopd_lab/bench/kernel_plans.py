@@ -17,7 +17,7 @@ import torch
 from nanopd_lab.attention.cuda import flash_causal, sdpa_causal
 from nanopd_lab.bench.kernel_decode import HEAD_DIM, HEADS, KV_HEADS
 from nanopd_lab.bench.kernel_timer import Timer, summary
-from nanopd_lab.bench.provenance import provenance
+from nanopd_lab.provenance import provenance
 
 SCHEMA = "nanopd-lab/attention-plans/1"
 LENGTHS = (512, 768, 1024, 1536, 2048, 3072, 4096, 8192)

@@ -26,9 +26,9 @@ from nanopd_lab.bench.kernel_decode import (
 from nanopd_lab.bench.kernel_moves import bench_moves
 from nanopd_lab.bench.kernel_prefill import bench_prefill
 from nanopd_lab.bench.kernel_timer import FLUSH_BYTES, Timer, measure_ceilings
-from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.kernels import gpu
 from nanopd_lab.kernels.decode_launches import RUNGS
+from nanopd_lab.provenance import provenance
 
 TWELVE = (
     (1, 512),

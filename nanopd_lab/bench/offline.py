@@ -23,8 +23,8 @@ import torch
 
 from nanopd_lab import LLM, SamplingParams
 from nanopd_lab.bench.ceilings import read_bytes_per_s
-from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.cpu.features import has_bf16_matrix_unit
+from nanopd_lab.provenance import provenance
 
 PEERS = ("hf-padded", "hf-continuous", "hf-sequential")
 SCHEMA = "nanopd-lab/offline/1"

@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 
 from nanopd_lab.bench.load import LoadOptions, run_load
 from nanopd_lab.bench.metrics import LoadRecord
-from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.bench.ranking import agreement
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import ClusterConfig
 from nanopd_lab.cluster.outputs import RequestFailedError
+from nanopd_lab.provenance import provenance
 from nanopd_lab.router import Slo
 from nanopd_lab.sim.results import SimResult
 from nanopd_lab.sim.workload import SimRequest, in_order

@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
         records_of,
         table,
     )
-    from nanopd_lab.bench.provenance import provenance
     from nanopd_lab.cluster.config import ClusterConfig
+    from nanopd_lab.provenance import provenance
     from nanopd_lab.router import Slo, Veiled, create_policy
     from nanopd_lab.sim import SimRequest, SimResult, Simulator
     from nanopd_lab.sim.timing import CostTime

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from nanopd_lab.bench.planning import Plan, Simulated
-from nanopd_lab.bench.provenance import provenance
+from nanopd_lab.provenance import provenance
 from nanopd_lab.router.layouts import Forecast
 
 SCHEMA = "nanopd-lab/plan/1"

@@ -25,7 +25,7 @@ from nanopd_lab.router.layouts import Workload as Lengths
 from nanopd_lab.router.plan import SHARE, Planner
 from nanopd_lab.router.veil import Veiled
 from nanopd_lab.sim.arrivals import Arrivals
-from nanopd_lab.sim.cli import Machine
+from nanopd_lab.sim.machine import Machine
 from nanopd_lab.sim.simulator import Simulator
 from nanopd_lab.sim.workload import SimRequest
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from nanopd_lab.bench.disaggregation import disaggregation, per_request
 from nanopd_lab.bench.metrics import LATENCIES, Selection, Served, details, serving_metrics
-from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.bench.workload import Workload
+from nanopd_lab.provenance import provenance
 from nanopd_lab.router.slo import Slo
 from nanopd_lab.sim.results import RequestRecord
 

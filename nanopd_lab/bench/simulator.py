@@ -176,7 +176,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write the record."""
-    from nanopd_lab.bench.provenance import provenance
+    from nanopd_lab.provenance import provenance
 
     if args.rounds < 1:
         raise ValueError(f"rounds is {args.rounds}; it must be at least 1")

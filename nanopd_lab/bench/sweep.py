@@ -21,6 +21,7 @@ import numpy as np
 from nanopd_lab.bench.report import SCHEMA
 
 Result = dict[str, Any]
+SUMMARY_SCHEMA = "nanopd-lab/sweep/1"  # of what `nanopd-lab sweep --summary-filename` writes
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 HEAD = f'{{"schema": "{SCHEMA}"'  # of every line

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from nanopd_lab.bench import serving_cli
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-SCHEMA = "nanopd-lab/sweep/1"
 SEARCH_S = 30.0
 ENGINE_DEFAULTS = {"model": "smollm2", "max_num_batched_tokens": 512, "max_num_seqs": 64}
 # Flags that change where a result goes or how it is shown, and not what is measured.
@@ -77,8 +77,8 @@ def register(subparsers: _Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, print the table, write the files."""
-    from nanopd_lab.bench.provenance import provenance
-    from nanopd_lab.bench.sweep import Results, points_of, rows_of, sweep, table
+    from nanopd_lab.bench.sweep import SUMMARY_SCHEMA, Results, points_of, rows_of, sweep, table
+    from nanopd_lab.provenance import provenance
     from nanopd_lab.router import create_policy
 
     defaults = simulate_cli.ENGINE_DEFAULTS if args.simulate else ENGINE_DEFAULTS
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             print(_sentence(policy, each, args.workers))
     if args.summary_filename:
         record = {
-            "schema": SCHEMA,
+            "schema": SUMMARY_SCHEMA,
             "workers": args.workers,
             "modelled": args.simulate,
             "settings": results.settings,
@@ -213,7 +213,7 @@ def _simulation(args: argparse.Namespace) -> Callable[[Point], Result]:
         shared = any(each.shared() for each in workload.requests)
         machine = simulate_cli.machine_of(args, shared)
         found = simulate_cli.simulated(machine, workload.requests, point.policy, args.workers, slo)
-        setting = machine.setting(args.workers, point.policy, args.label)
+        setting = simulate_cli.setting_of(machine, args.workers, point.policy, args.label)
         return serving_result(found.records, workload, setting, slo, selection, detailed=args.save_detailed)
 
     return measure
@@ -223,24 +223,29 @@ def _search(
     args: argparse.Namespace, policy: str, measure: Measure, results: Results
 ) -> tuple[list[Capacity], str | None]:
     """(one of each share, None), or what there is and why it ended."""
-    from nanopd_lab.bench.capacity import find_capacity
+    from nanopd_lab.bench.climb import Served, climb
     from nanopd_lab.bench.sweep import points_of, sweep
 
     class Interrupted(Exception):  # noqa: N818 - no error
         pass
 
-    def attainment(rate: float) -> float:
-        shares = []
+    def serve(rate: float) -> Served:
+        served = []
         for result in sweep(points_of([policy], [rate], args.seeds), measure, results):
             if result["partial"]:
                 raise Interrupted(result["pd"]["interrupted"])
-            shares.append(result["pd"]["slo"]["attainment"])
-        return sum(shares) / len(shares)
+            served.append(result)
+        return Served(
+            rate,
+            served[0]["num_prompts"],
+            fmean(each["request_throughput"] for each in served),
+            fmean(each["pd"]["slo"]["attainment"] for each in served),
+        )
 
     found: list[Capacity] = []
     try:
         for target in args.search or (0.9, 0.99):
-            found.append(find_capacity(attainment, target, args.search_start, args.search_tolerance))
+            found.append(climb(serve, target, args.search_start, args.search_tolerance, args.min_duration))
     except Interrupted as reason:
         return found, str(reason)
     return found, None
@@ -249,6 +254,8 @@ def _search(
 def _sentence(policy: str, found: Capacity, workers: int) -> str:
     if not found.rate:
         return f"{policy}: {found.target:.0%} in time at no rate down to {found.above:g} requests/s"
+    if found.reason:
+        return f"{policy}: {found.target:.0%} in time at every rate tried: {found.reason}"
     return (
         f"{policy}: {found.target:.0%} in time up to {found.rate:.3g} requests/s, {found.rate / workers:.3g} a worker "
         f"({found.attainment:.1%} there; fewer at {found.above:.3g})"
@@ -257,4 +264,7 @@ def _sentence(policy: str, found: Capacity, workers: int) -> str:
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
     """JSON has neither infinity nor nan."""
-    return {key: value if abs(value) < float("inf") else None for key, value in record.items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }

@@ -16,22 +16,14 @@ from typing import Any
 
 import torch
 
-from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.bench.transfer_links import link_name, links_under, nanopd_way
-from nanopd_lab.bench.transfer_pair import Pair, connected
-from nanopd_lab.bench.transfer_plan import LINK_BYTES, Plan, kv_shape
-from nanopd_lab.transfer.device_memory import can_reach
-from nanopd_lab.transfer.registry import TRANSPORTS
+from nanopd_lab.provenance import provenance
+from nanopd_lab.transfer.registry import TRANSPORTS, default_transports
+from nanopd_lab.transfer.timed_pair import Pair, connected
+from nanopd_lab.transfer.timed_plan import LINK_BYTES, Plan, kv_shape
 
 SCHEMA = "nanopd-lab/transfer/1"
 IN_FLIGHT = (1, 4)
-
-
-def default_transports(source: torch.device, target: torch.device) -> tuple[str, ...]:
-    """Those that work between these devices."""
-    if target.type == "cpu":
-        return ("inproc", "shm")
-    return ("p2p", "pinned") if can_reach(target, source) else ("pinned",)
 
 
 def bench(

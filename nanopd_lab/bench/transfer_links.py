@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from nanopd_lab.bench.transfer_pair import Pair
-from nanopd_lab.bench.transfer_plan import LINK_BYTES, Plan
-from nanopd_lab.cluster.starting import process_context
+from nanopd_lab.starting import process_context
 from nanopd_lab.transfer.device_memory import copy_async, enable_peer_access
 from nanopd_lab.transfer.pull_service import LOOPBACK
 from nanopd_lab.transfer.registry import NETWORKED
+from nanopd_lab.transfer.timed_pair import Pair
+from nanopd_lab.transfer.timed_plan import LINK_BYTES, Plan
 
 LARGE, SOCKET, BOTH_WAYS = "large copy", "loopback socket", "both ways at once"
 

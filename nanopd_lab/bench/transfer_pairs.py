@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from nanopd_lab.bench.provenance import provenance
-from nanopd_lab.bench.transfer import default_transports, describe, measure
-from nanopd_lab.bench.transfer_pair import connected
-from nanopd_lab.bench.transfer_plan import Plan, kv_shape
+from nanopd_lab.bench.transfer import describe, measure
+from nanopd_lab.provenance import provenance
+from nanopd_lab.transfer.registry import default_transports
+from nanopd_lab.transfer.timed_pair import connected
+from nanopd_lab.transfer.timed_plan import Plan, kv_shape
 
 SCHEMA = "nanopd-lab/transfer-pairs/1"
 

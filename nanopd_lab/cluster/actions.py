@@ -27,12 +27,28 @@ class Limits:
         run at once there
     max_attempts: tries at one job
     heartbeat_s: how long a worker in a process of its own may be silent before it counts as gone
+
+    Raises:
+        ValueError: a number that is not positive.
     """
 
     max_queue: int = 100_000
     max_jobs: int | None = None
     max_attempts: int = 5
     heartbeat_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, count in (
+            ("max_queue", self.max_queue),
+            ("max_jobs", self.max_jobs),
+            ("max_attempts", self.max_attempts),
+        ):
+            if count is None and name == "max_jobs":
+                continue
+            if type(count) is not int or count < 1:
+                raise ValueError(f"{name} is {count!r}; it must be an integer of at least 1")
+        if not isinstance(self.heartbeat_s, (int, float)) or not self.heartbeat_s > 0:
+            raise ValueError(f"heartbeat_s is {self.heartbeat_s!r}; it must be a positive number")
 
 
 class State(str, enum.Enum):

@@ -14,6 +14,7 @@ from nanopd_lab.cluster.ray_options import RayOptions, bundles_for
 from nanopd_lab.cluster.worker import WorkerCore
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.router import Outlook, Policy, Role, Slo, create_policy, needs_outlook
+from nanopd_lab.settings import check_fields
 from nanopd_lab.transfer.packing import pack_blocks, unpack_blocks
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class ClusterParts:
         return {name: mine for name, (mine, default) in own.items() if mine is not default}
 
 
+_KINDS = {"limits": Limits, "terms": LeaseTerms, "ray": RayOptions, "parts": ClusterParts}
+
+
 @dataclass(frozen=True)
 class ClusterConfig:
     """All settings of a cluster. Settings of the workers' engines go into `engine`, by the names of `EngineConfig`.
@@ -72,7 +76,7 @@ class ClusterConfig:
     parts:       exchanged parts of the workers; with launcher "inline" only
 
     Raises:
-        ValueError: a setting is out of range, or more workers than GPUs.
+        ValueError: a setting is of another type, or out of range, or more workers than GPUs.
     """
 
     model: str
@@ -97,7 +101,8 @@ class ClusterConfig:
     parts: ClusterParts = field(default_factory=ClusterParts)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.workers, int) or self.workers < 1:
+        self._check_types()
+        if self.workers < 1:
             raise ValueError(f"workers is {self.workers!r}; it must be an integer of at least 1")
         if self.launcher not in LAUNCHERS:
             raise ValueError(f"launcher is {self.launcher!r}; choose one of {', '.join(LAUNCHERS)}")
@@ -119,8 +124,11 @@ class ClusterConfig:
             )
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}; a worker needs at least 1")
-        if not self.request_timeout_s > 0:
-            raise ValueError(f"request_timeout_s is {self.request_timeout_s}; it must be positive")
+        for name in ("request_timeout_s", "start_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts is {self.max_restarts}; it must be at least 0")
         if self.devices is not None and len(self.devices) != self.workers:
             raise ValueError(f"{len(self.devices)} devices for {self.workers} workers; give one for each")
         if unknown := set(self.engine) & {"model", "seed", "device"}:
@@ -128,6 +136,30 @@ class ClusterConfig:
         Slo.parse(self.goodput)
         self.engine_config("cpu")
         self.route_policy()
+
+    def _check_types(self) -> None:
+        if isinstance(self.devices, (list, tuple)):  # torch.device("cpu") has a name as well
+            object.__setattr__(self, "devices", tuple(map(str, self.devices)))
+        check_fields(self)
+        for name, kind in _KINDS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} is {value!r}; give {kind.__name__}(...)")
+        if not isinstance(self.engine, Mapping) or not all(isinstance(name, str) for name in self.engine):
+            raise ValueError(
+                f'engine is {self.engine!r}; give fields of EngineConfig, as {{"max_num_batched_tokens": 256}}'
+            )
+        if isinstance(self.policy, type):
+            raise ValueError(
+                f"policy is the class {self.policy.__name__}; make one: policy={self.policy.__name__}()"
+            )
+        named = isinstance(getattr(self.policy, "name", None), str)
+        if not isinstance(self.policy, str) and not (
+            named and callable(getattr(self.policy, "choose", None))
+        ):
+            raise ValueError(
+                f'policy is {self.policy!r}; give a name, as "1p1d", or an object with a name and `choose`, see '
+                "router/policy.py"
+            )
 
     def _check_ray(self) -> None:
         numbered = [device for device in self.devices or () if ":" in device]

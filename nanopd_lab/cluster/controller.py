@@ -151,14 +151,29 @@ class Controller(Dispatcher):
             sender.beat = message
         else:
             sender.state = State.UP
+            before = self._any_takes
             self._fits(sender, message.capacity)
+            if self._any_takes < before:
+                self._end_oversized()
             self._dispatch()
+
+    def _end_oversized(self) -> None:
+        """End jobs that were let in and that no worker is left for: they would wait for ever, and all behind them."""
+        for worker in self._workers.values():
+            if worker.capacity is None and worker.state is not State.GONE:
+                return  # it may take them
+        for job in [*self._queue, *self._postponed]:
+            if len(job.prompt) + job.params.max_tokens > self._any_takes:
+                self._end(job, FinishReason.ERROR, error=self._too_long(job.prompt, job.params))
 
     def worker_down(self, name: str, reason: str, now: float, restarting: bool = False) -> None:
         """A worker is dead and holds nothing any more; whatever ran there is tried again elsewhere."""
         self.now = now
         worker = self._workers[name]
-        worker.state = State.STARTING if restarting else State.GONE
+        if restarting:
+            worker.state = State.STARTING
+        else:
+            self._gone(worker)
         worker.beat = None
         worker.last_seen, worker.suspected = now, None
         self._changed.add(worker)
@@ -179,6 +194,8 @@ class Controller(Dispatcher):
         if not left:
             for job in [*self._queue, *self._postponed]:
                 self._end(job, FinishReason.ERROR, error=f"no worker is left; the last one, {name}, {reason}")
+        elif not restarting:
+            self._end_oversized()
         self._dispatch()
 
     def set_role(self, name: str, role: Role, now: float) -> None:

@@ -20,6 +20,10 @@ class LeaseTerms:
     patience: float = 30.0
 
     def __post_init__(self) -> None:
+        if not all(isinstance(each, (int, float)) for each in (self.duration, self.patience)):
+            raise ValueError(
+                f"a lease of {self.duration!r} with {self.patience!r} of patience; both must be numbers of seconds"
+            )
         if not (self.duration > 0 and self.patience > 0):
             raise ValueError(
                 f"a lease of {self.duration} s with {self.patience} s of patience; both must be positive"

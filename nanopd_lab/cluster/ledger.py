@@ -135,9 +135,27 @@ class Ledger:
         before, worker.capacity = worker.capacity, capacity
         self._capacities.add(capacity)
         if before is not None and before != capacity:
-            self._capacities = {each.capacity for each in self._workers.values() if each.capacity}
-        self._every_takes = float(min(capacity.longest for capacity in self._capacities))
-        self._any_takes = float(max(capacity.longest for capacity in self._capacities))
+            self._capacities = self._left_capacities()
+        self._know_extremes()
+
+    def _gone(self, worker: WorkerRecord) -> None:
+        """A worker will not come back, and takes nothing any more."""
+        worker.state = State.GONE
+        # Where nobody who is left has told what it takes, what is known so far stands for it.
+        self._capacities = self._left_capacities() or self._capacities
+        self._know_extremes()
+
+    def _left_capacities(self) -> set[Capacity]:
+        return {
+            each.capacity
+            for each in self._workers.values()
+            if each.capacity is not None and each.state is not State.GONE
+        }
+
+    def _know_extremes(self) -> None:
+        if self._capacities:
+            self._every_takes = float(min(capacity.longest for capacity in self._capacities))
+            self._any_takes = float(max(capacity.longest for capacity in self._capacities))
 
     def _check_alive(self) -> None:
         for worker in self._workers.values():
@@ -147,7 +165,7 @@ class Ledger:
 
     @property
     def longest(self) -> int:
-        """Tokens of a sequence that the largest worker takes.
+        """Tokens of a sequence that the largest worker takes, of those that are not gone for good.
 
         Raises:
             ClusterDownError: no worker is left.
@@ -165,12 +183,15 @@ class Ledger:
         if not prompt:
             raise InvalidRequestError("the prompt is empty; give at least one token")
         self._check_alive()
+        if len(prompt) + params.max_tokens > self._any_takes:
+            raise InvalidRequestError(self._too_long(prompt, params))
+
+    def _too_long(self, prompt: Seq[int], params: SamplingParams) -> str:
+        """Why no worker takes it, and what to do."""
         total = len(prompt) + params.max_tokens
-        if total <= self._any_takes:
-            return
         largest = max(self._capacities, key=lambda capacity: capacity.longest)
         way_out = "" if largest.longest == largest.max_model_len else " or raise kv_cache_memory_bytes"
-        raise InvalidRequestError(
+        return (
             f"prompt ({len(prompt)} tokens) + max_tokens ({params.max_tokens}) = {total} tokens; the largest worker "
             f"takes {largest.longest} (max_model_len {largest.max_model_len}, {largest.num_blocks} blocks of "
             f"{largest.block_size}); shorten the prompt or lower max_tokens{way_out}"

@@ -8,8 +8,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 from typing import TYPE_CHECKING
 
-from nanopd_lab.cluster.starting import process_context, take_environment, uninterrupted
 from nanopd_lab.cluster.worker_loop import WorkerSpec, run_worker
+from nanopd_lab.starting import process_context, take_environment, uninterrupted
 
 if TYPE_CHECKING:
     from nanopd_lab.transfer.registry import Choice

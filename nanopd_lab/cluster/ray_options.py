@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nanopd_lab.router import Role
+from nanopd_lab.settings import check_fields
 
 PLACEMENTS = ("pack", "spread", "together", "apart")
 LEAST_CPUS = 0.001  # Ray reserves no nothing
@@ -46,6 +47,12 @@ class RayOptions:
     place_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if not isinstance(self.resources, Mapping) or not all(
+            isinstance(name, str) and isinstance(amount, (int, float))
+            for name, amount in self.resources.items()
+        ):
+            raise ValueError(f"resources is {self.resources!r}; give names with amounts, as {{'rack1': 1}}")
         if self.address is not None and self.address.startswith("ray://"):
             raise ValueError(
                 f"address is {self.address!r}, a Ray client's: workers could not call back; start this on a machine of "

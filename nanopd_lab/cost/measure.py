@@ -18,11 +18,11 @@ from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any
 
-from nanopd_lab.cluster.starting import process_context, take_environment
 from nanopd_lab.cost.calibrate import fit_profile, own_link, timed_points
 from nanopd_lab.cost.company import Company
 from nanopd_lab.cost.files import CostModel, read_json
 from nanopd_lab.cost.grid import Grid, grid_for
+from nanopd_lab.starting import process_context, take_environment
 
 CPU_GRID = Grid((16, 64, 160), (0, 256), (1, 2, 4, 8), (64, 400), 12)
 TINY_GRID = Grid((4, 16), (0, 16), (1, 3), (8, 32), 6)

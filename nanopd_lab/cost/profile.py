@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.core import Chunk, Request, SamplingParams, StepPlan
 from nanopd_lab.core import Sequence as EngineSequence
 from nanopd_lab.cost.calibrate import MIN_ROUNDS, PROFILE_SCHEMA
@@ -36,6 +35,7 @@ from nanopd_lab.cost.roofline import ModelDims
 from nanopd_lab.cost.transfers import profile_transfers
 from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.engine.engine import Engine
+from nanopd_lab.provenance import provenance
 
 VISIT_SECONDS = 0.05  # a visit repeats shorter steps, up to MOST_REPEATS times
 MOST_REPEATS = 5

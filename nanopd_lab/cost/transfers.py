@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nanopd_lab.bench.transfer import default_transports
-from nanopd_lab.bench.transfer_pair import Pair, sources
-from nanopd_lab.bench.transfer_plan import Plan
 from nanopd_lab.kv.cache import KVShape
+from nanopd_lab.transfer.registry import default_transports
+from nanopd_lab.transfer.timed_pair import Pair, sources
+from nanopd_lab.transfer.timed_plan import Plan
 
 TOKENS = (16, 64, 256, 1024, 2048)  # of a pull
 ROUNDS = 7

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.bench.request_table import RequestTable
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.demo.plan import Unloaded
 from nanopd_lab.demo.predict import PaysMap
 from nanopd_lab.demo.strategies import ADAPTIVE
 from nanopd_lab.demo.verdict import Comparison, Row, compare, row_of
+from nanopd_lab.provenance import provenance
 from nanopd_lab.router import Slo
 
 SCHEMA = "nanopd-lab/demo/1"

@@ -7,11 +7,11 @@ from html import escape
 from typing import Any
 
 from nanopd_lab.bench.bootstrap import Bounds
-from nanopd_lab.bench.provenance import provenance
 from nanopd_lab.demo.outcome import Outcome
 from nanopd_lab.demo.page import Shown, facts, items, page, shown, table, verdict
 from nanopd_lab.demo.predict import PaysMap
 from nanopd_lab.demo.verdict import Row, headline, reasons, sentence, unsteady
+from nanopd_lab.provenance import provenance
 from nanopd_lab.viz.serving import words
 from nanopd_lab.viz.strategies import look_of
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nanopd_lab.engine.block_manager import BlockManager
 from nanopd_lab.engine.policies import ChunkPolicy, VictimPolicy, choose_victim, plan_chunks
 from nanopd_lab.kv.allocator import Allocator, BlockAllocator
+from nanopd_lab.settings import check_fields
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ class EngineConfig:
     async_scheduling:        plan the next step while one runs; None: on a GPU
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is of another type, or out of range.
     """
 
     model: str
@@ -84,6 +85,12 @@ class EngineConfig:
     parts: EngineParts = field(default_factory=EngineParts)
 
     def __post_init__(self) -> None:
+        # torch.float32 and torch.device("cpu") have names as well.
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        object.__setattr__(self, "device", str(self.device))
+        check_fields(self)
+        if not isinstance(self.parts, EngineParts):
+            raise ValueError(f"parts is {self.parts!r}; give EngineParts(...)")
         for name in (
             "block_size",
             "max_num_batched_tokens",
@@ -92,9 +99,9 @@ class EngineConfig:
             "kv_cache_memory_bytes",
         ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
-        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+        if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer that fits in 64 bits")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")

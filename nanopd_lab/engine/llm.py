@@ -60,7 +60,7 @@ class LLM:
     ) -> None:
         self.engine = Engine(
             EngineConfig(
-                model=str(model),
+                model=model,
                 dtype=str(dtype).removeprefix("torch."),
                 block_size=block_size,
                 max_num_batched_tokens=max_num_batched_tokens,

@@ -29,6 +29,7 @@ from nanopd_lab.serve.replies import Reply, error_body
 from nanopd_lab.serve.schema import ChatRequest, CompletionRequest, Sampled, StreamOptions
 from nanopd_lab.serve.telemetry import Telemetry
 
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
 RETRY_AFTER_S = 1
 GONE = 499  # nginx's "client closed request"; nobody reads it
 T = TypeVar("T")
@@ -95,6 +96,23 @@ def create_app(
     @app.exception_handler(_Unauthorized)
     async def unauthorized(request: Request, error: _Unauthorized) -> JSONResponse:
         return refuse(401, str(error), "authentication_error")
+
+    @app.exception_handler(404)
+    async def elsewhere(request: Request, error: Exception) -> JSONResponse:
+        asked = f"{request.method} {request.url.path}"
+        return refuse(404, f"{asked} is not served here; there are {', '.join(ENDPOINTS)}", "not_found_error")
+
+    @app.exception_handler(405)
+    async def otherwise(request: Request, error: Exception) -> JSONResponse:
+        headers = getattr(error, "headers", None) or {}
+        asked, allowed = f"{request.method} {request.url.path}", headers.get("Allow", "another method")
+        found = refuse(405, f"{asked} is not allowed; use {allowed}", "invalid_request_error")
+        found.headers.update(headers)
+        return found
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return refuse(500, f"{type(error).__name__}: {error}", "server_error")  # the log has the rest
 
     def guard(request: Request) -> None:
         if api_key is None:

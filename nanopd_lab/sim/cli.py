@@ -7,19 +7,18 @@ import gc
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from nanopd_lab.sim.machine import Machine
+
 if TYPE_CHECKING:
     from nanopd_lab.bench.report import Setting
     from nanopd_lab.cost.company import Company
-    from nanopd_lab.cost.iteration import IterationModel
-    from nanopd_lab.router import Outlook, Slo
+    from nanopd_lab.router import Slo
     from nanopd_lab.sim.results import SimResult
-    from nanopd_lab.sim.simulator import SimConfig
-    from nanopd_lab.sim.timing import StepTime
     from nanopd_lab.sim.workload import Kill, SimRequest
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -101,39 +100,6 @@ def add_machine_options(parser: argparse.ArgumentParser, engine: bool = True) ->
         parser.add_argument(flag, type=int, default=ENGINE_DEFAULTS[name], help=text)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What is simulated: how long steps take, and what a worker holds."""
-
-    name: str
-    model: str
-    time: StepTime
-    config: SimConfig
-    iteration: IterationModel
-
-    def outlook(self, slo: Slo | None = None) -> Outlook:
-        """What policies that estimate are told of it."""
-        from nanopd_lab.router import Outlook, Slo
-
-        return Outlook(
-            self.iteration,
-            slo or Slo(),
-            self.config.link,
-            self.config.block_bytes,
-            self.config.block_size,
-            self.config.max_num_batched_tokens,
-            self.config.ahead,
-        )
-
-    def setting(self, workers: int, policy: str, label: str | None = None) -> Setting:
-        """What a result says about it."""
-        from nanopd_lab.bench.report import Setting
-
-        return Setting(
-            self.model, workers, policy, label=label, settings={"hardware": self.name}, modelled=True
-        )
-
-
 def run(args: argparse.Namespace) -> int:
     """Simulate, print a summary, write the files asked for."""
     from nanopd_lab.sim.simulator import uncollected
@@ -163,7 +129,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         result = simulated(machine, workload.requests, args.policy, args.workers, slo, kills)
     seconds = time.perf_counter() - begun
-    setting = machine.setting(args.workers, args.policy, args.label)
+    setting = setting_of(machine, args.workers, args.policy, args.label)
     record = serving_result(result.records, workload, setting, slo, selection, detailed=args.save_detailed)
     print(summary(record))
     print(
@@ -240,6 +206,14 @@ def machine_of(args: argparse.Namespace, shared: bool = False) -> Machine:
     if args.enable_prefix_caching is None:
         args = argparse.Namespace(**{**vars(args), "enable_prefix_caching": shared})
     return _fitted(args) if args.cost_model else _prior(args)
+
+
+def setting_of(machine: Machine, workers: int, policy: str, label: str | None = None) -> Setting:
+    """What a result says about it."""
+    from nanopd_lab.bench.report import Setting
+
+    settings = {"hardware": machine.name}
+    return Setting(machine.model, workers, policy, label=label, settings=settings, modelled=True)
 
 
 def _prior(args: argparse.Namespace) -> Machine:

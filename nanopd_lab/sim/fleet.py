@@ -39,7 +39,7 @@ class FleetConfig:
     slo: the simulation ends when nobody who is open can be served like this any more; None: when all are served
 
     Raises:
-        ValueError: no shard, or a shard without workers.
+        ValueError: no worker, no shard, a shard without workers, or a time below 0.
     """
 
     workers: int
@@ -51,6 +51,10 @@ class FleetConfig:
     slo: Slo | None = None
 
     def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; a fleet needs at least 1")
+        if not self.failover_s >= 0:
+            raise ValueError(f"failover_s is {self.failover_s}; it must not be negative")
         if not 1 <= self.shards <= self.workers:
             raise ValueError(
                 f"{self.shards} shards of {self.workers} workers; give one shard or more, and each a worker or more"

@@ -66,6 +66,15 @@ def choose_transport(devices: Sequence[torch.device | str], one_process: bool = 
     )
 
 
+def default_transports(source: torch.device, target: torch.device) -> tuple[str, ...]:
+    """Those that work between these devices."""
+    from nanopd_lab.transfer.device_memory import can_reach
+
+    if target.type == "cpu":
+        return ("inproc", "shm")
+    return ("p2p", "pinned") if can_reach(target, source) else ("pinned",)
+
+
 def resolve_transport(name: str, devices: Sequence[torch.device | str], one_process: bool = False) -> Choice:
     """What a transport that is asked for by name comes to, see `choose_transport`."""
     return choose_transport(devices, one_process) if name == "auto" else Choice(name, "asked for")

@@ -12,8 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from nanopd_lab.bench.sweep import Interval, Row
-from nanopd_lab.bench.sweep_cli import SCHEMA
+from nanopd_lab.bench.sweep import SUMMARY_SCHEMA, Interval, Row
 from nanopd_lab.resources import data_dir
 from nanopd_lab.router.slo import Slo
 from nanopd_lab.viz.serving import tidy, words
@@ -81,7 +80,12 @@ def recorded_sweeps(folder: Path | None = None) -> list[RecordedSweep]:
 
 def _read(name: str, date: str, path: Path) -> RecordedSweep | None:
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record.get("schema") != SCHEMA or record["modelled"] or record["partial"] or not record["rows"]:
+    if (
+        record.get("schema") != SUMMARY_SCHEMA
+        or record["modelled"]
+        or record["partial"]
+        or not record["rows"]
+    ):
         return None
     goals = record["settings"].get("goodput")
     if not goals:

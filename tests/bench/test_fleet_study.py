@@ -123,6 +123,43 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     assert "front door 'best'; choose one of random" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--workers", "0"], "workers is 0; a fleet needs at least 1"),
+        (["--workers", "-3", "--shards", "1"], "workers is -3; a fleet needs at least 1"),
+        (["--workers", "8", "--shards", "0"], "0 shards of 8 workers; give one shard or more"),
+        (["--workers", "8", "--shards", "9"], "9 shards of 8 workers"),
+        (["--workers", "8", "--shards", "1", "--request-rates", "inf"], "rate inf, 2.0 s"),
+        (
+            ["--workers", "1", "--shards", "1", "--request-rates", "2.4", "--seconds", "1", "--warm", "0.95"],
+            "none of 2 requests of 1 workers at 2.4 requests/s",
+        ),
+        (["--workers", "8", "--shards", "1", "--failover", "nan"], "failover_s is nan"),
+        (["--workers", "8", "--shards", "1", "--controller-dies", "-1", "2"], "dies at -1 s"),
+        (["--measure", "--sizes", "8", "0"], "sizes has 0; a controller to measure has at least 1 worker"),
+    ],
+)
+def test_the_command_names_what_is_wrong(
+    flags: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate-fleet", "--jobs", "1", "--policies", "least-loaded", *flags]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_file_of_somebody_else_is_refused_and_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.json"
+    for content in ("my notes", "[1]", '{"mine": 1}'):
+        path.write_text(content)
+        assert (
+            main(["simulate-fleet", "--workers", "8", "--shards", "1", "--result-filename", str(path)]) == 2
+        )
+        assert "mine.json" in capsys.readouterr().err
+        assert path.read_text() == content
+
+
 def test_the_record_is_whole_and_shows_what_is_told_of_it() -> None:
     record = load()
     assert set(PARTS) <= set(record["parts"])

@@ -17,7 +17,7 @@ from nanopd_lab.cli import main
 from nanopd_lab.router import Slo
 from nanopd_lab.sim import CostTime, LinkModel, SimConfig
 from nanopd_lab.sim.arrivals import Arrivals
-from nanopd_lab.sim.cli import Machine
+from nanopd_lab.sim.machine import Machine
 from nanopd_lab.sim.workload import SimRequest
 from tests.router.test_plan import H100
 

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from nanopd_lab.bench.capacity import find_capacity
 from nanopd_lab.bench.report import Setting, serving_result
-from nanopd_lab.bench.sweep import Point, Results, interval, points_of, rows_of, sweep, table
-from nanopd_lab.bench.sweep_cli import SCHEMA
+from nanopd_lab.bench.sweep import SUMMARY_SCHEMA, Point, Results, interval, points_of, rows_of, sweep, table
 from nanopd_lab.bench.workload import Fixed, random_workload
 from nanopd_lab.cli import main
 from nanopd_lab.router import Slo, create_policy
@@ -213,7 +212,7 @@ def test_the_command_sweeps_searches_and_goes_on(tmp_path: Path, capsys: pytest.
     assert "1p1d: 90% in time up to" in out
     lines = path.read_text().splitlines()
     record = json.loads(brief.read_text(), parse_constant=pytest.fail)
-    assert record["schema"] == SCHEMA
+    assert record["schema"] == SUMMARY_SCHEMA
     assert record["modelled"]
     assert not record["partial"]
     for policy in ("collocated", "1p1d"):

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanopd_lab.cluster.starting import process_context
 from nanopd_lab.model import embedded as module
 from nanopd_lab.model.cached_folder import MANIFEST, cached_folder
 from nanopd_lab.model.embedded import embedded_model
 from nanopd_lab.model.loading import LoadedModel
 from nanopd_lab.model.support import ModelUnavailableError
+from nanopd_lab.starting import process_context
 from tests.model.conftest import load
 
 TEXTS = [

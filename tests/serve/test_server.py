@@ -85,3 +85,33 @@ def test_who_is_served_at_the_end_is_told(cluster: Cluster, caplog: pytest.LogCa
     assert begun
     assert "the server is stopping" in json.loads(last.removeprefix("data: "))["error"]["message"]
     assert not caplog.records
+
+
+def test_what_is_not_served_is_refused_in_openais_shape(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(cluster)
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            found = [await client.get("/v1/nothing"), await client.get("/v1/completions")]
+            with monkeypatch.context() as patch:
+                patch.setattr(cluster, "workers", lambda: {}["lost"])
+                found.append(await client.get("/health"))
+            return [*found, await client.get("/metrics")]
+
+    missing, method, broken, metrics = asyncio.run(ask())
+    for answer, status, message in (
+        (missing, 404, "GET /v1/nothing is not served here; there are /v1/completions, /v1/chat/completions"),
+        (method, 405, "GET /v1/completions is not allowed; use POST"),
+        (broken, 500, "KeyError: 'lost'"),
+    ):
+        assert answer.status_code == status
+        assert set(answer.json()) == {"error"}
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert message in answer.json()["error"]["message"]
+        assert answer.json()["error"]["code"] == status
+        assert f'nanopd_requests_refused_total{{status="{status}"}} 1.0' in metrics.text
+    assert method.headers["Allow"] == "POST"
+    app.state.bridge.close()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanopd_lab.cluster.starting import process_context
+from nanopd_lab.starting import process_context
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullResult, TransferError, Transport
 from nanopd_lab.transfer.nixl_agent import INSTALL, is_installed
 from nanopd_lab.transfer.registry import create_transport

@@ -27,7 +27,7 @@ class FleetCell:
     controller_kill: (time, restart_s) of the first shard's controller
 
     Raises:
-        ValueError: a rate or a time that is not positive, or nothing left to judge.
+        ValueError: as `FleetConfig`; a rate or a time that is not positive, or nothing left to judge.
     """
 
     workers: int
@@ -46,10 +46,18 @@ class FleetCell:
     failover_s: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.rate > 0 and 0 <= self.warm_s < self.seconds < math.inf):
+        FleetConfig(self.workers, self.shards, failover_s=self.failover_s)
+        if not (0 < self.rate < math.inf and 0 <= self.warm_s < self.seconds < math.inf):
             raise ValueError(
-                f"rate {self.rate}, {self.seconds} s of which {self.warm_s} warm up; the rate must be positive, and "
-                "the warm-up shorter than the whole"
+                f"rate {self.rate}, {self.seconds} s of which {self.warm_s} warm up; the rate must be positive and "
+                "finite, and the warm-up shorter than the whole"
+            )
+        if self.controller_kill is not None and not all(
+            0 <= each < math.inf for each in self.controller_kill
+        ):
+            when, restart_s = self.controller_kill
+            raise ValueError(
+                f"a controller dies at {when:g} s and is back {restart_s:g} s later; neither may be negative or endless"
             )
 
 
@@ -89,6 +97,11 @@ def figures_of(found: FleetResult, cell: FleetCell, slo: Slo) -> dict[str, Any]:
     """What came out, of the requests that are judged. Of one without a first token its age at the end counts, which is
     too little: such percentiles are lower bounds (`censored`)."""
     judged = [record for record in found.result.records if record.arrival >= cell.warm_s]
+    if not judged:
+        raise ValueError(
+            f"none of {len(found.result.records)} requests of {cell.workers} workers at {cell.rate:g} requests/s comes "
+            f"after the first {cell.warm_s:g} s; give more --seconds, or less to --warm"
+        )
     firsts = sorted(_ttft_s(record, found.ended_s) for record in judged)
     in_time = sum(record.meets(slo) for record in judged)
     waits = sorted(found.waits)

@@ -74,11 +74,13 @@ def run(args: argparse.Namespace) -> int:
     """Measure or read controllers' times, simulate, print, write."""
     from nanopd_lab.bench.fleet.record import SCHEMA, cell_table, controller_table, controllers, load, newest
     from nanopd_lab.bench.fleet.study import Section, run_section, sections
-    from nanopd_lab.bench.provenance import provenance
+    from nanopd_lab.provenance import provenance
     from nanopd_lab.router.slo import Slo
 
     if args.seeds < 1 or args.jobs < 1 or args.rounds < 1:
         raise ValueError(f"seeds {args.seeds}, jobs {args.jobs}, rounds {args.rounds}; all must be positive")
+    if args.sizes and min(args.sizes) < 1:
+        raise ValueError(f"sizes has {min(args.sizes)}; a controller to measure has at least 1 worker")
     path: Path | None = args.result_filename
     begun = time.perf_counter()
     kept = load(path) if path is not None and path.is_file() else {}
@@ -142,9 +144,13 @@ def _times(points: Any) -> ControllerTimes:
 def _cells(args: argparse.Namespace, points: Any) -> list[FleetCell]:
     from nanopd_lab.bench.fleet.cells import FleetCell
     from nanopd_lab.sim.failures import FailureRate
+    from nanopd_lab.sim.fleet import FleetConfig
     from nanopd_lab.sim.front_door import DoorRule
     from nanopd_lab.sim.network import Topology
     from nanopd_lab.sim.shard import ControllerTime
+
+    for shards in args.shards:
+        FleetConfig(args.workers, shards)
 
     def busy(policy: str, workers: int) -> ControllerTime:
         return ControllerTime() if args.instant else _times(points).of(policy)(workers)

@@ -26,7 +26,14 @@ def newest(folder: Path | None = None) -> Path:
 def load(path: Path | None = None) -> dict[str, Any]:
     """A record, or the newest one. Raises ValueError: it is another kind of file."""
     path = path or newest()
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path.name} is no JSON, and is left as it is: {error}; name another file"
+        ) from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path.name} is no record of a fleet; name a fleet-….json")
     if record.get("schema") != SCHEMA:
         raise ValueError(
             f"{path.name} has schema {record.get('schema')!r}, not {SCHEMA!r}; name a fleet-….json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from nanopd_lab.bench.fleet.cells import FleetCell, run_cell, settings_of
 from nanopd_lab.bench.fleet.controller_time import ControllerTimes
 from nanopd_lab.bench.fleet.machine import SLO
+from nanopd_lab.bench.processes import process_pool
 from nanopd_lab.router.slo import Slo
 from nanopd_lab.sim.failures import FailureRate
 from nanopd_lab.sim.front_door import DoorRule
@@ -112,7 +112,7 @@ def _results(tasks: Sequence[FleetCell], jobs: int, slo: Slo) -> Iterator[dict[s
     if jobs == 1:
         yield from map(partial(run_cell, slo=slo), tasks)
         return
-    with ProcessPoolExecutor(jobs) as pool:
+    with process_pool(jobs) as pool:
         yield from pool.map(partial(run_cell, slo=slo), tasks)
 
 

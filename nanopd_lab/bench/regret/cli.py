@@ -229,7 +229,7 @@ def _bandwidth(text: str) -> float | None:
 
 def _provenance(args: argparse.Namespace) -> dict[str, Any]:
     """Files are named without their folders."""
-    from nanopd_lab.bench.provenance import provenance
+    from nanopd_lab.provenance import provenance
 
     found = provenance()
     for path in (args.trace, args.result_filename):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanopd_lab.bench.processes import process_pool
 from nanopd_lab.bench.regret.cells import Cell
 from nanopd_lab.bench.regret.grid import Bench, run_unit
 from nanopd_lab.bench.regret.knee import ATTAINED, knee
@@ -151,12 +151,8 @@ def _pool(bench: Bench, jobs: int) -> Iterator[ProcessPoolExecutor | Bench]:
     if jobs == 1:
         yield bench
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, context, _begin, (bench,))
-    try:
+    with process_pool(jobs, _begin, (bench,)) as pool:
         yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _all(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanopd_lab.router.predictor.past import Answered
+
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 SCHEMA = "nanopd-lab/length-forecasts/1"
@@ -44,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_tokens < 1 or min(args.ttft_ms, args.tpot_ms) < 0:
         raise ValueError("max-tokens must be at least 1, and ttft-ms and tpot-ms not negative")
     known = None
+    requests: Sequence[Answered]
     if args.trace is not None:
         requests = read_trace(args.trace)[: args.num_prompts]
         sha256 = hashlib.sha256(args.trace.read_bytes()).hexdigest()
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _provenance(args: argparse.Namespace) -> dict[str, Any]:
     """Files are named without their folders."""
-    from nanopd_lab.bench.provenance import provenance
+    from nanopd_lab.provenance import provenance
 
     found = provenance()
     for path in (args.trace, args.result_filename):

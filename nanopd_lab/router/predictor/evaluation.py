@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from nanopd_lab.router.lengths import LengthPredictor
 from nanopd_lab.router.predictor.baselines import BucketedMean, BucketedQuantiles, OverallQuantiles
 from nanopd_lab.router.predictor.bayesian import BayesianLengths
-from nanopd_lab.sim.workload import SimRequest
+from nanopd_lab.router.predictor.past import Answered
 
 Array = NDArray[np.float64]
 Factory = Callable[[], LengthPredictor]
@@ -90,7 +90,7 @@ class Replay:
 
 def replay(
     predictor: LengthPredictor,
-    requests: Sequence[SimRequest],
+    requests: Sequence[Answered],
     max_tokens: int,
     learning: Learning = Learning(),
     seed: int = 0,
@@ -122,7 +122,7 @@ def replay(
 
 def _produced(
     running: Sequence[tuple[float, int, int, int, bool]],
-    requests: Sequence[SimRequest],
+    requests: Sequence[Answered],
     now: float,
     learning: Learning,
 ) -> list[tuple[int, int]]:
@@ -137,7 +137,7 @@ def _produced(
 
 
 def evaluate(
-    requests: Sequence[SimRequest],
+    requests: Sequence[Answered],
     max_tokens: int = 4096,
     skip: float = 0.3,
     serving: tuple[float, float] = (0.2, 0.03),
@@ -231,7 +231,7 @@ def summary(rows: Mapping[str, Mapping[str, Array]], seed: int = 0) -> dict[str,
     return found
 
 
-def seconds_per_request(predictor: LengthPredictor, requests: Sequence[SimRequest], max_tokens: int) -> float:
+def seconds_per_request(predictor: LengthPredictor, requests: Sequence[Answered], max_tokens: int) -> float:
     """What routing spends on a request: a forecast, two quantiles of it, and learning; the best of five passes."""
     best = math.inf
     for _ in range(5):

@@ -8,8 +8,8 @@ import random
 from nanopd_lab.router.predictor.bayesian import bucket_of
 from nanopd_lab.router.predictor.conjugate import StudentT
 from nanopd_lab.router.predictor.forecast import BayesianForecast
+from nanopd_lab.router.predictor.past import PastRequest
 from nanopd_lab.router.predictor.shape import EDGES
-from nanopd_lab.sim.workload import SimRequest
 
 KINDS = ("alike", "buckets", "drift")
 
@@ -36,7 +36,7 @@ class KnownLengths:
 
 def workload(
     kind: str, count: int, rate: float = 5.0, seed: int = 0
-) -> tuple[list[SimRequest], list[tuple[float, float]]]:
+) -> tuple[list[PastRequest], list[tuple[float, float]]]:
     """Poisson arrivals with log-normal prompts and outputs, and what each output was drawn from.
 
     Args:
@@ -59,6 +59,6 @@ def workload(
         if kind == "drift":
             mean += 0.5 * math.sin(4 * math.pi * number / count)
         output = max(1, round(math.exp(rng.gauss(mean, sigma))))
-        requests.append(SimRequest(f"r{number}", now, prompt, output))
+        requests.append(PastRequest(now, prompt, output))
         logs.append((mean, sigma))
     return requests, logs

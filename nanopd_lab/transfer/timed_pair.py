@@ -10,12 +10,12 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from nanopd_lab.bench.transfer_plan import Plan
-from nanopd_lab.cluster.starting import process_context
+from nanopd_lab.starting import process_context
 from nanopd_lab.transfer.base import Pool, PoolAddress, Pull, PullStatus
 from nanopd_lab.transfer.device_memory import can_reach, open_memory
 from nanopd_lab.transfer.registry import NETWORKED, create_transport
 from nanopd_lab.transfer.segments import map_tensor
+from nanopd_lab.transfer.timed_plan import Plan
 
 
 class Pair:

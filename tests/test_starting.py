@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanopd_lab.cluster.starting import process_context, take_environment
+from nanopd_lab.starting import process_context, take_environment
 
 
 def report(connection: Connection, environment: Mapping[str, str]) -> None:
