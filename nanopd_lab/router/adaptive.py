@@ -220,7 +220,8 @@ class Adaptive:
         beside, typical = self.costs.beside_all(tokens), self._typical()
         source = second_source = target = second_target = stays = None
         source_cost = second_source_cost = target_cost = second_target_cost = stays_cost = math.inf
-        least_tpot_s, decodes, move = math.inf, 0.0, moved_s / gaps * by_token
+        least_tpot_s, move = math.inf, moved_s / gaps * by_token
+        decodes = extra = 0.0
         for view in views:
             each = known.get(view.name)
             if each is None or each[0] is not view or now >= each[1]:
@@ -245,12 +246,14 @@ class Adaptive:
                     continue
             first_s = wait_s + free_at - now if free_at > now else wait_s
             if active:
-                first_s += beside[-(-active // 8)] + pace_s * -(-tokens // room)
+                extra = beside[-(-active // 8)]
+                first_s += extra + pace_s * -(-tokens // room)
             else:
                 first_s += alone_s
             prefills = weight * first_s
             if exposed:
-                extra = beside[-(-exposed // 8)]
+                if exposed != active:
+                    extra = beside[-(-exposed // 8)]
                 harmed = harm * extra
                 prefills += (harmed if harmed < exposed else exposed) + weight * exposed * extra
             both = role is MIXED and prefills + decodes < stays_cost

@@ -15,6 +15,7 @@ from nanopd_lab.router.replay import ReplayJob, Running
 if TYPE_CHECKING:
     from nanopd_lab.router.lengths import LengthPredictor
     from nanopd_lab.router.mean_length import MeanLengths
+    from nanopd_lab.router.step_costs import StepCosts
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 STRATA = 8  # output lengths that a forecast is replaced by
@@ -46,6 +47,7 @@ class Arrivals:
         self._lengths: dict[int, list[int]] = {}
         self._common: list[int] = []
         self._jobs: dict[int, ReplayJob] = {}
+        self._busy: float | None = None
 
     def forecast(
         self, predictor: LengthPredictor, lengths: MeanLengths, ages: Mapping[int, Sequence[float]]
@@ -94,6 +96,12 @@ class Arrivals:
     def mean_context(self) -> float:
         """Tokens that an output has in the cache, half of its own among them."""
         return sum(each.prompt_tokens for each in self.window) / len(self.window) + self.mean_output / 2
+
+    def busy(self, costs: StepCosts) -> float:
+        """How many workers the prompts would keep busy, one after the other."""
+        if self._busy is None:
+            self._busy = sum(costs.prompt(each.prompt_tokens) for each in self.window) / self.span
+        return self._busy
 
     def jobs(self, total: int, sharers: float) -> Generator[None, None, list[ReplayJob]]:
         """What of the first `total` requests comes to one of so many that share them, each of which gets one in turn,

@@ -40,7 +40,11 @@ class Fleet(Sequence[WorkerView]):
         if view is old:
             return
         self._slots[place] = view
-        self._members = None
+        members = self._members
+        if members is not None and view is not None and len(members) == len(self._slots):
+            members[place] = view  # of many, few change between two choices
+        else:
+            self._members = None
         if old is None or view is None or old.role is not view.role:
             self.num_members += (view is not None) - (old is not None)
             self._sources = self._targets = None

@@ -74,10 +74,7 @@ class ReplayWorker:
         while self.queue and self.now < time:
             self.chunk_step()
         if self.now < time < math.inf:
-            if self.batch:
-                self.run_until(time)
-            else:
-                self.now = time
+            self.run_until(time)
 
     def chunk_step(self) -> None:
         """One step with prompt chunks, beside whoever decodes."""
@@ -111,8 +108,13 @@ class ReplayWorker:
         else:  # a budget that outputs have used up
             seconds = costs.mixed(0, self.context, [(queue[0].done, 1)])
             queue[0].done += 1
-        self._begun, self._ended = begun, begun + seconds
-        self.step(seconds)
+        self._begun = begun
+        self.now = self._ended = begun + seconds
+        self.steps += 1.0
+        if batch:
+            self.context += batch
+            while self._heap and self._heap[0][0] <= self.steps:
+                self._end()
         while queue and queue[0].done >= queue[0].tokens:
             each = queue.popleft()
             self.firsts[each.job] = self.now
@@ -146,11 +148,11 @@ class ReplayWorker:
             pace = batches[batch] + by_context * self.context
             if pace < host_s:
                 pace = host_s
-            steps = heap[0][0] - self.steps
-            most = (time - now) / pace
+            steps, left_s = heap[0][0] - self.steps, time - now
+            most = left_s / pace
             pace += half * batch * (steps if steps < most else most)
-            if steps * pace > time - now:
-                steps = (time - now) / pace
+            if steps * pace > left_s:
+                steps = left_s / pace
                 self.steps += steps
                 self.context += steps * batch
                 break
@@ -160,16 +162,6 @@ class ReplayWorker:
             self.now = now
             self._end()
         self.now = max(now, time)
-
-    def step(self, seconds: float) -> None:
-        """One step, which took so long."""
-        self.now += seconds
-        self.steps += 1.0
-        if not self.batch:
-            return
-        self.context += self.batch
-        while self._heap and self._heap[0][0] <= self.steps:
-            self._end()
 
     def finish(self) -> None:
         """The others go on at this pace."""

@@ -174,7 +174,7 @@ class RolePlan:
             return worth[layout]
 
         yield from look(0)
-        seconds = sum(self.costs.prompt(each.prompt_tokens) for each in arrivals.window) / arrivals.span
+        seconds = arrivals.busy(self.costs)
         place = now or min(workers - 1, max(1, round(seconds / 0.75)))
         stride = max(1, workers // 16)
         while workers > 1:
@@ -276,8 +276,7 @@ class RolePlan:
         rate = len(arrivals.window) / arrivals.span / workers
         free = 1.0
         if mixed:
-            prompts = sum(self.costs.prompt(each.prompt_tokens) for each in arrivals.window)
-            free = max(0.2, 1 - prompts / arrivals.span / workers)
+            free = max(0.2, 1 - arrivals.busy(self.costs) / workers)
         most = min(room.max_num_seqs, room.kv_tokens / arrivals.mean_context)
         batch = 1.0
         for _ in range(4):

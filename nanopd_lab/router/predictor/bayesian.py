@@ -25,6 +25,7 @@ from nanopd_lab.router.predictor.conjugate import Evidence, NormalInverseGamma, 
 from nanopd_lab.router.predictor.forecast import BayesianForecast
 from nanopd_lab.router.predictor.parent import Parent, Prior
 from nanopd_lab.router.predictor.shape import EDGES, Shape
+from nanopd_lab.router.predictor.student_t import special_functions
 
 SCHEMA = "nanopd-lab/length-predictor/1"
 NUM_BUCKETS = 18  # by the number of bits of the prompt's length: the last from 65,536 tokens on
@@ -52,6 +53,7 @@ class BayesianLengths:
         for name, value in (("shape", shape), ("half_life", half_life)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be a positive number of observations, or None")
+        special_functions()  # imported now, and not while the first request waits for its route
         self.prior = prior or Prior()
         self.half_life = half_life
         self.buckets = [Evidence() for _ in range(NUM_BUCKETS)]

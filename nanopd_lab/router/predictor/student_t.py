@@ -7,7 +7,8 @@ from typing import Any
 
 
 @cache
-def _special() -> Any:
+def special_functions() -> Any:
+    """The module of scipy's, imported when it is asked for first."""
     from scipy import special
 
     return special
@@ -15,9 +16,9 @@ def _special() -> Any:
 
 def stdtr(df: float, t: float) -> float:
     """The probability of at most `t`."""
-    return float(_special().stdtr(df, t))
+    return float(special_functions().stdtr(df, t))
 
 
 def stdtrit(df: float, p: Any) -> Any:
     """What is not exceeded with a probability of `p`, a number or an array of them."""
-    return _special().stdtrit(df, p)
+    return special_functions().stdtrit(df, p)
