@@ -29,6 +29,7 @@ SECONDS_WORTH = 0.02  # misses that count as much as the time that a request tak
 TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12  # how far estimates are off, as a share of the objective
 UNMISSED = 1 / TPOT_DOUBT  # doubts between no time per token and the objective
 SHARED = 0.25  # of the prompts that are queued: so many come while they are computed, and share a step
+SHARED_ALONE = 0.125  # the same where no outputs run: estimates in simulations are right on average with it
 FULL = 0.9  # of the KV blocks: outputs that run need room to grow
 MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -130,13 +131,13 @@ def terms_of(
     if prefilling:
         mean = max(1, prefill_tokens // prefilling)
         if active:
-            work_s = prefilling * costs.beside_all(mean)[-(-active // 8)] + prefill_tokens / room * pace_s
+            work_s = costs.queued_beside(mean, prefilling, active) + prefill_tokens / room * pace_s
         else:
             work_s = costs.queued(mean, prefilling)
-        # Where outputs run, a step is planned ahead: who comes until then shares the prompt's own.
+        # A step is planned ahead: who comes until then shares the prompt's own, if it has room for more than one.
         free_at, wait_s = since + work_s, 0.0
-        if active:
-            shared_s = SHARED * work_s
+        if active or 2 * mean <= budget:
+            shared_s = (SHARED if active else SHARED_ALONE) * work_s
             wait_s = (costs.wait_steps - 0.5) * pace_s + (
                 shared_s if shared_s < costs.rest_s else costs.rest_s
             )

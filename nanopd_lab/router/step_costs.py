@@ -99,6 +99,22 @@ class StepCosts:
             found = self._shared[key] = self.mixed(0, 0, [(0, tokens)] * together) / together
         return count * found
 
+    def queued_beside(self, tokens: int, count: int, batch: int) -> float:
+        """What so many prompts of about this length, which share steps, add to the steps of `batch` decodes, s.
+
+        Where one prompt alone hides behind the reading of weights, several don't.
+        """
+        together = min(max(1, self.budget - batch) // tokens, count)
+        if together < 2:
+            return count * self.beside(tokens, batch)
+        every = together * tokens
+        pairs = every * (tokens / 2)
+        step_s = self.step(
+            batch, 0, together, every, pairs, pairs if 1 < tokens < SHORT_CHUNK else 0.0, every
+        )
+        added_s = step_s - self.decode(batch, 0)
+        return count / together * added_s if added_s > 0.0 else 0.0
+
     def beside(self, tokens: int, batch: int) -> float:
         """What a prompt adds to the steps of `batch` decodes, s; in steps of sizes, as it is asked often."""
         return self.beside_all(tokens)[-(-batch // 8)]

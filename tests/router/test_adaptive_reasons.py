@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from nanopd_lab.bench.regret.cells import Cell
+from nanopd_lab.bench.regret.grid import Bench, Settings, run_unit
 from nanopd_lab.core import Route, SamplingParams
-from nanopd_lab.cost.iteration import IterationModel
+from nanopd_lab.cost.hardware import load_model
+from nanopd_lab.cost.iteration import IterationModel, StepFeatures
 from nanopd_lab.cost.transfer_time import TransferModel
 from nanopd_lab.router import Adaptive, Decision, JobView, Outlook, Role, Slo, WorkerView, create_policy
 from nanopd_lab.router.arrivals import Arrivals
@@ -79,6 +82,31 @@ def test_short_prompts_queue_up_to_what_is_promised(seed: int) -> None:
     arrivals, slo = requests(300, 47.0, 50, 20, seed), Slo(0.045, 0.2)
     best = attained(arrivals, slo, "1p1d", 2)
     assert attained(arrivals, slo, "adaptive", 2) > best - 0.03
+
+
+# ---- an estimate that was wrong: prompts that share a step hide nothing -------------------------------------------
+
+
+def test_prompts_queued_beside_outputs_share_a_step() -> None:
+    """Reading the weights takes 10 ms and hides one prompt of 100 tokens, but not five of them in one step."""
+    model = IterationModel(0.0, 10e-3, 0.04e-3, 0.0, 0.0, 0.0)
+    told = Outlook(model, Slo(0.1, 0.05), max_num_batched_tokens=512)
+    busy = worker("a", prefilling=5, prefill_tokens=500, decoding=13, arriving=5, decode_tokens=1300)
+    found = terms_of(busy, StepCosts(told), told.slo, Typical(100, 50.0, 0.0), 0.0, 0.0, 0.0)
+    step_s = model.of_features(StepFeatures(508, 13, 0.0, 1300, 13))
+    assert step_s > 20e-3
+    assert found.free_at == pytest.approx(step_s, rel=0.1)
+
+
+@pytest.mark.parametrize("rate", [160.0, 180.0])
+def test_short_prompts_in_bursts_spread_over_mixed_workers(rate: float) -> None:
+    """Where a step's weights take as long to read as several prompts to compute: they queued where others already were,
+    as if that took no time, and a fifth of them came late."""
+    bench = Bench(Settings("h100-qwen3-8b", 3, 300, 0), load_model("h100-qwen3-8b"))
+    cell = Cell("150~0.5:80~0.6", "bursts", "ttft:110 tpot:26", 3.0, 1.0, "a100", 3)
+    met = run_unit(bench, cell, rate, 0, ("collocated", "2p1d", "adaptive"))["met"]
+    assert met["collocated"] > met["2p1d"]
+    assert met["adaptive"] > met["collocated"] - 0.01 * 300
 
 
 # ---- a term that was missing: room for KV -----------------------------------------------------------------------
