@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(name)s: %(message)s")  # a worker that died, say
     try:
         args = build_parser(argv[0] if argv else None).parse_args(argv)
-        for name in ("result_filename", "summary_filename"):
+        for name in ("result_filename", "summary_filename", *getattr(args, "outputs", ())):
             _check_result(getattr(args, name, None), "--" + name.replace("_", "-"))
         return args.run(args) or 0
     except ValueError as error:

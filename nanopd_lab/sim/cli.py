@@ -54,7 +54,7 @@ def register(subparsers: _Subparsers) -> None:
         help="w0@12.5: this worker dies; w0@12.5+3: and is back 3 s later; may be given several times",
     )
     parser.add_argument("--trace", type=Path, help="write what happened for Perfetto")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, outputs=("trace",))
 
 
 def add_machine_options(parser: argparse.ArgumentParser, engine: bool = True) -> None:
@@ -280,7 +280,7 @@ def _machine(
     ahead: bool,
     company: Company | None = None,
 ) -> Machine:
-    from nanopd_lab.sim.simulator import SimConfig
+    from nanopd_lab.sim.config import SimConfig
     from nanopd_lab.sim.timing import CostTime
 
     config = SimConfig(

@@ -189,3 +189,22 @@ def test_the_oracle_is_not_behind_a_policy_and_says_what_no_routing_exceeds(
     assert simulate("--policy", "oracle") == 2
     assert "objectives 'none'" in capsys.readouterr().err
     assert simulate(*flags, "--policy", "oracle", "--kill", "w0@1") == 2
+
+
+def test_requests_that_are_refused_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tmp_path / "result.json"
+    flags = ["simulate", "--num-prompts", "10", "--num-blocks", "3", "--result-filename", str(result)]
+    assert main(flags) == 0
+    told = capsys.readouterr().out
+    assert "0 of 10 completed, 10 refused" in told
+    assert "= 1152 tokens; the largest worker takes 48" in told
+    assert "the largest worker takes 48" in json.loads(result.read_text())["pd"]["first_error"]
+
+
+def test_a_trace_that_cannot_be_written_is_found_first(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["simulate", "--num-prompts", "10", "--trace", str(tmp_path / "none" / "trace.json")]) == 2
+    found = capsys.readouterr()
+    assert "there is no folder" in found.err
+    assert not found.out
