@@ -54,5 +54,7 @@ class SimConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.block_bytes < 0:
+            raise ValueError(f"block_bytes is {self.block_bytes}; it must not be negative")
         if self.beat_s is not None and not 0 < self.beat_s < float("inf"):
             raise ValueError(f"beat_s is {self.beat_s}; it must be positive and finite, or None")
