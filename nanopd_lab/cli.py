@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(name)s: %(message)s")  # a worker that died, say
     try:
         args = build_parser(argv[0] if argv else None).parse_args(argv)
-        for name in ("result_filename", "summary_filename"):
+        for name in ("result_filename", "summary_filename", *getattr(args, "outputs", ())):
             _check_result(getattr(args, name, None), "--" + name.replace("_", "-"))
         return args.run(args) or 0
     except ValueError as error:
@@ -46,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line: the usage of a command with fifty flags would bury it."""
+    """Says what is wrong in one line: the usage of a command with fifty flags would bury it. Takes no flag for another
+    that begins alike: of fifty, one often does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")

@@ -25,6 +25,17 @@ class Capacity(NamedTuple):
     reason: str = ""
 
 
+def check_search(target: float, start: float, tolerance: float) -> None:
+    """Before anything is measured: raise ValueError for what `find_capacity` refuses."""
+    if not 0 < target <= 1:
+        raise ValueError(f"attainment target {target}; it must lie in (0, 1], as 0.9")
+    if not FEWEST <= start <= MOST or not 0 < tolerance < math.inf:
+        raise ValueError(
+            f"search from {start} requests/s to a tolerance of {tolerance}; give a rate from {FEWEST:g} to {MOST:g}, "
+            "and a positive tolerance"
+        )
+
+
 def find_capacity(
     attainment: Callable[[float], float],
     target: float,
@@ -42,13 +53,7 @@ def find_capacity(
     Raises:
         ValueError: a target outside (0, 1], a start or a tolerance that is not positive, or a step outside (1, 2].
     """
-    if not 0 < target <= 1:
-        raise ValueError(f"attainment target {target}; it must lie in (0, 1], as 0.9")
-    if not FEWEST <= start <= MOST or not 0 < tolerance < math.inf:
-        raise ValueError(
-            f"search from {start} requests/s to a tolerance of {tolerance}; give a rate from {FEWEST:g} to {MOST:g}, "
-            "and a positive tolerance"
-        )
+    check_search(target, start, tolerance)
     if not 1 < step <= 2:
         raise ValueError(f"steps of {step}; a step multiplies a rate by more than 1 and at most 2")
     shares: dict[float, float] = {}

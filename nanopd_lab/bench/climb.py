@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from nanopd_lab.bench.capacity import MOST, Capacity, find_capacity
 
@@ -22,6 +22,16 @@ class Served(NamedTuple):
     requests: int
     completed_per_s: float
     attainment: float
+
+
+class Rate(Protocol):
+    """What is compared: requests sent and completed a second."""
+
+    @property
+    def rate(self) -> float: ...
+
+    @property
+    def completed_per_s(self) -> float: ...
 
 
 class _Alike(Exception):  # noqa: N818 - no error
@@ -54,7 +64,7 @@ def climb(
         found = serve(rate)
         missed = missed or found.attainment < target
         if not missed:
-            if met is not None and _saturated(met, found):
+            if met is not None and saturated(met, found):
                 end(met, found)
             met = found
         return found.attainment
@@ -85,6 +95,7 @@ def climb(
         return Capacity(target, last.rate, last.attainment, math.inf, reason)
 
 
-def _saturated(before: Served, found: Served) -> bool:
+def saturated(before: Rate, found: Rate) -> bool:
+    """True if a higher rate completes no more requests a second than the one before it."""
     rise = found.rate / before.rate - 1
     return found.completed_per_s < before.completed_per_s * (1 + SATURATED * rise)

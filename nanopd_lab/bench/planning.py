@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from nanopd_lab.bench.capacity import find_capacity
+from nanopd_lab.bench.climb import saturated
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.router import Slo, create_policy
 from nanopd_lab.router.layouts import Forecast
@@ -26,6 +27,7 @@ from nanopd_lab.router.plan import SHARE, Planner
 from nanopd_lab.router.veil import Veiled
 from nanopd_lab.sim.arrivals import Arrivals
 from nanopd_lab.sim.machine import Machine
+from nanopd_lab.sim.results import RequestRecord
 from nanopd_lab.sim.simulator import Simulator
 from nanopd_lab.sim.workload import SimRequest
 
@@ -40,7 +42,8 @@ TOLERANCE = 0.03
 class Simulated(NamedTuple):
     """What a policy did at a rate: the highest with enough of the requests in time, or the one given.
 
-    rate, goodput: requests a second, all and in time
+    rate, goodput: requests a second, all and in time; where what is promised leaves room for any queue, as a time per
+        token alone does, those that are completed
     attainment: share in time
     ttft_ms, tpot_ms: means
     """
@@ -52,6 +55,11 @@ class Simulated(NamedTuple):
     ttft_ms: float
     tpot_ms: float
     requests: int
+    completed_per_s: float = math.nan
+
+
+class _QueueGrows(Exception):  # noqa: N818 - no error
+    """All is in time at a rate, a `Simulated`, that is more than the cluster completes."""
 
 
 class UnreachableError(ValueError):
@@ -140,12 +148,25 @@ class Plan:
     def _capacity(self, policy: str) -> Simulated:
         """The highest rate at which `share` of the requests get what they were promised, from the formulas' on."""
         tried: dict[float, Simulated] = {}
+        met: Simulated | None = None
+        missed = False
 
         def attainment(rate: float) -> float:
-            tried[rate] = self._serve(policy, rate)
-            return tried[rate].attainment
+            nonlocal met, missed
+            tried[rate] = now = self._serve(policy, rate)
+            missed = missed or now.attainment < self.share
+            if not missed:
+                if met is not None and saturated(met, now):
+                    raise _QueueGrows(now)
+                met = now
+            return now.attainment
 
-        found = find_capacity(attainment, self.share, self._start(policy), TOLERANCE, STEP)
+        try:
+            found = find_capacity(attainment, self.share, self._start(policy), TOLERANCE, STEP)
+        except _QueueGrows as end:
+            (last,) = end.args
+            most = last.completed_per_s
+            return last._replace(rate=most, goodput=most * last.attainment)
         if found.rate:
             return tried[found.rate]
         return tried[found.above]._replace(rate=0.0, goodput=0.0)
@@ -175,6 +196,7 @@ class Plan:
             1e3 * math.fsum(ttft) / len(ttft) if ttft else math.nan,
             1e3 * math.fsum(tpot) / len(tpot) if tpot else math.nan,
             len(requests),
+            _completed_per_s(result.records),
         )
 
     def _requests(self, rate: float) -> list[SimRequest]:
@@ -218,6 +240,11 @@ class Plan:
     def forecast_of(self, policy: str) -> Forecast | None:
         """Of the layout that the policy is, if it is one."""
         return next((each for each in self.forecasts if each.layout.policy == policy), None)
+
+
+def _completed_per_s(records: Sequence[RequestRecord]) -> float:
+    ends = [each.finished for each in records if each.ok and each.finished is not None]
+    return len(ends) / (max(ends) - records[0].arrival) if ends else 0.0
 
 
 def _check_reachable(planner: Planner, machine: Machine) -> None:

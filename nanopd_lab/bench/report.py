@@ -87,6 +87,11 @@ def serving_result(
         **disaggregation(records, setting.workers, slo, selection, served),
         **({"per_request": per_request(records)} if detailed else {}),
         **({} if interrupted is None else {"interrupted": interrupted}),
+        **(
+            {"first_error": error}
+            if (error := next((each.error for each in records if each.error), None))
+            else {}
+        ),
     }
     found["provenance"] = provenance(measured=not setting.modelled)
     return found
@@ -106,6 +111,7 @@ def summary(record: Mapping[str, Any]) -> str:
         f"{kind}: {pd['workers']} workers{hardware}, {record['model_id']}, {pd['policy']}",
         _title("Serving Benchmark Result", "="),
         _line("Requests:", requests),
+        *([f"The first that was not served: {pd['first_error']}"] if "first_error" in pd else []),
         _line("Request rate (req/s):", record["request_rate"]),
         *([_line("Maximum concurrency:", record["max_concurrency"])] if record["max_concurrency"] else []),
         _line("Benchmark duration (s):", record["duration"]),

@@ -52,6 +52,10 @@ def bench_cluster(
     Raises:
         ValueError: a setting is wrong, or the readiness request failed.
     """
+    if not isinstance(workload, Workload):
+        raise ValueError(f"the workload is {workload!r}; make one, as bench.workload.random_workload(...)")
+    if slo is not None and not isinstance(slo, Slo):
+        raise ValueError(f'slo is {slo!r}; give Slo(...), for example Slo.parse(["ttft:500", "tpot:100"])')
     load = LoadOptions(**options)
     run = run_load(cluster, workload, load, report)
     setting = setting_of(cluster, label, load.max_concurrency)

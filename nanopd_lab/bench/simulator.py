@@ -134,6 +134,13 @@ def _compare(
     return found
 
 
+def _cell(text: str) -> Cell:
+    try:
+        return Cell.parse(text)
+    except ValueError as error:  # of which argparse would say that the value is invalid, and no more
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def register(subparsers: _Subparsers) -> None:
     """Add the command; its parser sets `run`."""
     parser = subparsers.add_parser(
@@ -142,7 +149,7 @@ def register(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--cells",
         nargs="+",
-        type=Cell.parse,
+        type=_cell,
         default=[Cell(10_000, 8, "collocated"), Cell(10_000, 8, "4p4d")],
         metavar="REQUESTS:WORKERS:POLICY",
         help="default: 10000:8:collocated 10000:8:4p4d",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 SEARCH_S = 30.0
+TARGETS = (0.9, 0.99)  # of a search, where none is given
 ENGINE_DEFAULTS = {"model": "smollm2", "max_num_batched_tokens": 512, "max_num_seqs": 64}
 # Flags that change where a result goes or how it is shown, and not what is measured.
 ELSEWHERE = {
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--search needs objectives: --goodput ttft:500 tpot:100")
     if args.search is None and not args.request_rates:
         raise ValueError("nothing to measure: give --request-rates, or --search")
+    _check(args)
     for policy in args.policies:  # all are checked before the first is measured
         if args.simulate:
             create_policy(policy, args.workers, simulate_cli.machine_of(args).outlook(slo))
@@ -134,6 +136,22 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"ended before its time: {interrupted}; the same command goes on from there", file=sys.stderr)
     return serving_cli.INTERRUPTED if interrupted == "interrupted" else serving_cli.LOST
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What the points are made of, before a cluster is started for them."""
+    from nanopd_lab.bench.capacity import check_search
+    from nanopd_lab.bench.sweep import Point
+    from nanopd_lab.bench.workload_cli import TEXTS
+
+    if not 0 <= args.min_duration < math.inf:
+        raise ValueError(f"min-duration is {args.min_duration:g} s; it must be finite and not negative")
+    for target in (args.search or TARGETS) if args.search is not None else ():
+        check_search(target, args.search_start, args.search_tolerance)
+    rates = [*args.request_rates, *([] if args.search is None else [args.search_start])]
+    if args.dataset_name not in TEXTS:  # whose tokenizer takes its time
+        for rate in rates:
+            _workload(args, Point(args.policies[0], rate, args.seeds[0]))
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -244,7 +262,7 @@ def _search(
 
     found: list[Capacity] = []
     try:
-        for target in args.search or (0.9, 0.99):
+        for target in args.search or TARGETS:
             found.append(climb(serve, target, args.search_start, args.search_tolerance, args.min_duration))
     except Interrupted as reason:
         return found, str(reason)

@@ -115,6 +115,10 @@ def workload_of(
             else f"data set {name!r} is not read from a file; leave --dataset-path out, or choose one of "
             f"{', '.join((*TRACES, 'sharegpt'))}"
         )
+    if args.trace_speed != 1.0 and name not in TRACES:
+        raise ValueError(
+            f"trace-speed is {args.trace_speed:g}, and data set {name!r} is no trace; leave it out"
+        )
     arrivals = _arrivals(args, rate)
     if name in TRACES:
         own = rate is None and arrivals.ramp_up is None

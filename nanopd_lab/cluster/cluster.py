@@ -26,6 +26,7 @@ from nanopd_lab.engine.prompts import (
     Prompt,
     as_batch,
     as_conversations,
+    check_params,
     params_for,
     render_chat,
     tokenize,
@@ -68,7 +69,11 @@ class Cluster(ClusterDriver):
             ClusterBusyError: the queue is full
             ClusterDownError: no worker is left
         """
-        params = params or SamplingParams()
+        params = check_params(params)
+        if timeout_s is not None and not (isinstance(timeout_s, (int, float)) and timeout_s > 0):
+            raise InvalidRequestError(
+                f"timeout_s is {timeout_s!r}; it must be a positive number of seconds, or None"
+            )
         text, ids = tokenize(prompt, self.tokenizer, self.vocab_size, self.config.model)
         if params.stop_strings and self.tokenizer is None:
             raise InvalidRequestError(

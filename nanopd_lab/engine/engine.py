@@ -24,7 +24,7 @@ from nanopd_lab.engine.config import EngineConfig
 from nanopd_lab.engine.detokenizer import Detokenizer
 from nanopd_lab.engine.loop import StepLoop
 from nanopd_lab.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, spelled
-from nanopd_lab.engine.prompts import Prompt, tokenize
+from nanopd_lab.engine.prompts import Prompt, check_params, tokenize
 from nanopd_lab.engine.scheduler import Scheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import AllocatorStats
@@ -191,7 +191,7 @@ class Engine:
             params = SamplingParams(
                 temperature=0.0, max_tokens=params.max_tokens, ignore_eos=True, logprobs=2 * params.beam_width
             )
-        params = params or SamplingParams()
+        params = check_params(params)
         if params.stop_strings and self.tokenizer is None:
             raise InvalidRequestError(
                 f"{self.config.model} has no tokenizer; use stop_token_ids instead of stop"

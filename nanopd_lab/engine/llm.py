@@ -16,7 +16,15 @@ from nanopd_lab.engine.beam import BeamGroup
 from nanopd_lab.engine.config import EngineConfig, EngineParts
 from nanopd_lab.engine.engine import Engine, EngineStats
 from nanopd_lab.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
-from nanopd_lab.engine.prompts import Messages, Prompt, as_batch, as_conversations, params_for, render_chat
+from nanopd_lab.engine.prompts import (
+    Messages,
+    Prompt,
+    as_batch,
+    as_conversations,
+    check_params,
+    params_for,
+    render_chat,
+)
 from nanopd_lab.errors import InvalidRequestError, NonFiniteLogitsError
 
 # What the weights in memory depend on.
@@ -157,7 +165,7 @@ class LLM:
 
         Streams may be read in turns, and `generate` called between: each steps the engine for all that run.
         """
-        requests = self._checked([prompt], [sampling_params or SamplingParams()])
+        requests = self._checked([prompt], [check_params(sampling_params)])
 
         def read() -> Iterator[RequestOutput]:
             yield from self._run(self._submit(requests), use_tqdm=False)
@@ -191,6 +199,10 @@ class LLM:
         self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams, use_tqdm: bool = True
     ) -> list[BeamSearchOutput]:
         """The `beam_width` best continuations of each prompt that beam search finds, best first."""
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequestError(
+                f"params is {params!r}; give BeamSearchParams, as BeamSearchParams(beam_width=4, max_tokens=64)"
+            )
         batch = as_batch(prompts)
         ids = self._submit(self._checked(batch, [params] * len(batch)))
         groups: dict[str, BeamGroup] = {}

@@ -128,12 +128,25 @@ def params_for(
     """One for each prompt of the batch, out of one for all, one for each, or the defaults.
 
     Raises:
-        InvalidRequestError: as many as there are neither one nor prompts.
+        InvalidRequestError: as many as there are neither one nor prompts, or something else.
     """
     if isinstance(params, SamplingParams) or params is None:
-        return [params or SamplingParams()] * len(batch)
+        return [check_params(params)] * len(batch)
+    if not isinstance(params, (list, tuple)):
+        check_params(params)
     if len(params) != len(batch):
         raise InvalidRequestError(
             f"{len(batch)} prompts but {len(params)} sampling_params; give one, or one for each prompt"
+        )
+    return [check_params(each) for each in params]
+
+
+def check_params(params: object) -> SamplingParams:
+    """These, or the defaults. Raises InvalidRequestError for anything else."""
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequestError(
+            f"sampling_params is {params!r}; give SamplingParams, for example SamplingParams(max_tokens=64)"
         )
     return params

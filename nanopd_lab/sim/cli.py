@@ -54,7 +54,7 @@ def register(subparsers: _Subparsers) -> None:
         help="w0@12.5: this worker dies; w0@12.5+3: and is back 3 s later; may be given several times",
     )
     parser.add_argument("--trace", type=Path, help="write what happened for Perfetto")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, outputs=("trace",))
 
 
 def add_machine_options(parser: argparse.ArgumentParser, engine: bool = True) -> None:
@@ -153,6 +153,10 @@ def _hindsight(
 
     if args.kill or args.beat is not None:
         raise ValueError("the oracle knows no --kill and needs no --beat; leave them out")
+    if args.oracle_simulations < 1:
+        raise ValueError(f"oracle-simulations is {args.oracle_simulations}; it must be at least 1")
+    if not slo.given:
+        raise ValueError("the oracle needs objectives, and there are none: --goodput ttft:500 tpot:100")
     # Bounds hold for steps of fixed times.
     machine = replace(machine, config=replace(machine.config, company=None))
     config = replace(machine.config, trace=False)
@@ -222,6 +226,11 @@ def _prior(args: argparse.Namespace) -> Machine:
     from nanopd_lab.model.shape_table import shape_fields
     from nanopd_lab.sim.links import LinkModel
 
+    if args.block_bytes is not None:
+        raise ValueError(
+            f"block-bytes is {args.block_bytes}, and the model's shape tells how large a block is; it goes with "
+            "--cost-model"
+        )
     hardware = load_hardware(args.hardware)
     name = args.model.removeprefix("random:")
     dims = ModelDims.from_config(SimpleNamespace(**shape_fields(name)), name=name, weight_itemsize=2)
@@ -280,7 +289,7 @@ def _machine(
     ahead: bool,
     company: Company | None = None,
 ) -> Machine:
-    from nanopd_lab.sim.simulator import SimConfig
+    from nanopd_lab.sim.config import SimConfig
     from nanopd_lab.sim.timing import CostTime
 
     config = SimConfig(

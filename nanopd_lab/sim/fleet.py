@@ -17,12 +17,13 @@ from functools import partial
 
 from nanopd_lab.router.slo import Slo
 from nanopd_lab.sim.clock import EventQueue, Kind
+from nanopd_lab.sim.config import SimConfig
 from nanopd_lab.sim.failures import ControllerKill
 from nanopd_lab.sim.front_door import DoorRule, FrontDoor
 from nanopd_lab.sim.network import Network, Port, Topology
 from nanopd_lab.sim.results import RequestRecord, SimResult
 from nanopd_lab.sim.shard import ControllerTime, MakePolicy, Shard
-from nanopd_lab.sim.simulator import SimConfig, uncollected
+from nanopd_lab.sim.simulator import uncollected
 from nanopd_lab.sim.timing import StepTime
 from nanopd_lab.sim.workload import Kill, SimRequest, in_order
 

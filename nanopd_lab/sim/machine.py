@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nanopd_lab.cost.iteration import IterationModel
     from nanopd_lab.router import Outlook, Slo
-    from nanopd_lab.sim.simulator import SimConfig
+    from nanopd_lab.sim.config import SimConfig
     from nanopd_lab.sim.timing import StepTime
 
 

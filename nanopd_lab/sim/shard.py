@@ -27,8 +27,9 @@ from nanopd_lab.router import Policy, Role
 from nanopd_lab.router.policy import Decision, JobView, Postponed, WorkerView
 from nanopd_lab.router.slo import Slo
 from nanopd_lab.sim.clock import EventQueue, Kind
+from nanopd_lab.sim.config import SimConfig
 from nanopd_lab.sim.results import RequestRecord, WorkerTotals
-from nanopd_lab.sim.simulator import SimConfig, Simulator
+from nanopd_lab.sim.simulator import Simulator
 from nanopd_lab.sim.timing import StepTime
 from nanopd_lab.sim.worker import SimWorker
 from nanopd_lab.sim.workload import Kill, SimRequest

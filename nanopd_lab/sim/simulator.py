@@ -17,7 +17,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,77 +26,28 @@ from nanopd_lab.cluster.actions import (
     ClusterDownError,
     Emit,
     Fence,
-    Limits,
     Send,
     Settled,
 )
 from nanopd_lab.cluster.controller import Controller
-from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.cluster.messages import Capacity, FromWorker, Hello, ToWorker
-from nanopd_lab.cost.company import Company
 from nanopd_lab.engine.handover import HandoverScheduler
 from nanopd_lab.engine.lockstep import LockstepScheduler
 from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.kv import BlockAllocator, CountedBlocks
 from nanopd_lab.router import Policy, Role
 from nanopd_lab.sim.clock import EventQueue, Kind
+from nanopd_lab.sim.config import SimConfig
+from nanopd_lab.sim.core import TOKEN, SimCore
 from nanopd_lab.sim.host import Host
-from nanopd_lab.sim.links import Flow, LinkModel, Links
+from nanopd_lab.sim.links import Flow, Links
 from nanopd_lab.sim.results import PullSpan, RequestRecord, SimResult, WorkerTotals
 from nanopd_lab.sim.timing import StepTime
-from nanopd_lab.sim.worker import TOKEN, Outgoing, SimCore, SimWorker, StepSpan
+from nanopd_lab.sim.worker import Outgoing, SimWorker, StepSpan
 from nanopd_lab.sim.workload import Kill, SimRequest, in_order
 from nanopd_lab.transfer import Pull, PullResult, PullStatus
 
 _NEVER = float("inf")
-
-
-@dataclass(frozen=True)
-class SimConfig:
-    """The workers, all alike, and what is between them; names as in `EngineConfig`.
-
-    enable_prefix_caching: off, it costs a hash a block; `SimRequest.prefix` needs it
-    block_bytes: of KV a block, for pulls
-    message_s: what a message between controller and worker takes
-    beat_s: between a worker's reports to the controller; None: policies don't see free blocks
-    ahead: workers plan a step while the one before it runs, as engines on GPUs do
-    company: workers are on one host, and steps are faster while others rest; None: each has a device of its own
-    skip: jump over runs of equal decode steps
-    trace: keep what every worker did
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-
-    num_blocks: int = 2048
-    block_size: int = 16
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    max_model_len: int = 16384
-    enable_prefix_caching: bool = False
-    block_bytes: int = 0
-    link: LinkModel = field(default_factory=LinkModel)
-    terms: LeaseTerms = field(default_factory=LeaseTerms)
-    limits: Limits = field(default_factory=lambda: Limits(heartbeat_s=float("inf")))
-    message_s: float = 0.0
-    beat_s: float | None = None
-    ahead: bool = False
-    company: Company | None = None
-    skip: bool = True
-    trace: bool = False
-
-    def __post_init__(self) -> None:
-        for name in (
-            "num_blocks",
-            "block_size",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "max_model_len",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.beat_s is not None and not 0 < self.beat_s < float("inf"):
-            raise ValueError(f"beat_s is {self.beat_s}; it must be positive and finite, or None")
 
 
 @dataclass(eq=False, slots=True)

@@ -54,6 +54,17 @@ def test_a_simulation_ends_within_what_was_promised_and_near_the_formula() -> No
     assert f"Take {best}: {found.rate:.4g} requests/s simulated" in advice(plan)
 
 
+def test_where_no_queue_breaks_a_promise_the_rate_is_what_is_completed() -> None:
+    """A time per token only is kept at any rate: the search went on to a million requests a second."""
+    plan = Plan.make(MACHINE, requests(), Slo(tpot_s=0.1), gpus=2)
+    plan.simulate(["collocated"])
+    found, forecast = plan.simulated["collocated"], plan.forecast_of("collocated")
+    assert forecast is not None
+    assert found.attainment >= 0.9
+    assert found.rate == pytest.approx(forecast.rate, rel=0.15)
+    assert found.rate == pytest.approx(plan._serve("collocated", 4 * found.rate).completed_per_s, rel=0.05)
+
+
 def test_at_a_given_rate_the_shares_in_time_are_compared() -> None:
     plan = Plan.make(MACHINE, requests(), Slo(0.15, 0.012), gpus=2, rate=12.0)
     assert [each.rate for each in plan.forecasts] == [12.0, 12.0]

@@ -343,6 +343,26 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "run the grid anew" in capsys.readouterr().err
 
 
+def test_what_is_asked_for_goes_before_what_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["regret", "--quick", "--loads", "0"]) == 2
+    assert "loads [0.0]" in capsys.readouterr().err
+    quick = [
+        "regret",
+        "--quick",
+        "--workers",
+        "3",
+        "--seeds",
+        "1",
+        "--jobs",
+        "1",
+        "--policies",
+        "round-robin",
+    ]
+    assert main([*quick, "--simulations", "2", "--more", "chat/steady"]) == 0
+    out = capsys.readouterr().out
+    assert "modelled: 3 workers of h100-qwen3-8b, 120 requests a cell and seed, 1 seeds" in out
+
+
 def test_no_policy_of_the_record_exceeds_the_proven_bound() -> None:
     """Policies and bounds of the recorded grid come from different code: one simulates, the other proves."""
     (path,) = (data_dir() / "recorded").glob("regret-h100-*.json")

@@ -22,6 +22,12 @@ def test_cells_are_commands() -> None:
             Cell.parse(text)
 
 
+def test_the_command_says_what_a_cell_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench-simulator", "--cells", "5:0:1p1d"])
+    assert "'5:0:1p1d' is no cell; write requests:workers:policy" in capsys.readouterr().err
+
+
 def test_what_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="needs 1 \\+ 2 workers"):
         measure(Cell(5, 2, "1p2d"), ROOT)

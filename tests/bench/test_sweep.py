@@ -273,3 +273,25 @@ def test_the_command_sweeps_real_engines(tmp_path: Path, capsys: pytest.CaptureF
     assert "--search needs objectives" in capsys.readouterr().err
     assert main(["sweep"]) == 2
     assert "nothing to measure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--request-rates", "1", "--min-duration", "-1"], "min-duration is -1 s"),
+        (["--request-rates", "1", "--min-duration", "nan"], "min-duration is nan s"),
+        (["--request-rates", "1", "-2"], "rate is -2 requests/s"),
+        (["--request-rates", "1", "--search", "2", "--goodput", "ttft:500"], "attainment target 2.0"),
+        (["--search", "--search-tolerance", "0", "--goodput", "ttft:500"], "tolerance of 0.0"),
+        (["--request-rates", "1", "--random-input-len", "0"], "a length of 0 tokens"),
+        (["--request-rates", "1", "--num-prompts", "0"], "num-prompts is 0"),
+    ],
+)
+def test_what_is_wrong_is_found_before_anything_is_measured(
+    flags: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sweep.jsonl"
+    common = ["sweep", "--simulate", "--policies", "collocated", "--num-prompts", "5"]
+    assert main([*common, "--result-filename", str(path), *flags]) == 2
+    assert told in capsys.readouterr().err
+    assert not path.exists()

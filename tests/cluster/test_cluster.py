@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from nanopd_lab import LLM, Cluster, ClusterConfig, SamplingParams
+from nanopd_lab.bench.workload import Fixed, random_workload
 from nanopd_lab.cluster.actions import ClusterBusyError, Limits
 from nanopd_lab.cluster.config import ClusterParts
 from nanopd_lab.cluster.inline import InlineLauncher
 from nanopd_lab.cluster.outputs import RequestFailedError
 from nanopd_lab.errors import InvalidRequestError
+from nanopd_lab.sim.arrivals import Arrivals
 from nanopd_lab.transfer.packing import pack_blocks
 from nanopd_lab.transfer.registry import Choice
 from tests.engine.test_token_identity import prompts
@@ -282,3 +284,21 @@ def test_a_batch_that_does_not_fit_the_queue_leaves_nothing_behind() -> None:
         assert len(ended) == 3
         assert all(output.outputs[0].finish_reason == "abort" for output in ended)
         assert cluster.controller.num_unsettled == 0
+
+
+def test_things_of_another_kind_are_refused_by_name() -> None:
+    with inline("random:tiny") as cluster:
+        for wrong in ({"max_tokens": 3}, 5, "greedy", [5]):
+            with pytest.raises(InvalidRequestError, match=r"sampling_params is .*; give SamplingParams"):
+                cluster.generate([[1, 2, 3]], wrong, use_tqdm=False)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequestError, match="sampling_params is 5"):
+            cluster.submit([1, 2, 3], 5)  # type: ignore[arg-type]
+        for late in (0, -1, float("nan"), "soon"):
+            with pytest.raises(InvalidRequestError, match=r"timeout_s is .*; it must be a positive number"):
+                cluster.submit([1, 2, 3], GREEDY, timeout_s=late)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="the workload is 5; make one"):
+            cluster.bench(5)  # type: ignore[arg-type]
+        workload = random_workload(2, Arrivals(50.0), (Fixed(5), Fixed(3)))
+        with pytest.raises(ValueError, match=r"slo is 'ttft:500'; give Slo\(...\)"):
+            cluster.bench(workload, slo="ttft:500")  # type: ignore[arg-type]
+        assert all(view.jobs == 0 for view in cluster.workers())

@@ -392,3 +392,15 @@ def test_another_engine_on_the_same_weights() -> None:
         llm.reconfigured(budget=3)
     with pytest.raises(ValueError, match="block_size is 0"):
         llm.reconfigured(block_size=0)
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 3}, 5, "greedy", [5], [{"max_tokens": 3}]])
+def test_other_things_than_sampling_params_are_refused(wrong: Any) -> None:
+    llm = LLM("random:tiny", device="cpu", kv_cache_memory_bytes=1 << 20)
+    for use in (llm.generate, llm.stream):
+        with pytest.raises(InvalidRequestError, match=r"sampling_params is .*; give SamplingParams"):
+            use([1, 2, 3], wrong)
+    for params in (wrong, SamplingParams()):
+        with pytest.raises(InvalidRequestError, match=r"params is .*; give BeamSearchParams"):
+            llm.beam_search([[1, 2, 3]], params)  # type: ignore[arg-type]
+    assert not llm.engine.has_unfinished

@@ -187,5 +187,51 @@ def test_the_oracle_is_not_behind_a_policy_and_says_what_no_routing_exceeds(
     assert int(printed[1]) / 60 == pytest.approx(shares["oracle"])
     assert int(printed[1]) <= int(printed[2]) <= 60
     assert simulate("--policy", "oracle") == 2
-    assert "objectives 'none'" in capsys.readouterr().err
+    assert "the oracle needs objectives, and there are none" in capsys.readouterr().err
     assert simulate(*flags, "--policy", "oracle", "--kill", "w0@1") == 2
+
+
+def test_requests_that_are_refused_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tmp_path / "result.json"
+    flags = ["simulate", "--num-prompts", "10", "--num-blocks", "3", "--result-filename", str(result)]
+    assert main(flags) == 0
+    told = capsys.readouterr().out
+    assert "0 of 10 completed, 10 refused" in told
+    assert "= 1152 tokens; the largest worker takes 48" in told
+    assert "the largest worker takes 48" in json.loads(result.read_text())["pd"]["first_error"]
+
+
+def test_a_trace_that_cannot_be_written_is_found_first(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["simulate", "--num-prompts", "10", "--trace", str(tmp_path / "none" / "trace.json")]) == 2
+    found = capsys.readouterr()
+    assert "there is no folder" in found.err
+    assert not found.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--trace-speed", "2"], "trace-speed is 2, and data set 'random' is no trace"),
+        (["--block-bytes", "100"], "it goes with --cost-model"),
+        (["--cost-model", "cpu-smollm2-fp32", "--block-bytes", "-5"], "block_bytes is -5"),
+        (["--policy", "oracle"], "the oracle needs objectives, and there are none"),
+        (
+            ["--policy", "oracle", "--goodput", "ttft:500", "--oracle-simulations", "0"],
+            "oracle-simulations is 0",
+        ),
+    ],
+)
+def test_flags_that_say_nothing_here_are_refused(
+    flags: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate(*flags) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_no_flag_is_taken_for_another_that_begins_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--share` of a plan was `--sharegpt-output-len`."""
+    with pytest.raises(SystemExit):
+        main(["plan", "--gpus", "2", "--goodput", "ttft:500", "--share", "2"])
+    assert "unrecognized arguments: --share 2" in capsys.readouterr().err

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from nanopd_lab.cost.hardware import load_model
 from nanopd_lab.router import Outlook, Policy, Role, Slo, create_policy
 from nanopd_lab.router.veil import Veiled
+from nanopd_lab.sim.config import SimConfig
 from nanopd_lab.sim.shard import MakePolicy
-from nanopd_lab.sim.simulator import SimConfig
 from nanopd_lab.sim.timing import CostTime
 from nanopd_lab.sim.workload import AZURE_CODE_LIKE, AZURE_LIKE, SimRequest, poisson_arrivals
 

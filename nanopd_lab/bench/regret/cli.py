@@ -44,7 +44,11 @@ def register(subparsers: _Subparsers) -> None:
         "regret", help="routing policies beside the best routes in hindsight, over a grid of simulated cells"
     )
     parser.add_argument("--table", type=Path, metavar="FILE", help="print a result's tables, and run nothing")
-    parser.add_argument("--quick", action="store_true", help="a small grid, in less than a minute")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a small grid, in less than a minute, but for what other flags say",
+    )
     parser.add_argument(
         "--cost-model", default="h100-qwen3-8b", help="a name in data/hardware, or a file of `fit`"
     )
@@ -110,7 +114,8 @@ def register(subparsers: _Subparsers) -> None:
         type=Path,
         help="written after every cell, as JSON; what it has of the same settings already is not run again",
     )
-    parser.set_defaults(run=run)
+    defaults = {name: parser.get_default(name) for name in (*QUICK, "slos", "more")}
+    parser.set_defaults(run=run, defaults=defaults)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,9 +127,10 @@ def run(args: argparse.Namespace) -> int:
         print(tables(load(args.table)))
         return 0
     if args.quick:
-        for name, value in QUICK.items():
-            setattr(args, name, value)
-        args.slos, args.more = args.slos[:1], args.more[:1]
+        less = {**QUICK, "slos": args.slos[:1], "more": args.more[:1]}
+        for name, value in less.items():
+            if getattr(args, name) == args.defaults[name]:
+                setattr(args, name, value)
     if args.random_cells:
         args.simulations = 0
     bench, trace = _bench(args)

@@ -12,9 +12,9 @@ from nanopd_lab.bench.regret.contenders import contender
 from nanopd_lab.bench.regret.machines import machine_cost
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.router import Outlook, Slo
+from nanopd_lab.sim.config import SimConfig
 from nanopd_lab.sim.links import LinkModel
 from nanopd_lab.sim.oracle import Instance, Outcome, best_routes, upper_bound
-from nanopd_lab.sim.simulator import SimConfig
 from nanopd_lab.sim.timing import CostTime
 from nanopd_lab.sim.workload import SimRequest
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from nanopd_lab.core import Route
 from nanopd_lab.router import Decision, JobView, LeastLoaded, Policy, Postponed, Role, Slo, WorkerView
+from nanopd_lab.sim.config import SimConfig
 from nanopd_lab.sim.results import RequestRecord, SimResult
-from nanopd_lab.sim.simulator import SimConfig, Simulator
+from nanopd_lab.sim.simulator import Simulator
 from nanopd_lab.sim.timing import StepTime
 from nanopd_lab.sim.workload import SimRequest, in_order
 
