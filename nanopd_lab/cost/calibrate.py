@@ -251,6 +251,16 @@ def describe(cost: CostModel, prompt_tokens: int = 512, context: int = 512) -> s
             else []
         ),
         *(
+            [
+                (
+                    "shared",
+                    f"{1e6 * model.shared_context_s:.3f} µs more a token of context of one that is not alone",
+                )
+            ]
+            if model.shared_context_s
+            else []
+        ),
+        *(
             [("rows", f"{1e3 * model.rows_s:.3f} ms more for several rows than for one")]
             if model.rows_s
             else []

@@ -131,8 +131,8 @@ def fit_iteration(
     )
 
 
-# Of the linear part: the matrices, four more terms, two that only GPUs have, and one that only CPUs have.
-COLUMNS, ON_GPUS, ON_CPUS = 8, [5, 6], [7]
+# Of the linear part: the matrices, four more terms, three that only GPUs have, and one that only CPUs have.
+COLUMNS, ON_GPUS, ON_CPUS = 9, [5, 6, 7], [8]
 TERMS = ("reading weights", "matrix products", "constant", "attention pairs", "context", "sequences")
 
 
@@ -213,7 +213,7 @@ class _Table:
 
     @property
     def others(self) -> Array:
-        """[steps, 7]: the terms beside the matrices."""
+        """[steps, 8]: the terms beside the matrices."""
         return np.array(
             [
                 [
@@ -223,6 +223,7 @@ class _Table:
                     s.sequences,
                     not s.decodes_only,
                     s.short_pairs,
+                    s.shared_context,
                     (s.tokens > 1) + self.vocab_share * (s.drawn > 1),
                 ]
                 for s in (sample.step for sample in self.samples)
@@ -288,7 +289,7 @@ class _Table:
         return found
 
     def _model(self, found: Array, corner: float, sharpness: float, host_s: float) -> IterationModel:
-        weight, t0, pair, context, sequence, mixed, short, rows = map(float, found)
+        weight, t0, pair, context, sequence, mixed, short, shared, rows = map(float, found)
         return IterationModel(
             t0_s=t0,
             weight_s=weight,
@@ -300,6 +301,7 @@ class _Table:
             vocab_share=self.vocab_share,
             sharpness=sharpness,
             short_pair_s=short,
+            shared_context_s=shared,
             mixed_s=mixed,
             rows_s=rows,
             captured=self.captured,

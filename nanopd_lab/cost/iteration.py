@@ -6,10 +6,11 @@
 A step computes for each sequence a chunk of q new tokens behind k past ones. `weights` is the time to read the
 matrices once, `products` that of the matrix products of all tokens: the larger of the two counts, with a round corner.
 Launch overhead is the host's own time. It runs beside the device's, so it is a floor and not a summand: CUDA graphs
-lower `host_s`, and pad a step to one of the captured sizes, which `products` sees. On a GPU two more terms are small: a
-pair of a chunk below SHORT_CHUNK tokens takes a little longer, as another kernel computes it, and so does a step with
-prompt chunks, whose logits are not in the graph. On a CPU a matrix times one vector runs at the memory's speed, times a
-few it need not: that is a constant more.
+lower `host_s`, and pad a step to one of the captured sizes, which `products` sees. On a GPU three more terms are small:
+a pair of a chunk below SHORT_CHUNK tokens takes a little longer, as another kernel computes it; so does that chunk's
+past where it is not alone in its step, as the kernel cuts the keys of all sequences into parts of one length; and so
+does a step with prompt chunks, whose logits are not in the graph. On a CPU a matrix times one vector runs at the
+memory's speed, times a few it need not: that is a constant more.
 
 Seconds everywhere. Pure arithmetic without torch, a clock or a lookup, as a simulator asks 100,000 times a second;
 runs of decode steps of an unchanged batch have closed forms.
@@ -47,6 +48,7 @@ class StepFeatures:
     context:   Σ (k + q), tokens whose K and V are read
     sequences: number of chunks
     short_pairs: those of `pairs` that belong to prompt chunks below SHORT_CHUNK tokens; for GPUs
+    shared_context: what of `context` belongs to such chunks that are not alone in their step; for GPUs
     """
 
     tokens: int
@@ -55,6 +57,7 @@ class StepFeatures:
     context: int
     sequences: int
     short_pairs: float = field(default=0.0, compare=False)
+    shared_context: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, chunks: Iterable[ChunkShape]) -> StepFeatures:
@@ -63,7 +66,7 @@ class StepFeatures:
         Raises:
             ValueError: no chunk, or one without tokens or with a negative past.
         """
-        tokens = drawn = context = sequences = 0
+        tokens = drawn = context = sequences = short_context = 0
         pairs = short_pairs = 0.0
         for chunk in chunks:
             if chunk.count < 1 or chunk.past < 0:
@@ -74,11 +77,13 @@ class StepFeatures:
             pairs += of_chunk
             if 1 < chunk.count < SHORT_CHUNK:
                 short_pairs += of_chunk
+                short_context += chunk.past + chunk.count
             context += chunk.past + chunk.count
             sequences += 1
         if not sequences:
             raise ValueError("a step is one chunk or more; got none")
-        return cls(tokens, drawn, pairs, context, sequences, short_pairs)
+        shared_context = short_context if sequences > 1 else 0
+        return cls(tokens, drawn, pairs, context, sequences, short_pairs, shared_context)
 
     @property
     def decodes_only(self) -> bool:
@@ -129,6 +134,7 @@ class IterationModel:
                  a token, and each sequence that does adds so much of a token's products.
     sharpness:   of the corner where products overtake reading; see `smooth_max`
     short_pair_s: what a pair of a short prompt chunk takes longer; see `short_pairs`
+    shared_context_s: what reading K and V of one token takes longer for those of `shared_context`
     mixed_s:     of a step with a prompt chunk, beside all else: its logits are behind the graph and not in it
     rows_s:      what several tokens at once take longer than one, beside all else: of the vocabulary projection too, by
                  its share, where several are drawn
@@ -150,6 +156,7 @@ class IterationModel:
     short_pair_s: float = 0.0
     mixed_s: float = 0.0
     rows_s: float = 0.0
+    shared_context_s: float = 0.0
     captured: CapturedSizes = CapturedSizes()
     # What decode steps of so many sequences take without their context, as far as somebody has asked.
     _of_batch: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -220,6 +227,7 @@ class IterationModel:
             + self._matrices(tokens, drawn)
             + self.pair_s * step.pairs
             + self.short_pair_s * step.short_pairs
+            + self.shared_context_s * step.shared_context
             + self.context_s * step.context
             + self.sequence_s * step.sequences
         )

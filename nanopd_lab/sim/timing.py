@@ -99,6 +99,7 @@ class CostTime:
     def mixed_seconds(self, batch: int, total_context: int, chunks: Sequence[tuple[int, int]]) -> float:
         """See `StepTime`."""
         tokens, context, pairs, short = batch, total_context + batch, total_context + batch / 2, 0.0
+        read = 0  # of short chunks
         for start, count in chunks:
             of_chunk = count * (start + count / 2)
             tokens += count
@@ -106,8 +107,11 @@ class CostTime:
             pairs += of_chunk
             if 1 < count < SHORT_CHUNK:
                 short += of_chunk
+                read += start + count
         sequences = batch + len(chunks)
-        return self.model.of_features(StepFeatures(tokens, sequences, pairs, context, sequences, short))
+        if sequences == 1:
+            read = 0
+        return self.model.of_features(StepFeatures(tokens, sequences, pairs, context, sequences, short, read))
 
 
 class RunClock:

@@ -198,32 +198,47 @@ def test_the_host_time_without_graphs_comes_from_a_profile_without_them() -> Non
 
 
 def test_what_only_gpus_have_is_found_out() -> None:
-    """Pairs of short chunks that take half as long again, and steps with prompts 1 ms more."""
+    """Pairs of short chunks that take half as long again, their pasts in company, and steps with prompts 1 ms more."""
     share = 49152 * 576 / (30 * 576 * (2 * 9 * 64 + 2 * 3 * 64 + 3 * 1536))
     sizes = CapturedSizes((1, 2, 4, 8, 64), (64, 512))
     device = IterationModel(
-        0.0, 5e-3, 2e-5, 2e-8, 5e-8, 0.0, vocab_share=share, short_pair_s=1e-8, mixed_s=1e-3, captured=sizes
+        0.0,
+        5e-3,
+        2e-5,
+        2e-8,
+        5e-8,
+        0.0,
+        vocab_share=share,
+        short_pair_s=1e-8,
+        shared_context_s=1e-7,
+        mixed_s=1e-3,
+        captured=sizes,
     )
     profile = {**synthetic(device), "captured": {"batches": [1, 2, 4, 8, 64], "tokens": [64, 512]}}
     cost = fit_profile(profile)
     assert cost.iteration.short_pair_s == pytest.approx(1e-8, rel=0.2)
     assert cost.iteration.mixed_s == pytest.approx(1e-3, rel=0.1)
     assert cost.fit["errors"]["held_out"]["maximum"] < 0.02
+    assert cost.iteration.shared_context_s == pytest.approx(1e-7, rel=0.2)
     assert "ns more a pair of a short chunk" in describe(cost)
+    assert "µs more a token of context of one that is not alone" in describe(cost)
 
 
-def test_the_recorded_gpu_profile_is_met_within_the_target() -> None:
-    record = read_json(data_dir() / "recorded" / "profile-qwen3-8b-nvidia-h100-2026-11-27.json")
-    found, kept = fit_profile(record), load_model("h100-qwen3-8b")
+@pytest.mark.parametrize(("device", "read_s", "worst"), [("h100", 4.9e-3, 0.1), ("h200", 3.8e-3, 0.25)])
+def test_the_recorded_gpu_profiles_are_met_within_the_target(
+    device: str, read_s: float, worst: float
+) -> None:
+    record = read_json(data_dir() / "recorded" / f"profile-qwen3-8b-nvidia-{device}-2026-11-27.json")
+    found, kept = fit_profile(record), load_model(f"{device}-qwen3-8b")
     held_out = found.fit["errors"]["held_out"]
-    assert held_out["count"] == 27
+    assert held_out["count"] >= 27
     assert held_out["mean"] <= 0.05
-    assert held_out["maximum"] < 0.2
+    assert held_out["maximum"] < worst
     assert found.iteration.short_pair_s == pytest.approx(kept.iteration.short_pair_s, rel=1e-3)
     assert found.iteration.captured == kept.iteration.captured
     assert found.iteration.weight_s == pytest.approx(kept.iteration.weight_s, rel=1e-3)
-    # The weights at the measured read bandwidth of such a card, 3 TB/s, take 4.6 ms.
-    assert found.iteration.weight_s == pytest.approx(4.9e-3, rel=0.15)
+    # The weights at the read bandwidth measured on such cards, 3 and 4 TB/s, and what it takes to begin.
+    assert found.iteration.weight_s == pytest.approx(read_s, rel=0.15)
 
 
 def test_a_cut_profile_is_continued_and_not_measured_again(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ FEATURES = (
     "pairs",
     "context",
     "sequences",
-)  # `short_pairs` matter on GPUs only, and are not asked for
+)  # `short_pairs` and `shared_context` matter on GPUs only, and are not asked for
 
 
 def check_features(impl: Callable[[Sequence[ChunkShape]], StepFeatures]) -> int:
