@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from nanopd_lab.router.step_costs import StepCosts
 
 SECONDS_WORTH = 0.02  # misses that count as much as the time that a request takes alone
-TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12  # how far estimates are off, as a share of the objective
-UNMISSED = 1 / TPOT_DOUBT  # doubts between no time per token and the objective
+# How far estimates are off, as a share of the objective; the second of plans, whose outputs nobody has seen yet.
+TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12
+# The doubt of one worker's time per token: what is always off, what chance adds (see `tpot_doubt`; a fitted factor),
+# and at most. Where outputs are long a wide doubt makes a sacrifice look cheap: one worker that is given all prompts.
+STEADY_DOUBT, BY_CHANCE, MOST_DOUBT = 0.05, 2.0, 0.15
 SHARED = 0.25  # of the prompts that are queued: so many come while they are computed, and share a step
 SHARED_ALONE = 0.125  # the same where no outputs run: estimates in simulations are right on average with it
 FULL = 0.9  # of the KV blocks: outputs that run need room to grow
@@ -119,7 +122,14 @@ def terms_of(
     slo_s, budget, batches, by_context, host_s = (
         slo.tpot_s, costs.budget, costs.batches, costs.context_s, costs.host_s,
     )  # fmt: skip
-    promised, by_s = slo_s < math.inf, 1 / (TPOT_DOUBT * slo_s)
+    promised, doubt = slo_s < math.inf, STEADY_DOUBT
+    if promised and role is not DECODE and share > 0.0:
+        spent_s = costs.beside_all(prompt)[-(-(decoding or 1) // 8)]
+        doubt = tpot_doubt(share, spent_s, output, slo_s)
+    unmissed, by_s = (
+        1 / doubt,
+        1 / (doubt * slo_s),
+    )  # the first: doubts between no time per token and the objective
     produced = output / 2
     exposed = active = decoding - arriving
     free_at, wait_s, pace_s, room = now, 0.0, 0.0, budget - active if active < budget else 1
@@ -188,9 +198,9 @@ def terms_of(
             joining_s = JOINING_STEPS * before_s
             spread_s += outputs * (after_s - before_s)
         if promised:  # `miss`, without its calls: an estimate can't be so low that `exp` would overflow
-            own, step = 1 / (1 + exp(UNMISSED - by_s * tpot_s)), 0.1 * slo_s
-            handover_slope = (1 / (1 + exp(UNMISSED - by_s * (tpot_s + step))) - own) / step
-            alone = 1 / (1 + exp(UNMISSED - by_s * tpot_s * before_s / after_s)) if outputs else own
+            own, step = 1 / (1 + exp(unmissed - by_s * tpot_s)), 0.1 * slo_s
+            handover_slope = (1 / (1 + exp(unmissed - by_s * (tpot_s + step))) - own) / step
+            alone = 1 / (1 + exp(unmissed - by_s * tpot_s * before_s / after_s)) if outputs else own
             if crowd:
                 own = max(own, too_short(crowd, tpot_s, slo_s))
                 alone = max(alone, too_short(before, tpot_s * before_s / after_s, slo_s))
@@ -200,13 +210,25 @@ def terms_of(
         pace = batches[exposed] + by_context * (exposed * each)
         pace = (pace if pace > host_s else host_s) / free
         later = pace + (usual_s / produced if produced > 1.0 else usual_s)
-        gone = 1 / (1 + exp(UNMISSED - by_s * later)) - 1 / (1 + exp(UNMISSED - by_s * pace))
+        gone = 1 / (1 + exp(unmissed - by_s * later)) - 1 / (1 + exp(unmissed - by_s * pace))
         prompt_harm = exposed * gone / usual_s
     found = (
         view, now + FRESH_S, role, active, exposed, room, free_at, wait_s, pace_s, prompt_harm, tpot_s,
         own, handover_slope, joining_s, output_harm, spread_s, leaving_tokens * token_s, full,
     )  # fmt: skip
     return tuple.__new__(Terms, found)  # much quicker than by name, and made for each change of a worker
+
+
+def tpot_doubt(share: float, spent_s: float, output_tokens: float, slo_s: float) -> float:
+    """How far an estimate of the time per token is off where prompts come in between, as a share of the objective.
+
+    While an output of n tokens keeps its promise, n · slo_s, prompts take `share` of the time, `spent_s` each: if they
+    come by Poisson, what they take has the variance share · spent_s · n · slo_s. So a long output is an average over
+    many prompts, and a short one is met by one or by none. Lengths that differ and arrivals in crowds make that more,
+    hence the factor.
+    """
+    by_chance = BY_CHANCE * share * spent_s / (slo_s * (output_tokens if output_tokens > 1.0 else 1.0))
+    return min(MOST_DOUBT, math.sqrt(STEADY_DOUBT * STEADY_DOUBT + by_chance))
 
 
 def too_short(crowd: float, tpot_s: float, slo_s: float) -> float:

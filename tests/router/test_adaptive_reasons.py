@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from nanopd_lab.bench.regret.cells import Cell
+from nanopd_lab.bench.regret.contenders import contender
 from nanopd_lab.bench.regret.grid import Bench, Settings, run_unit
 from nanopd_lab.core import Route, SamplingParams
 from nanopd_lab.cost.hardware import load_model
@@ -12,7 +14,14 @@ from nanopd_lab.cost.iteration import IterationModel, StepFeatures
 from nanopd_lab.cost.transfer_time import TransferModel
 from nanopd_lab.router import Adaptive, Decision, JobView, Outlook, Role, Slo, WorkerView, create_policy
 from nanopd_lab.router.arrivals import Arrivals
-from nanopd_lab.router.estimates import Typical, terms_of
+from nanopd_lab.router.estimates import (
+    BY_CHANCE,
+    MOST_DOUBT,
+    STEADY_DOUBT,
+    Typical,
+    terms_of,
+    tpot_doubt,
+)
 from nanopd_lab.router.fleetwide import Fleetwide
 from nanopd_lab.router.replay import ReplayJob, first_tokens
 from nanopd_lab.router.step_costs import StepCosts
@@ -110,6 +119,33 @@ def test_short_prompts_in_bursts_spread_over_mixed_workers(rate: float) -> None:
 
 
 # ---- a term that was missing: room for KV -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("share", "spent_s", "tokens"), [(0.2, 20e-3, 400), (0.5, 50e-3, 60), (0.1, 5e-3, 900)]
+)
+def test_the_doubt_of_a_time_per_token_is_that_of_poisson_prompts(
+    share: float, spent_s: float, tokens: int
+) -> None:
+    slo_s = 50e-3
+    prompts = np.random.default_rng(0).poisson(share * tokens * slo_s / spent_s, 200_000)
+    by_chance = tpot_doubt(share, spent_s, tokens, slo_s) ** 2 - STEADY_DOUBT**2
+    assert by_chance / BY_CHANCE == pytest.approx(np.var(prompts * spent_s / (tokens * slo_s)), rel=0.03)
+    assert tpot_doubt(share, spent_s, 1, slo_s) == tpot_doubt(share, spent_s, 0.0, slo_s) == MOST_DOUBT
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_no_worker_is_sacrificed_where_outputs_are_long(seed: int) -> None:
+    """A cell of the published grid, where workers that share prompts and outputs evenly keep every promise."""
+    cell = Cell("decode-heavy", "steady", "ttft:1500 tpot:8", None, 0.8)
+    bench = Bench(Settings("h100-qwen3-8b", 4, 400, 0, 20_000), load_model("h100-qwen3-8b"))
+    instance = bench.instance(cell, 31.0, seed)
+    kept = {}
+    for name in ("collocated", "adaptive"):
+        policy, roles = contender(name, 4, bench.outlook(cell))
+        kept[name] = instance.outcome(instance.simulate(policy, roles).records).score.met
+    assert kept["collocated"] >= 398
+    assert kept["adaptive"] >= 0.98 * kept["collocated"]
 
 
 def test_outputs_go_where_there_is_room_for_them() -> None:
