@@ -15,7 +15,7 @@ does not depend on the request is worked out when a view is new (`Terms`); the r
 from __future__ import annotations
 
 import math
-from math import exp
+from math import exp, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanopd_lab.router.policy import Role, WorkerView
@@ -122,10 +122,9 @@ def terms_of(
     slo_s, budget, batches, by_context, host_s = (
         slo.tpot_s, costs.budget, costs.batches, costs.context_s, costs.host_s,
     )  # fmt: skip
-    promised, doubt = slo_s < math.inf, STEADY_DOUBT
-    if promised and role is not DECODE and share > 0.0:
-        spent_s = costs.beside_all(prompt)[-(-(decoding or 1) // 8)]
-        doubt = tpot_doubt(share, spent_s, output, slo_s)
+    promised, doubt, beside = slo_s < math.inf, STEADY_DOUBT, costs.beside_all(prompt)
+    if share > 0.0:  # no decode worker's
+        doubt = tpot_doubt(share, beside[-(-(decoding or 1) // 8)], output, slo_s)
     unmissed, by_s = (
         1 / doubt,
         1 / (doubt * slo_s),
@@ -206,7 +205,7 @@ def terms_of(
                 alone = max(alone, too_short(before, tpot_s * before_s / after_s, slo_s))
             output_harm = 0.5 * outputs * (own - alone)
     if exposed and promised and role is not DECODE:
-        usual_s = costs.beside_all(prompt)[-(-exposed // 8)] or 1e-9
+        usual_s = beside[-(-exposed // 8)] or 1e-9
         pace = batches[exposed] + by_context * (exposed * each)
         pace = (pace if pace > host_s else host_s) / free
         later = pace + (usual_s / produced if produced > 1.0 else usual_s)
@@ -228,7 +227,8 @@ def tpot_doubt(share: float, spent_s: float, output_tokens: float, slo_s: float)
     hence the factor.
     """
     by_chance = BY_CHANCE * share * spent_s / (slo_s * (output_tokens if output_tokens > 1.0 else 1.0))
-    return min(MOST_DOUBT, math.sqrt(STEADY_DOUBT * STEADY_DOUBT + by_chance))
+    doubt = sqrt(STEADY_DOUBT * STEADY_DOUBT + by_chance)
+    return doubt if doubt < MOST_DOUBT else MOST_DOUBT
 
 
 def too_short(crowd: float, tpot_s: float, slo_s: float) -> float:
