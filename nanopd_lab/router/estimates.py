@@ -125,10 +125,8 @@ def terms_of(
     promised, doubt, beside = slo_s < math.inf, STEADY_DOUBT, costs.beside_all(prompt)
     if share > 0.0:  # no decode worker's
         doubt = tpot_doubt(share, beside[-(-(decoding or 1) // 8)], output, slo_s)
-    unmissed, by_s = (
-        1 / doubt,
-        1 / (doubt * slo_s),
-    )  # the first: doubts between no time per token and the objective
+    unmissed = 1 / doubt  # doubts between no time per token and the objective
+    by_s = 1 / (doubt * slo_s)
     produced = output / 2
     exposed = active = decoding - arriving
     free_at, wait_s, pace_s, room = now, 0.0, 0.0, budget - active if active < budget else 1
