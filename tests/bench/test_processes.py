@@ -30,6 +30,7 @@ def test_what_processes_are_at_is_given_up_when_it_fails() -> None:
     assert all(future.done() for future in waiting)
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("ps") is None, reason="no ps of Linux")
 @pytest.mark.parametrize("computing", [False, True])
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_what_processes_are_at_is_given_up_when_it_fails() -> None:
             "--workers",
             "400",
             "--seconds",
-            "60",
+            "600",
             "--seeds",
             "4",
             "--policies",
@@ -58,9 +59,11 @@ def test_an_interrupted_study_says_so_and_leaves_nobody(
     with log.open("w") as out:
         study = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        while len(children := _children(study.pid)) < 2 or (computing and min(map(_cpu_s, children)) < 3):
+        while len(_children(study.pid)) < 2:
             assert study.poll() is None, log.read_text()
             time.sleep(0.02)
+        if computing:  # importing takes one or two seconds
+            time.sleep(5)
         os.killpg(study.pid, signal.SIGINT)
         code = study.wait(60)
     finally:
@@ -78,11 +81,6 @@ def _children(pid: int) -> list[int]:
     """Processes that compute: all but the one that keeps count of shared memory."""
     lines = _ps("-o", "pid=,command=", "--ppid", str(pid))
     return [int(line.split()[0]) for line in lines if "resource_tracker" not in line]
-
-
-def _cpu_s(pid: int) -> int:
-    """Seconds that it has computed for: importing takes one or two."""
-    return max((int(line) for line in _ps("-o", "cputimes=", "-p", str(pid))), default=0)
 
 
 def _left(session: int) -> list[str]:
