@@ -58,3 +58,8 @@ class SimConfig:
             raise ValueError(f"block_bytes is {self.block_bytes}; it must not be negative")
         if self.beat_s is not None and not 0 < self.beat_s < float("inf"):
             raise ValueError(f"beat_s is {self.beat_s}; it must be positive and finite, or None")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and output, that a worker takes."""
+        return min(self.max_model_len, self.num_blocks * self.block_size)

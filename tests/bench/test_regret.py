@@ -343,6 +343,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "run the grid anew" in capsys.readouterr().err
 
 
+def test_requests_of_a_trace_that_no_worker_takes_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, result = tmp_path / "long.csv", tmp_path / "result.json"
+    lines = [f"{number * 0.3},{20_000 if number % 3 == 0 else 900},50" for number in range(300)]
+    trace.write_text("\n".join(["arrived_at,num_prefill_tokens,num_decode_tokens", *lines]))
+    # fmt: off
+    command = ["regret", "--workers", "2", "--num-prompts", "150", "--seeds", "1", "--simulations", "0",
+               "--mixes", "trace", "--slos", "ttft:100 tpot:8", "--links", "own", "--loads", "1", "--more",
+               "--policies", "round-robin", "--trace", str(trace), "--result-filename", str(result)]
+    # fmt: on
+    assert main(command) == 0
+    assert "long.csv: 100 of 300 requests have more than the 16384 tokens" in capsys.readouterr().err
+    record = json.loads(result.read_text())
+    assert record["trace"]["left_out"] == 100
+    assert [unit["requests"] for unit in record["units"]] == [150]
+    assert main(command) == 0, "goes on with what it has"
+
+
 def test_what_is_asked_for_goes_before_what_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["regret", "--quick", "--loads", "0"]) == 2
     assert "loads [0.0]" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,10 +185,23 @@ def _bench(args: argparse.Namespace) -> tuple[Any, dict[str, Any] | None]:
 
     settings = Settings(args.cost_model, args.workers, args.num_prompts, args.simulations, args.num_blocks)
     _check(args, settings)
+    bench = Bench(settings, load_model(args.cost_model))
     if args.trace is None:
-        return Bench(settings, load_model(args.cost_model)), None
-    source = {"name": args.trace.name, "sha256": hashlib.sha256(args.trace.read_bytes()).hexdigest()}
-    return Bench(settings, load_model(args.cost_model), tuple(read_trace(args.trace))), source
+        return bench, None
+    source: dict[str, Any] = {
+        "name": args.trace.name,
+        "sha256": hashlib.sha256(args.trace.read_bytes()).hexdigest(),
+    }
+    trace, most = read_trace(args.trace), bench.longest
+    held = tuple(each for each in trace if each.prompt_tokens + each.output_tokens <= most)
+    if len(held) < len(trace):
+        source["left_out"] = len(trace) - len(held)
+        print(
+            f"{args.trace.name}: {source['left_out']} of {len(trace)} requests have more than the {most} tokens that a "
+            "worker takes, and are left out",
+            file=sys.stderr,
+        )
+    return replace(bench, trace=held), source
 
 
 def _check(args: argparse.Namespace, settings: Settings) -> None:

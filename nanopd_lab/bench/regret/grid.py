@@ -54,6 +54,11 @@ class Bench:
         """Of the cell's machine."""
         return machine_cost(cell.machine) if cell.machine else self.cost
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and output, that a worker of the settings takes."""
+        return self.config(Cell("chat", "steady", "", None, 1.0)).longest
+
     def workers_of(self, cell: Cell) -> int:
         """In the cell."""
         return cell.workers or self.settings.workers

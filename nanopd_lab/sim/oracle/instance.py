@@ -110,7 +110,7 @@ class Instance:
             raise ValueError("an instance with a prefix cache; set enable_prefix_caching=False")
         if self.config.company is not None:
             raise ValueError("an instance of workers that share a host; set company=None")
-        longest = min(self.config.max_model_len, self.config.num_blocks * self.config.block_size)
+        longest = self.config.longest
         for request in self.requests:
             if (total := request.prompt_tokens + request.output_tokens) > longest:
                 raise ValueError(
