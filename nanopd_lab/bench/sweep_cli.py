@@ -170,11 +170,23 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _workload(args: argparse.Namespace, point: Point, tokenizer: str | None = None) -> Workload:
     """That of one point, of as many requests as keep coming for `min_duration`."""
+    from nanopd_lab.bench.texts import TooFewConversationsError
+
     count = args.num_prompts
     if point.rate < math.inf:
         count = max(count, math.ceil(point.rate * args.min_duration))
     sized = argparse.Namespace(**{**vars(args), "num_prompts": count})
-    return workload_of(sized, point.rate, point.seed, tokenizer)
+    try:
+        return workload_of(sized, point.rate, point.seed, tokenizer)
+    except TooFewConversationsError as error:
+        if count == args.num_prompts:
+            raise
+        most_s = math.floor(1000 * error.fit / point.rate) / 1000
+        both = f" and num-prompts to {error.fit}" if args.num_prompts > error.fit else ""
+        raise ValueError(
+            f"{error.told}, as requests keep coming for min-duration = {args.min_duration:g} s at {point.rate:g} a "
+            f"second; lower min-duration to {most_s:g} s or less{both}, or give a longer file"
+        ) from None
 
 
 @contextmanager

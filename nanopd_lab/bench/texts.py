@@ -19,6 +19,15 @@ FEWEST_TOKENS = 4  # of prompt and output; shorter ones are left out, as by vLLM
 MOST_PROMPT_TOKENS, MOST_TOKENS = 1024, 2048
 
 
+class TooFewConversationsError(ValueError):
+    """A file has fewer that are fit than are asked for; the message begins with `told`."""
+
+    def __init__(self, path: Path, fit: int, count: int) -> None:
+        self.fit = fit
+        self.told = f"{path.name} has {fit} conversations of fit length, and {count} are asked for"
+        super().__init__(f"{self.told}; lower num-prompts")
+
+
 def sharegpt_workload(
     path: Path,
     encode: Encode,
@@ -39,7 +48,8 @@ def sharegpt_workload(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not of this format (named with the line), or has too few conversations that are fit.
+        TooFewConversationsError: fewer than `count` conversations are fit.
+        ValueError: the file is not of this format (named with the line).
     """
     pairs = [pair for pair in map(_turns, itertools.repeat(path.name), *_entries(path)) if pair is not None]
     random.Random(seed).shuffle(pairs)
@@ -56,9 +66,7 @@ def sharegpt_workload(
         ):
             chosen.append((prompt, output))
     if len(chosen) < count:
-        raise ValueError(
-            f"{path.name} has {len(chosen)} conversations of fit length, and {count} are asked for; lower num-prompts"
-        )
+        raise TooFewConversationsError(path, len(chosen), count)
     return _workload(chosen, "sharegpt", arrivals, seed, source_of(path))
 
 

@@ -151,19 +151,17 @@ class Controller(Dispatcher):
             sender.beat = message
         else:
             sender.state = State.UP
-            before = self._any_takes
             self._fits(sender, message.capacity)
-            if self._any_takes < before:
-                self._end_oversized()
+            self._end_oversized()
             self._dispatch()
 
     def _end_oversized(self) -> None:
-        """End jobs that were let in and that no worker is left for: they would wait for ever, and all behind them."""
-        for worker in self._workers.values():
-            if worker.capacity is None and worker.state is not State.GONE:
-                return  # it may take them
+        """End jobs that were let in and that no pair is left for: they would wait for ever, and all behind them."""
+        if not self._queue and not self._postponed:
+            return
+        longest = self._pair_takes()
         for job in [*self._queue, *self._postponed]:
-            if len(job.prompt) + job.params.max_tokens > self._any_takes:
+            if len(job.prompt) + job.params.max_tokens > longest:
                 self._end(job, FinishReason.ERROR, error=self._too_long(job.prompt, job.params))
 
     def worker_down(self, name: str, reason: str, now: float, restarting: bool = False) -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence as Seq
 
 from nanopd_lab.cluster.actions import Emit, Limits, Send, State
 from nanopd_lab.cluster.asking import PolicyError, ask, told
 from nanopd_lab.cluster.ledger import Ledger
-from nanopd_lab.cluster.messages import Begin, Expect, ToWorker, Work
+from nanopd_lab.cluster.messages import Begin, Capacity, Expect, ToWorker, Work
+from nanopd_lab.cluster.pairs import largest_pair
 from nanopd_lab.cluster.records import Job
-from nanopd_lab.core import FinishReason, Route, SampledToken
+from nanopd_lab.core import FinishReason, Route, SampledToken, SamplingParams
+from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.router import Decision, Explanation, Fleet, JobView, Policy, Postponed, Role
 
 EXPLAINABLE = 1024  # decisions that can be asked about
@@ -57,6 +60,62 @@ class Dispatcher(Ledger):
             )
         return decision.explain()
 
+    # ------------------------------------------------------------------ what can be held
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence that the largest pair of workers takes which the policy may choose, of those that are
+        not gone for good; mostly what every worker takes.
+
+        Raises:
+            ClusterDownError: no worker is left.
+        """
+        self._check_alive()
+        return int(min(self._any_takes, self._pair_takes()))
+
+    def validate(self, prompt: Seq[int], params: SamplingParams) -> None:
+        """Refuse what no pair of workers could ever hold.
+
+        Raises:
+            InvalidRequestError: empty, or too long for the model or for the pools.
+            ClusterDownError: no worker is left.
+        """
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty; give at least one token")
+        self._check_alive()
+        total = len(prompt) + params.max_tokens
+        if total > self._every_takes and total > min(self._any_takes, self._pair_takes()):
+            raise InvalidRequestError(self._too_long(prompt, params))
+
+    def _pair_takes(self) -> float:
+        """As `longest`; infinite while somebody who has not told yet may take more."""
+        pair = largest_pair(self.policy, self._workers.values())
+        return self._any_takes if pair is None else pair.takes
+
+    def _too_long(self, prompt: Seq[int], params: SamplingParams) -> str:
+        """Why nobody takes it, and what to do."""
+        asked = (
+            f"prompt ({len(prompt)} tokens) + max_tokens ({params.max_tokens}) = "
+            f"{len(prompt) + params.max_tokens} tokens"
+        )
+        shorter = "shorten the prompt or lower max_tokens"
+        pair = largest_pair(self.policy, self._workers.values())
+        if pair is not None and pair.takes < self._any_takes and (limit := pair.smaller.capacity) is not None:
+            source, target = pair
+            way_out = (
+                ""
+                if limit.longest == limit.max_model_len
+                else ", or set kv_cache_memory_bytes, for pools alike"
+            )
+            return (
+                f"{asked}; both workers of a route must hold it, and the largest pair that policy {self.policy.name} "
+                f"may choose, {source.name} for prefill and {target.name} for decode, takes {limit.longest}: "
+                f"{pair.smaller.name} has {_sizes(limit)}; {shorter}{way_out}"
+            )
+        largest = max(self._capacities, key=lambda capacity: capacity.longest)
+        way_out = "" if largest.longest == largest.max_model_len else " or raise kv_cache_memory_bytes"
+        return f"{asked}; the largest worker takes {largest.longest} ({_sizes(largest)}); {shorter}{way_out}"
+
     # ------------------------------------------------------------------ routes
 
     def _dispatch(self) -> None:
@@ -67,6 +126,9 @@ class Dispatcher(Ledger):
                 answer = self._ask(job, False)
             except PolicyError as error:
                 self._fail_by_policy(job, error)
+                continue
+            except InvalidRequestError as error:
+                self._end(job, FinishReason.ERROR, error=str(error))
                 continue
             if answer is None:
                 return
@@ -82,6 +144,9 @@ class Dispatcher(Ledger):
             except PolicyError as error:
                 self._fail_by_policy(job, error)
                 continue
+            except InvalidRequestError as error:
+                self._end(job, FinishReason.ERROR, error=str(error))
+                continue
             if not isinstance(answer, Decision):
                 return
             self._postponed.popleft()
@@ -94,9 +159,16 @@ class Dispatcher(Ledger):
         self._end(job, FinishReason.ERROR, error=str(error))
 
     def _ask(self, job: Job, postponed: bool) -> Decision | Postponed | None:
-        """What the policy says of a job; a route is legal. Raises PolicyError."""
+        """What the policy says of a job; a route is legal.
+
+        Raises:
+            PolicyError: see `ask`
+            InvalidRequestError: no pair takes it any more.
+        """
         self._refresh()
         total = len(job.prompt) + job.params.max_tokens
+        if total > self._every_takes and total > self._pair_takes():
+            raise InvalidRequestError(self._too_long(job.prompt, job.params))
         free = self._fleet_for(total)
         if not free.num_members:
             return None
@@ -192,3 +264,7 @@ class Dispatcher(Ledger):
                 f"{told(error)}",
                 stacklevel=2,
             )
+
+
+def _sizes(capacity: Capacity) -> str:
+    return f"max_model_len {capacity.max_model_len}, {capacity.num_blocks} blocks of {capacity.block_size}"

@@ -190,7 +190,7 @@ class ClusterDriver:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a prompt with its output that a worker takes.
+        """Most tokens of a prompt with its output that a pair of workers takes.
 
         Raises:
             ClusterDownError: no worker is left.

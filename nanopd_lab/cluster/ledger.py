@@ -15,8 +15,7 @@ from nanopd_lab.cluster.actions import Action, ClusterDownError, Settled, State
 from nanopd_lab.cluster.looking import WorkerLook
 from nanopd_lab.cluster.messages import Capacity
 from nanopd_lab.cluster.records import Attempt, Job, WorkerRecord
-from nanopd_lab.core import Route, SamplingParams
-from nanopd_lab.errors import InvalidRequestError
+from nanopd_lab.core import Route
 from nanopd_lab.router import Fleet, Role, WorkerView
 
 
@@ -162,40 +161,6 @@ class Ledger:
             if worker.state is not State.GONE:
                 return
         raise ClusterDownError("no worker is left to serve a request; start a new cluster")
-
-    @property
-    def longest(self) -> int:
-        """Tokens of a sequence that the largest worker takes, of those that are not gone for good.
-
-        Raises:
-            ClusterDownError: no worker is left.
-        """
-        self._check_alive()
-        return int(self._any_takes)
-
-    def validate(self, prompt: Seq[int], params: SamplingParams) -> None:
-        """Refuse what no worker could ever hold.
-
-        Raises:
-            InvalidRequestError: empty, or too long for the model or for every worker's pool.
-            ClusterDownError: no worker is left.
-        """
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty; give at least one token")
-        self._check_alive()
-        if len(prompt) + params.max_tokens > self._any_takes:
-            raise InvalidRequestError(self._too_long(prompt, params))
-
-    def _too_long(self, prompt: Seq[int], params: SamplingParams) -> str:
-        """Why no worker takes it, and what to do."""
-        total = len(prompt) + params.max_tokens
-        largest = max(self._capacities, key=lambda capacity: capacity.longest)
-        way_out = "" if largest.longest == largest.max_model_len else " or raise kv_cache_memory_bytes"
-        return (
-            f"prompt ({len(prompt)} tokens) + max_tokens ({params.max_tokens}) = {total} tokens; the largest worker "
-            f"takes {largest.longest} (max_model_len {largest.max_model_len}, {largest.num_blocks} blocks of "
-            f"{largest.block_size}); shorten the prompt or lower max_tokens{way_out}"
-        )
 
     # ------------------------------------------------------------------ looking inside
 

@@ -84,7 +84,10 @@ class WorkerCore(BlockExchange):
         """The next step; reserves room for what is expected first."""
         if self.scheduler.expected:
             self._reserve()
+        preempted = self.scheduler.num_preemptions
         plan = self.scheduler.schedule()
+        if plan is None and self.scheduler.num_preemptions > preempted:
+            plan = self.scheduler.schedule()  # the only one that ran has made room, for itself too
         if plan is not None and self._unsampled:
             for chunk in plan.chunks:
                 if chunk.sequence in self._unsampled:

@@ -277,7 +277,8 @@ class RolePlan:
         free = 1.0
         if mixed:
             free = max(0.2, 1 - arrivals.busy(self.costs) / workers)
-        most = min(room.max_num_seqs, room.kv_tokens / arrivals.mean_context)
+        # A step serves no more of them than its budget; of workers whose sizes are unknown it is the only bound.
+        most = min(self.costs.budget, room.max_num_seqs, room.kv_tokens / arrivals.mean_context)
         batch = 1.0
         for _ in range(4):
             pace_s = self.costs.decode(max(1, round(batch)), batch * arrivals.mean_context) / free

@@ -40,7 +40,7 @@ def inline(policy: str = "1p1d", **options: Any) -> Cluster:
     return Cluster(config)
 
 
-def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline

@@ -84,8 +84,8 @@ def _children(pid: int) -> list[int]:
 
 
 def _left(session: int) -> list[str]:
-    """Who is there of a session a moment later."""
-    for _ in range(100):
+    """Who is there of a session a moment later; on a busy machine a minute."""
+    for _ in range(1200):
         if not (found := _ps("-o", "pid=,command=", "--sid", str(session))):
             break
         time.sleep(0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -295,3 +296,36 @@ def test_what_is_wrong_is_found_before_anything_is_measured(
     assert main([*common, "--result-filename", str(path), *flags]) == 2
     assert told in capsys.readouterr().err
     assert not path.exists()
+
+
+def test_a_file_that_is_too_short_for_the_duration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is told to be lowered is what asks for so many, and as low as told it does."""
+    path = tmp_path / "talk.json"
+    turns = [
+        {"value": "What is the highest mountain on Earth?"},
+        {"value": "That is Mount Everest, of course."},
+    ]
+    path.write_text(json.dumps([{"conversations": turns}] * 20))
+    common = [
+        "sweep", "--simulate", "--policies", "collocated", "--seeds", "0", "--goodput", "ttft:500", "--search", "0.9",
+        "--search-start", "3", "--dataset-name", "sharegpt", "--dataset-path", str(path),
+    ]  # fmt: skip
+    asked = r"talk\.json has 20 conversations of fit length, and {} are asked for"
+    assert main([*common, "--num-prompts", "8"]) == 2
+    told = capsys.readouterr().err
+    found = re.search(
+        asked.format(90)
+        + ", as requests keep coming for min-duration = 30 s at 3 a second; lower min-duration to "
+        r"([\d.]+) s or less, or give a longer file",
+        told,
+    )
+    assert found, told
+    rate = ["--request-rates", "3"]
+    del common[common.index("--search") : common.index("--search") + 4]
+    assert main([*common, "--num-prompts", "8", *rate, "--min-duration", found[1]]) == 0
+    assert main([*common, "--num-prompts", "21", *rate, "--min-duration", "30"]) == 2
+    assert re.search(" s or less and num-prompts to 20, or give", capsys.readouterr().err)
+    assert main([*common, "--num-prompts", "21", *rate]) == 2
+    assert re.search(asked.format(21) + "; lower num-prompts", capsys.readouterr().err)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from nanopd_lab.cluster import janitor
 
+HEAD_ONLY = ("--include-dashboard=false", "--no-monitor")
 AHEAD_S = 1000  # of the first host's clock, twice that of the second's
 
 
@@ -66,14 +66,10 @@ class Hosts:
         run("ip", "addr", "add", f"{self.head}/24", "dev", own)
         run("ip", "link", "set", own, "up")
         run("ip", "link", "set", bridge, "up")
-        self._ray([], self.head, "--head", "--port=6399", "--include-dashboard=false", "--no-monitor")
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection((self.head, 6399), 1).close()
+        for _ in range(5):
+            if self._joins(self.head, self._ray([], self.head, "--head", "--port=6399", *HEAD_ONLY)):
                 return
-            except OSError:
-                time.sleep(0.1)
+            janitor.clear(str(self.folder / "1"), 0.0)
         raise TimeoutError("Ray's head does not come up")
 
     def start_other(self, bridge: str, number: int) -> None:
@@ -82,7 +78,7 @@ class Hosts:
         inside = (
             "mount -t tmpfs tmpfs /dev/shm; mount -t sysfs sysfs /sys; read up; "
             "ip link set lo up; ip link set eth0 up; "
-            f'ip addr add {address}/24 dev eth0; exec "$0" "$@"'
+            f'ip addr add {address}/24 dev eth0; until "$0" "$@"; do kill -9 -1; done'
         )
         clock = ["--monotonic", str((number - 1) * AHEAD_S)]
         process = self._ray([*apart, *clock, "sh", "-c", inside], address, f"--address={self.address}")
@@ -96,17 +92,31 @@ class Hosts:
         run("ip", "link", "set", link, "master", bridge, "up")
         process.stdin.write(b"up\n")
         process.stdin.flush()
+        assert self._joins(address, process)  # before the next: all at once are slower than Ray lets them be
+
+    def _joins(self, address: str, process: subprocess.Popen[bytes]) -> bool:
+        """Until it has; False if it gave up. Ray's own limits, 15 s for an agent to begin and 30 s for a node, are not
+        to be set (ray-project/ray#65983), and a busy machine takes longer: who misses them begins again."""
+        deadline = time.monotonic() + 300
+        said = self.folder / address.rpartition(".")[2] / "said"
+        while "will now block forever" not in said.read_text():
+            if process.poll() is not None:
+                return False
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{address} does not join: {said.read_text()[-2000:]}")
+            time.sleep(0.1)
+        return True
 
     def _ray(self, before: list[str], address: str, *words: str) -> subprocess.Popen[bytes]:
         folder = self.folder / address.rpartition(".")[2]
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         environment = {
             **os.environ,
             "RAY_AUTH_MODE": "disabled",
-            # Who does not answer for 6 s is dead.
+            # Who does not answer for 20 s is dead: a host that is busy takes seconds at times.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "1000",
-            "RAY_health_check_failure_threshold": "6",
+            "RAY_health_check_failure_threshold": "20",
         }
         process = subprocess.Popen(
             [

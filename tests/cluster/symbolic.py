@@ -4,7 +4,7 @@ seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nanopd_lab.cluster.actions import Emit, Limits, Settled
@@ -148,12 +148,15 @@ class Harness:
         limits: Limits | None = None,
         terms: LeaseTerms | None = None,
         max_restarts: int = 0,
+        blocks: Sequence[int] | None = None,
     ) -> None:
+        """`blocks`: of each worker's pool, where they are not alike."""
         self.sizes = sizes or Sizes()
         self.terms = terms or LeaseTerms()
         self.clock = Clock()
         self.wire = Wire(self.clock)
         names = [f"w{number}" for number in range(len(roles))]
+        self.blocks = dict(zip(names, blocks or [self.sizes.num_blocks] * len(roles), strict=True))
         self.controller = Controller(policy, dict(zip(names, roles, strict=True)), limits)
         self.generation = 0
         self.launcher = InlineLauncher(self.controller, self._host, names, self.clock, max_restarts)
@@ -162,8 +165,8 @@ class Harness:
         self.settled: dict[tuple[str, int], Settled] = {}
 
     def _host(self, name: str) -> WorkerHost:
-        sizes = self.sizes
-        allocator = BlockAllocator(sizes.num_blocks, sizes.caching)
+        sizes, num_blocks = self.sizes, self.blocks[name]
+        allocator = BlockAllocator(num_blocks, sizes.caching)
         scheduler = HandoverScheduler(
             allocator,
             block_size=sizes.block_size,
@@ -175,10 +178,10 @@ class Harness:
         self.generation += (
             1 << 32
         )  # as hosts do: what an earlier life of a worker published is never valid again
-        allocator.generations = [self.generation] * sizes.num_blocks
-        runner = Runner(sizes.num_blocks, sizes.block_size)
+        allocator.generations = [self.generation] * num_blocks
+        runner = Runner(num_blocks, sizes.block_size)
         self.wire.pools[name] = runner, allocator
-        capacity = Capacity(sizes.num_blocks, sizes.block_size, sizes.seqs, sizes.budget, 10_000)
+        capacity = Capacity(num_blocks, sizes.block_size, sizes.seqs, sizes.budget, 10_000)
         return WorkerHost(
             WorkerCore(name, scheduler, self.terms),
             runner,

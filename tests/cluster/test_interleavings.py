@@ -17,6 +17,7 @@ from nanopd_lab.cluster.actions import ClusterBusyError, ClusterDownError, Limit
 from nanopd_lab.cluster.lease import LeaseTerms
 from nanopd_lab.core import FinishReason, SamplingParams
 from nanopd_lab.cost.iteration import IterationModel
+from nanopd_lab.errors import InvalidRequestError
 from nanopd_lab.router import Outlook, Role, Slo, create_policy
 from tests.cluster.symbolic import Harness, Sizes
 from tests.engine.symbolic import rollout
@@ -69,9 +70,10 @@ class Simulation:
         )
         limits = Limits(max_queue=50, max_attempts=rng.choice([2, 5, 50]), heartbeat_s=20.0)
         terms = LeaseTerms(duration=rng.choice([1.0, 6.0]), patience=rng.choice([0.5, 4.0]))
-        self.harness = Harness(policy, roles, sizes, limits, terms, max_restarts)
+        blocks = None if rng.random() < 0.7 else [rng.choice([8, 12, 24]) for _ in roles]
+        self.harness = Harness(policy, roles, sizes, limits, terms, max_restarts, blocks)
         self.harness.wire.fault = self._fault
-        self.longest = sizes.num_blocks * sizes.block_size - 12
+        self.longest = max(self.harness.blocks.values()) * sizes.block_size - 12
         self.jobs: dict[str, tuple[list[int], SamplingParams, float]] = {}
         self.cancelled: set[str] = set()
         self.shared = [rng.randint(1, 5) for _ in range(20)]
@@ -97,6 +99,9 @@ class Simulation:
         try:
             harness.submit(name, prompt, params, patience)
         except (ClusterBusyError, ClusterDownError):
+            return
+        except InvalidRequestError:
+            assert len(prompt) + params.max_tokens > min(harness.blocks.values()) * harness.sizes.block_size
             return
         self.jobs[name] = prompt, params, harness.clock() + patience
 

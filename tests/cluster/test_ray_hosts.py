@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 
-from nanopd_lab import LLM, Cluster
+from nanopd_lab import LLM, Cluster, SamplingParams
 from nanopd_lab.cluster.actions import Limits
 from nanopd_lab.cluster.launcher import WorkerLauncher
 from nanopd_lab.cluster.ray_launcher import RayStarter
 from nanopd_lab.cluster.ray_options import RayOptions
 from nanopd_lab.cluster.starter import WorkerStartError
-from tests.cluster.launched import ENGINE, GREEDY, LONG, alone, finish, start, tokens_of, wait_for
+from tests.cluster.launched import ENGINE, GREEDY, PATIENCE_S, alone, finish, start, tokens_of, wait_for
 from tests.cluster.ray_hosts import AHEAD_S, Hosts, hosts, why_not
 from tests.engine.test_token_identity import prompts
 
 pytest.importorskip("ray", reason="launcher 'ray' needs the extra dist")
 BATCH = prompts([900, 40, 500, 90], seed=5)
+# Of so many steps that trouble comes while they are under way, however late a busy machine lets it come.
+LONG = SamplingParams(max_tokens=1000, temperature=0, ignore_eos=True)
+# Longer than a busy machine keeps a worker from its beats, shorter than Ray takes to give a host up.
+HEARTBEAT_S = 8.0
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def three() -> Iterator[Hosts]:
 
     with hosts(others=2, cpus=8) as made:
         session = RaySession.acquire(RayOptions(address=made.address, host=made.head))
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while sum(node["Alive"] for node in session.ray.nodes()) < 3:
             assert time.monotonic() < deadline, "the hosts don't join"
             time.sleep(0.1)
@@ -47,7 +51,7 @@ def llm() -> LLM:
 def cluster(three: Hosts) -> Iterator[Cluster]:
     """A prefill and two decode workers, each on another host."""
     options = RayOptions(address=three.address, host=three.head, placement="spread")
-    limits = Limits(heartbeat_s=2.0, max_attempts=10)
+    limits = Limits(heartbeat_s=HEARTBEAT_S, max_attempts=10)
     with start("1p2d", 3, launcher="ray", ray=options, limits=limits, max_restarts=9) as cluster:
         yield cluster
 
@@ -80,10 +84,11 @@ def test_tokens_and_times_over_three_clocks(cluster: Cluster, llm: LLM) -> None:
     assert [output.outputs[0].token_ids for output in outputs] == alone(llm, BATCH, GREEDY)
     assert len(set(places(cluster).values())) == 3
     assert isinstance(cluster.launcher, WorkerLauncher)
+    errors = {}
     for name, address in places(cluster).items():
-        offset, error = cluster.launcher.clock_of(name)
-        assert abs(offset - AHEAD_S * (int(address.rpartition(".")[2]) - 1)) <= error + 1e-6
-        assert error < 1.0
+        offset, errors[name] = cluster.launcher.clock_of(name)
+        assert abs(offset - AHEAD_S * (int(address.rpartition(".")[2]) - 1)) <= errors[name] + 1e-6
+        assert errors[name] < AHEAD_S / 50  # half of what a message and its answer take
     for output in outputs:
         (path,) = output.paths
         (attempt,) = path.attempts
@@ -91,14 +96,16 @@ def test_tokens_and_times_over_three_clocks(cluster: Cluster, llm: LLM) -> None:
         assert path.transferred_tokens > 0
         assert attempt.prefill is not None
         assert attempt.decode is not None
-        times = [attempt.prefill.scheduled, attempt.prefill.sampled, attempt.decode.reserved]
-        for moment in [
-            *times,
-            attempt.decode.adopted,
-            *[each for pull in attempt.decode.pulls for each in pull],
-        ]:
-            assert moment is not None
-            assert began - 1.0 < moment < ended + 1.0  # the clocks are a thousand seconds apart
+        source, target = attempt.prefill, attempt.decode
+        pulls = [each for pull in target.pulls for each in pull]
+        for name, times in (
+            (attempt.route.prefill, [source.scheduled, source.sampled]),
+            (attempt.route.decode, [target.reserved, target.adopted, *pulls]),
+        ):
+            for moment in times:
+                assert moment is not None
+                # The clocks are a thousand seconds apart; they were known less well when it was translated.
+                assert began - 2 * errors[name] - 1.0 < moment < ended + 2 * errors[name] + 1.0
     cluster.check_integrity()
 
 
@@ -106,9 +113,9 @@ def test_a_cable_is_pulled(three: Hosts, cluster: Cluster, llm: LLM) -> None:
     victim = next(name for name in ("w1", "w2") if places(cluster)[name] in three.others)
     address = places(cluster)[victim]
     failures = serve(cluster, llm, lambda: three.pull_cable(address))
-    assert any(f"worker {victim} was silent for 2.0 s" in failure for failure in failures)
+    assert any(f"worker {victim} was silent for {HEARTBEAT_S} s" in failure for failure in failures)
     three.plug_cable(address)
-    wait_for(cluster, lambda: len(cluster.workers()) == 3, 120)
+    wait_for(cluster, lambda: len(cluster.workers()) == 3)
     serve(cluster, llm, lambda: None)
 
 
@@ -117,7 +124,7 @@ def test_a_host_is_killed(three: Hosts, cluster: Cluster, llm: LLM) -> None:
     address = places(cluster)[victim]
     serve(cluster, llm, lambda: three.kill(address))
     # Again, on a host that is left.
-    wait_for(cluster, lambda: len(cluster.workers()) == 3 and address not in places(cluster).values(), 120)
+    wait_for(cluster, lambda: len(cluster.workers()) == 3 and address not in places(cluster).values())
     serve(cluster, llm, lambda: None)
 
 
@@ -136,9 +143,14 @@ def test_no_room_is_said_with_what_there_is(three: Hosts, cluster: Cluster) -> N
 
 
 def test_nothing_stays_reserved(three: Hosts, cluster: Cluster) -> None:
+    """What Ray says of it is a moment old."""
     import ray
 
+    def reserved() -> float:
+        return ray.cluster_resources()["CPU"] - ray.available_resources()["CPU"]
+
+    wait_for(cluster, lambda: reserved() == 3)
     with start(launcher="ray", ray=RayOptions(address=three.address, host=three.head)) as second:
         assert second.generate(BATCH[:1], GREEDY, use_tqdm=False)[0].finished
-        before = ray.available_resources()["CPU"]
-    wait_for(cluster, lambda: ray.available_resources()["CPU"] == before + 2, 60)
+        wait_for(cluster, lambda: reserved() == 5)
+    wait_for(cluster, lambda: reserved() == 3)

@@ -181,6 +181,11 @@ def test_every_decision_is_the_same(policy: str, seed: int) -> None:
     same(case_of(seed, policy, 25))
 
 
+def test_a_worker_whose_only_sequence_was_preempted_goes_on_at_once() -> None:
+    """And does not wait for a message, which may be seconds away: its pool is full of what is held for others."""
+    same(case_of(101265963, "1p1d", 25))
+
+
 def test_the_cases_hold_what_could_differ() -> None:
     """Transfers, prefix hits, roles that change, preemptions, retries, jobs that are put off or have to wait."""
     seen: Counter[str] = Counter()

@@ -260,3 +260,19 @@ def test_outputs_that_can_bear_prompts_do_not_hold_a_change_up() -> None:
         spoilt.append(plan._spoilt(arrivals, Fleetwide.of(terms, 50.0, {}, 4.0), 0.5))
     assert spoilt[0] < 0.01
     assert spoilt[1] > 0.99
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_workers_whose_sizes_are_not_known_decode_no_more_than_a_step_serves(mixed: bool) -> None:
+    """Little's law over a burst, without a worker's room to bound it, says up to 1 << 30 outputs: a replay has a row
+    for each."""
+    policy = Adaptive(outlook(Slo(0.5, 0.1)))
+    plan = policy.plan
+    for _ in range(plan.settings.window):
+        plan.arrived(0.0, 100, 2048)
+    arrivals = Arrivals(plan._latest(2))
+    arrivals.mean_output = 200.0
+    for sizes, most in (({"num_blocks": 0, "max_num_seqs": 0}, 512), ({}, 64)):
+        terms = [policy._look(worker(name, **sizes), policy._typical(), 4.0) for name in "ab"]  # type: ignore[arg-type]
+        room = Fleetwide.of(terms, 200.0, {}, 4.0).load.room
+        assert plan._steady(arrivals, 2, mixed, room) == most

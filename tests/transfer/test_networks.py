@@ -134,11 +134,12 @@ def test_right_bytes(three: Three) -> None:
 
 
 def test_a_cable_pulled_out_fails_its_pulls_in_time_and_no_others(three: Three) -> None:
-    for pull_id in range(20):  # 75 MB each
+    for pull_id in range(10):  # 75 MB each
         three.pull(pull_id, "one", seconds=2.0)
-    time.sleep(0.05)
     three.cables.pull_out(1)
     try:
+        for pull_id in range(10, 20):  # behind those under way, if any are: a busy machine may have been late
+            three.pull(pull_id, "one", seconds=2.0)
         three.pull(20, "two")
         ended = three.results(21)
     finally:
