@@ -9,6 +9,7 @@ them time and gains nothing by it; not for ever.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import exp
@@ -49,6 +50,7 @@ TIGHT = 2  # a first token in no more than so many times what it takes beside on
 QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
 REFRESH = 16  # ends after which forecasts are asked for anew; half of all, once that is more
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
+OUTPUTS = 15  # equally likely outputs that a forecast is replaced by
 USUAL = 50  # requests over which means are taken
 
 
@@ -75,7 +77,9 @@ class Adaptive:
         link = outlook.transfer
         self._token_s = 0.0 if link is None else outlook.block_bytes / outlook.block_size / link.bytes_per_s
         self._terms: dict[str, Terms] = {}
-        self._medians: dict[int, float] = {}
+        self._outputs: dict[
+            int, tuple[float, ...]
+        ] = {}  # quantiles of forecasts, by the bits of the prompt's length
         self._refresh = 1
         self._mean_prompt, self._delay_s = 512.0, 0.0
         self._last = (0.0, 0)  # who came last: when, and its tokens
@@ -94,7 +98,7 @@ class Adaptive:
             self.plan.has_ended(prompt_tokens, output_tokens)
             if self.plan.ended >= self._refresh:
                 self._refresh += max(REFRESH, self._refresh // 2)
-                self._medians.clear()
+                self._outputs.clear()
 
     def choose(self, job: JobView, workers: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
         views = list(workers)
@@ -172,14 +176,16 @@ class Adaptive:
 
     def _ask(self, job: JobView, now: float) -> Ask:
         tokens, costs, kind = job.uncached_tokens, self.costs, job.prompt_tokens.bit_length()
-        output = self._medians.get(kind)
-        if output is None:
-            output = self.predictor.predict(job.prompt_tokens, job.params.max_tokens).quantile(0.5)
-            self._medians[kind] = output
+        of_many = self._outputs.get(kind)
+        if of_many is None:
+            ahead = self.predictor.predict(job.prompt_tokens, job.params.max_tokens)
+            levels = [(number + 0.5) / OUTPUTS for number in range(OUTPUTS)]
+            of_many = self._outputs[kind] = tuple([ahead.quantile(level) - 1.0 for level in levels])
+        gaps = max(1.0, of_many[OUTPUTS // 2])
+        output = gaps + 1.0
         alone_s, (pull_s, seen_s) = costs.prompt(tokens), costs.pulls(tokens)
         weight = SECONDS_WORTH / (alone_s + output * costs.decode(1, tokens))
-        gaps = max(1.0, output - 1)
-        return Ask(tokens, alone_s, pull_s, seen_s, gaps, output, now - job.arrival, weight)
+        return Ask(tokens, alone_s, pull_s, seen_s, gaps, output, now - job.arrival, weight, of_many)
 
     def _best(self, job: JobView, views: Sequence[WorkerView], now: float) -> Decision | Postponed | None:
         ask, slo, costs = self._ask(job, now), self.slo, self.costs
@@ -214,7 +220,7 @@ class Adaptive:
         worker is not among the best: no part of a cost is negative.
         """
         slo, known = self.slo, self._terms
-        tokens, alone_s, _, moved_s, gaps, output, waited_s, weight = ask
+        tokens, alone_s, _, moved_s, gaps, output, waited_s, weight, of_many = ask
         by_token, by_link = weight * output, self._slope / gaps + weight
         latest_s, scale = slo.ttft_s - waited_s, TTFT_DOUBT * slo.ttft_s
         beside, typical = self.costs.beside_all(tokens), self._typical()
@@ -228,13 +234,15 @@ class Adaptive:
                 each = self._look(view, typical, now)
             (
                 _, _, role, active, exposed, room, free_at, wait_s, pace_s, harm,
-                tpot_s, own, late, joining_s, more, spread, link, full,
+                tpot_s, own, late, slack_s, joining_s, more, spread, link, full,
             ) = each  # fmt: skip
             if role is not PREFILL:
                 decodes = own + more + by_token * spread
                 # A mixed worker that is full keeps its room: others' outputs would wait there, and its own prompts.
                 if decodes + move < second_target_cost and (role is DECODE or not full):
-                    comes = decodes + (moved_s + joining_s) / gaps * (late + by_token)
+                    all_s = moved_s + joining_s
+                    comes = decodes + all_s / gaps * (late + by_token)
+                    comes += (1.0 - own) * bisect_left(of_many, all_s / slack_s) / OUTPUTS
                     if comes < target_cost:
                         second_target, second_target_cost = target, target_cost
                         target, target_cost = each, comes

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nanopd_lab.router.step_costs import StepCosts
 
 GOLDEN = (math.sqrt(5) - 1) / 2
-STRATA = 8  # output lengths that a forecast is replaced by
+STRATA = 16  # output lengths that a forecast is replaced by
 SAMPLED = 8  # outputs under way of a kind that are looked at
 SLICE = 16  # requests between two pauses
 

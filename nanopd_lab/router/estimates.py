@@ -15,6 +15,7 @@ does not depend on the request is worked out when a view is new (`Terms`); the r
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from math import exp, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -51,6 +52,7 @@ class Terms(NamedTuple):
     prompt_harm: misses of others for each second that a prompt takes beside them
     tpot_s, tpot_misses: the request's own, without a handover
     handover_slope: misses for each second a token more
+    slack_s: that a token may take longer, over all of an output, until it misses
     joining_s: that an output from elsewhere waits for steps here
     output_harm: misses of others by one more output
     spread_s: what one token more costs, all together
@@ -71,6 +73,7 @@ class Terms(NamedTuple):
     tpot_s: float
     tpot_misses: float
     handover_slope: float
+    slack_s: float
     joining_s: float
     output_harm: float
     spread_s: float
@@ -91,7 +94,7 @@ class Ask(NamedTuple):
 
     alone_s, pull_s: its prompt, and all its KV over an idle link
     moved_s: what of that can be seen
-    gaps: tokens of its output behind the first
+    gaps: tokens of its output behind the first; of_many: of as many outputs as likely as each other, in order
     weight: what a second counts in misses
     """
 
@@ -103,6 +106,7 @@ class Ask(NamedTuple):
     output: float
     waited_s: float
     weight: float
+    of_many: tuple[float, ...]
 
 
 def terms_of(
@@ -163,6 +167,7 @@ def terms_of(
     free = 1.0 - share
     full = False
     tpot_s = own = handover_slope = joining_s = output_harm = spread_s = prompt_harm = 0.0
+    slack_s = math.inf
     if role is not PREFILL:
         outputs = 0
         if (
@@ -196,6 +201,7 @@ def terms_of(
             spread_s += outputs * (after_s - before_s)
         if promised:  # `miss`, without its calls: an estimate can't be so low that `exp` would overflow
             own, step = 1 / (1 + exp(unmissed - by_s * tpot_s)), 0.1 * slo_s
+            slack_s = max(slo_s - tpot_s, doubt * slo_s)
             handover_slope = (1 / (1 + exp(unmissed - by_s * (tpot_s + step))) - own) / step
             alone = 1 / (1 + exp(unmissed - by_s * tpot_s * before_s / after_s)) if outputs else own
             if crowd:
@@ -211,7 +217,7 @@ def terms_of(
         prompt_harm = exposed * gone / usual_s
     found = (
         view, now + FRESH_S, role, active, exposed, room, free_at, wait_s, pace_s, prompt_harm, tpot_s,
-        own, handover_slope, joining_s, output_harm, spread_s, leaving_tokens * token_s, full,
+        own, handover_slope, slack_s, joining_s, output_harm, spread_s, leaving_tokens * token_s, full,
     )  # fmt: skip
     return tuple.__new__(Terms, found)  # much quicker than by name, and made for each change of a worker
 
@@ -264,12 +270,19 @@ def as_source(terms: Terms, ask: Ask, costs: StepCosts, slo: Slo, now: float) ->
 
 def as_target(terms: Terms, ask: Ask, moves: bool) -> dict[str, float]:
     """What t adds to a pair's cost, by name."""
-    moved_s = (ask.moved_s + terms.joining_s) / ask.gaps if moves else 0.0
+    moved_s = ask.moved_s + terms.joining_s if moves else 0.0
+    by_length = (1.0 - terms.tpot_misses) * too_few(ask.of_many, moved_s / terms.slack_s)
+    moved_s /= ask.gaps
     return {
-        "tpot_misses": terms.tpot_misses + terms.handover_slope * moved_s,
+        "tpot_misses": terms.tpot_misses + terms.handover_slope * moved_s + by_length,
         "misses_by_output": terms.output_harm,
         "waiting_for_output": ask.weight * ask.output * (terms.spread_s + moved_s),
     }
+
+
+def too_few(lengths: tuple[float, ...], tokens: float) -> float:
+    """The share of outputs that are too short to make up for what takes as long as so many tokens have to spare."""
+    return bisect_left(lengths, tokens) / len(lengths)
 
 
 def link_cost(source: Terms, ask: Ask, slope: float) -> float:
