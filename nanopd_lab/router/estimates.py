@@ -147,6 +147,8 @@ def terms_of(
             work_s = costs.queued(mean, prefilling)
         # A step is planned ahead: who comes until then shares the prompt's own, if it has room for more than one.
         free_at, wait_s = since + work_s, 0.0
+        if free_at < now:  # it is stuck, for want of room perhaps: as long again
+            free_at = 2 * now - free_at
         if active or 2 * mean <= budget:
             shared_s = (SHARED if active else SHARED_ALONE) * work_s
             wait_s = (costs.wait_steps - 0.5) * pace_s + (
