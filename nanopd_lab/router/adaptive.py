@@ -16,6 +16,7 @@ from math import exp
 from typing import TYPE_CHECKING
 
 from nanopd_lab.core import Route
+from nanopd_lab.router.arrivals import certain
 from nanopd_lab.router.estimates import (
     MEMORY_S,
     SECONDS_WORTH,
@@ -77,9 +78,8 @@ class Adaptive:
         link = outlook.transfer
         self._token_s = 0.0 if link is None else outlook.block_bytes / outlook.block_size / link.bytes_per_s
         self._terms: dict[str, Terms] = {}
-        self._outputs: dict[
-            int, tuple[float, ...]
-        ] = {}  # quantiles of forecasts, by the bits of the prompt's length
+        # Tokens behind the first of equally likely outputs, by the bits of the prompt's length.
+        self._outputs: dict[int, tuple[float, ...]] = {}
         self._refresh = 1
         self._mean_prompt, self._delay_s = 512.0, 0.0
         self._last = (0.0, 0)  # who came last: when, and its tokens
@@ -179,7 +179,7 @@ class Adaptive:
         of_many = self._outputs.get(kind)
         if of_many is None:
             ahead = self.predictor.predict(job.prompt_tokens, job.params.max_tokens)
-            levels = [(number + 0.5) / OUTPUTS for number in range(OUTPUTS)]
+            levels = certain(self.plan.lengths.of(kind).ends, OUTPUTS)
             of_many = self._outputs[kind] = tuple([ahead.quantile(level) - 1.0 for level in levels])
         gaps = max(1.0, of_many[OUTPUTS // 2])
         output = gaps + 1.0
@@ -242,7 +242,8 @@ class Adaptive:
                 if decodes + move < second_target_cost and (role is DECODE or not full):
                     all_s = moved_s + joining_s
                     comes = decodes + all_s / gaps * (late + by_token)
-                    comes += (1.0 - own) * bisect_left(of_many, all_s / slack_s) / OUTPUTS
+                    if comes < second_target_cost:
+                        comes += (1.0 - own) * bisect_left(of_many, all_s / slack_s) / OUTPUTS
                     if comes < target_cost:
                         second_target, second_target_cost = target, target_cost
                         target, target_cost = each, comes

@@ -23,6 +23,15 @@ SAMPLED = 8  # outputs under way of a kind that are looked at
 SLICE = 16  # requests between two pauses
 
 
+def certain(ended: int, count: int) -> list[float]:
+    """`count` equally likely levels of a forecast after so many ends of its kind, in order.
+
+    As long as little has ended, the tails of a forecast are those of doubt, not of lengths: they are left out.
+    """
+    surely = (2 + ended) / (20 + ended)
+    return [0.5 + surely * ((number + 0.5) / count - 0.5) for number in range(count)]
+
+
 class Arrival(NamedTuple):
     """When a request came (s), and tokens: of its prompt, and that its output may have."""
 
@@ -65,13 +74,8 @@ class Arrivals:
                 own = sorted(ages.get(kind, ()))
                 step = max(1, len(own) // SAMPLED)
                 mean = lengths.look(kind, len(own), own[step // 2 :: step])
-                # As long as little has ended, the tail of a forecast is that of doubt, not of lengths.
-                ended = lengths.of(kind).ends
-                surely = (2 + ended) / (20 + ended)
                 ahead = predictor.predict(prompt, most)
-                shape = [
-                    ahead.quantile(0.5 + surely * ((number + 0.5) / STRATA - 0.5)) for number in range(STRATA)
-                ]
+                shape = [ahead.quantile(level) for level in certain(lengths.of(kind).ends, STRATA)]
                 scale = mean * STRATA / sum(shape)
                 self._lengths[kind] = [max(1, min(most, round(length * scale))) for length in shape]
                 yield

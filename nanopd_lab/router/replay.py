@@ -23,6 +23,8 @@ from nanopd_lab.router.step_costs import StepCosts
 # Of a decode worker, from when the KV could be there until its first step with it: 3.3 to 3.9 in busy simulations.
 JOINING_STEPS = 3.5
 SLICE = 4  # requests between two pauses
+LINKS_BUSY = 0.5  # of the time, from which on pulls wait for each other for long
+AGAIN = 4  # times that arrivals come again where links are busy
 
 
 class ReplayJob(NamedTuple):
@@ -82,15 +84,23 @@ def first_tokens(
     for worker in workers:
         worker.advance(math.inf)
     yield
-    sending, getting = dict.fromkeys(workers, 0.0), [0.0] * max(1, targets)
+    order = sorted(zip(firsts, range(len(jobs)), strict=True))
+    span_s = (jobs[-1].arrival - jobs[0].arrival) * len(jobs) / max(1, len(jobs) - 1)
+    sending, getting, turn = dict.fromkeys(workers, 0.0), [0.0] * max(1, targets), 0
     found = [(math.inf, 0.0)] * len(jobs)
-    for turn, (first, number) in enumerate(sorted(zip(firsts, range(len(jobs)), strict=True))):
-        if first < math.inf:
-            whole, seen = costs.pulls(jobs[number].prompt_tokens)
-            source, target = sources[number], turn % len(getting)
-            moved = max(first + seen, max(sending[source], getting[target]) + whole)
-            sending[source] = getting[target] = moved
-            found[number] = first - jobs[number].arrival, moved - first
+    # A queue at links that are nearly full builds up over more prompts than these: then they come again and again.
+    busy_s = sum(costs.pulls(job.prompt_tokens)[0] for job in jobs) / min(len(workers), len(getting))
+    for turns in range(AGAIN if busy_s > LINKS_BUSY * span_s else 1):
+        since = turns * span_s
+        for first, number in order:
+            if first < math.inf:
+                whole, seen = costs.pulls(jobs[number].prompt_tokens)
+                source, target = sources[number], turn % len(getting)
+                moved = max(since + first + seen, max(sending[source], getting[target]) + whole)
+                sending[source] = getting[target] = moved
+                found[number] = first - jobs[number].arrival, moved - since - first
+            turn += 1
+        yield
     return found
 
 

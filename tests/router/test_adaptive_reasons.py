@@ -174,6 +174,35 @@ def test_a_prompt_waits_for_room_too() -> None:
     assert waits[1] - waits[0] == pytest.approx((3600 + 400 - 3200) / 3600 * 100 * costs.decode(8, 0))
 
 
+def test_a_worker_whose_prompts_are_overdue_is_stuck_for_as_long_again() -> None:
+    """Whatever the reason: it may be out of blocks where estimates say that it has room."""
+    told = outlook(Slo(0.5, 0.03))
+    view = worker("a", prefilling=1, prefill_tokens=100, decoding=4, decode_tokens=400)
+    costs, usual = StepCosts(told), Typical(100, 50.0, 0.0)
+    begun = terms_of(view, costs, told.slo, usual, 0.0, 0.0, 0.0)
+    overdue = terms_of(view, costs, told.slo, usual, 0.0, 0.0, begun.free_at + 2.0)
+    assert overdue.free_at == pytest.approx(begun.free_at + 4.0)
+
+
+def test_short_outputs_do_not_move_where_they_could_not_make_up_for_it() -> None:
+    """A handover takes what some twenty tokens have to spare: of outputs of 200 tokens none minds, of those of which a
+    half have 10 and a half 400 every other one misses."""
+    told = outlook(Slo(1.0, 0.016), TransferModel(0.0, 0.0, 1e6))
+    long, both = Adaptive(told), Adaptive(told)
+    for number in range(400):
+        long.finished(100, 200 + number % 10, False, 0.0)
+        both.finished(100, 10 if number % 2 else 400, False, 0.0)
+    views = [worker("a", decoding=8, decode_tokens=800), worker("b", Role.DECODE)]
+    moved = []
+    for policy in (long, both):
+        decision = policy.choose(job(100), views, 1.0)
+        assert isinstance(decision, Decision)
+        pairs = {each.route: each.terms for each in decision.explain().candidates}
+        moved.append(pairs[Route("a", "b")]["tpot_misses"])
+    assert moved[0] < 0.1
+    assert moved[1] > 0.4
+
+
 def test_mixed_workers_that_are_full_get_no_outputs_from_others() -> None:
     """Moves between mixed workers leave the room of those that prefill unused, and outputs wait where there is none."""
     arrivals, slo = requests(300, 30.0, 300, 60), Slo(0.4, 0.06)
@@ -221,7 +250,7 @@ def test_a_plan_looks_at_the_newest_arrivals() -> None:
 def test_a_pull_waits_for_the_cards_at_both_ends() -> None:
     """Two prompts of one worker go to two targets: one card sends both. Of two workers, each sends its own."""
     costs = StepCosts(outlook(Slo(0.5, 0.03), TransferModel(0.0, 0.0, 4e6)))
-    jobs = [ReplayJob(0.0, 400, 5), ReplayJob(0.0, 400, 5)]
+    jobs = [ReplayJob(0.0, 400, 5), ReplayJob(0.0, 400, 5), ReplayJob(30.0, 400, 5)]
     whole = costs.pull(400)
     for workers, targets, wait in ((1, 2, True), (2, 2, False), (2, 1, True)):
         steps = first_tokens(costs, jobs, [0.0] * workers, [], targets, 10.0)
@@ -229,7 +258,7 @@ def test_a_pull_waits_for_the_cards_at_both_ends() -> None:
             while True:
                 next(steps)
         except StopIteration as stop:
-            (_, one), (_, two) = stop.value
+            (_, one), (_, two), _ = stop.value
         assert one == pytest.approx(whole)
         assert (two > 1.5 * whole) is wait
 
@@ -238,10 +267,11 @@ def test_an_xpyd_whose_links_are_nearly_full_is_not_chosen() -> None:
     """Each prompt's KV takes 50 ms to move and one comes every 28: 90 % of two cards' time, if none ever waited for the
     other end's."""
     link = TransferModel(0.0, 0.0, 8e6)
-    arrivals, slo = requests(400, 36.0, 400, 40), Slo(1.5, 0.016)
-    best = attained(arrivals, slo, "collocated", 4, link=link)
-    assert best > attained(arrivals, slo, "2p2d", 4, link=link) + 0.3
-    assert attained(arrivals, slo, "adaptive", 4, link=link) > best - 0.06
+    for count in (400, 800):
+        arrivals, slo = requests(count, 36.0, 400, 40), Slo(1.5, 0.016)
+        best = attained(arrivals, slo, "collocated", 4, link=link)
+        assert best > attained(arrivals, slo, "2p2d", 4, link=link) + 0.3
+        assert attained(arrivals, slo, "adaptive", 4, link=link) > best - 0.06
 
 
 def test_outputs_that_can_bear_prompts_do_not_hold_a_change_up() -> None:
