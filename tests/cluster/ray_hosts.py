@@ -75,10 +75,11 @@ class Hosts:
     def start_other(self, bridge: str, number: int) -> None:
         link, address = f"{bridge}v{number}", f"{self.network}.{number}"
         apart = ["unshare", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc", "--time"]
+        # Where Ray has given up all that it began is killed: of this host only, which sees no other processes.
         inside = (
             "mount -t tmpfs tmpfs /dev/shm; mount -t sysfs sysfs /sys; read up; "
             "ip link set lo up; ip link set eth0 up; "
-            f'ip addr add {address}/24 dev eth0; until "$0" "$@"; do kill -9 -1; done'
+            f'ip addr add {address}/24 dev eth0; until "$0" "$@"; do [ $$ = 1 ] && kill -9 -1; done'
         )
         clock = ["--monotonic", str((number - 1) * AHEAD_S)]
         process = self._ray([*apart, *clock, "sh", "-c", inside], address, f"--address={self.address}")
