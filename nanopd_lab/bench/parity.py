@@ -7,9 +7,9 @@ controller, workers and schedulers with steps from the cost model. Times count f
 caller sees them; a late submission counts against the system. Policies take turns, so that what slows the machine down
 for a while slows all alike, and each begins every round anew; none is told how long outputs will be.
 
-A shared machine's speed changes by the minute, which no model of its steps can know. With a yardstick, one request that
-is served alone before and after each round, the round is simulated at the speed that the machine had: what is compared
-then is everything but that one number.
+A shared machine's speed changes by the minute, which no model of its steps can know. At its own pace (`--own-pace`),
+what all of its steps took by what the cost model says of them, a round is simulated at the speed that the machine had:
+what is compared then is everything but that one number.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from nanopd_lab.bench.ranking import agreement
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import ClusterConfig
+from nanopd_lab.cluster.host import StepRecord
 from nanopd_lab.cluster.outputs import RequestFailedError
 from nanopd_lab.provenance import provenance
 from nanopd_lab.router import Slo
@@ -50,13 +51,11 @@ RANKED = (
     ATTAINMENT,
 )
 
-YARDSTICK = SimRequest(
-    "yardstick", 0.0, 64, 16
-)  # a prompt and 15 decode steps, about a second of the embedded model
-
 Figures = dict[str, float]
 Simulate = Callable[[str, Sequence[SimRequest], float | None], SimResult]
-"""Serves requests in virtual time, by a policy's name, on a machine that takes so many seconds for the yardstick."""
+"""Serves requests in virtual time, by a policy's name, on a machine at such a pace; None: the model's own."""
+Paced = Callable[[Mapping[str, Sequence[StepRecord]]], float]
+"""The pace that the steps of all workers show, see `steps_pace.pace_of`."""
 Key = tuple[str, float, int]
 """Policy, requests a second, seed."""
 
@@ -64,7 +63,7 @@ Key = tuple[str, float, int]
 class Round(NamedTuple):
     """The same requests, served and simulated; `provenance` of the former.
 
-    yardstick_s: what YARDSTICK took around it, if that was measured
+    pace: seconds that its steps took, by those that the cost model says of the same steps; None: not measured
     """
 
     policy: str
@@ -74,7 +73,7 @@ class Round(NamedTuple):
     real: Figures
     simulated: Figures
     provenance: dict[str, Any]
-    yardstick_s: float | None = None
+    pace: float | None = None
 
     @property
     def key(self) -> Key:
@@ -116,45 +115,39 @@ def compare(
     config: ClusterConfig,
     loads: Mapping[Key, Sequence[SimRequest]],
     simulate: Simulate,
-    with_yardstick: bool = False,
+    paced: Paced | None = None,
 ) -> Iterator[Round]:
     """Serve and simulate each of `loads`, in their order, all on one real cluster; a round for each as it is done.
 
     Args:
         config: its policy is not looked at; without a prefix cache, which would know the prompts of other policies
-        with_yardstick: measure the machine's speed before and after each
+        paced: measures the pace of each from its steps, which are kept then
+
+    Raises:
+        RequestFailedError: a request was refused or ended with an error.
+        ValueError: a round has no pace.
     """
     slo = Slo.parse(config.goodput)
-    with Cluster(replace(config, policy="collocated")) as cluster:
+    with Cluster(replace(config, policy="collocated", trace=paced is not None)) as cluster:
         serve(cluster, [SimRequest(f"warm-up-{n}", 0.0, 40, 4) for n in range(2 * config.workers)])
-        before = measured_yardstick(cluster, 0) if with_yardstick else None
-        for number, ((policy, rate, seed), requests) in enumerate(loads.items(), 1):
+        for (policy, rate, seed), requests in loads.items():
             cluster.use_policy(policy)
+            if paced is not None:
+                cluster.steps()  # those of before are thrown away
             named = [replace(each, request_id=f"{rate}-{seed}-{each.request_id}") for each in requests]
             real = SimResult(list(serve(cluster, named, seed=seed)), [], 0, 0)
             cluster.check_integrity()
-            yardstick_s = None
-            if before is not None:
-                after = measured_yardstick(cluster, number)
-                yardstick_s, before = (before + after) / 2, after
+            pace = None if paced is None else paced(cluster.steps())
             yield Round(
                 policy,
                 rate,
                 seed,
                 len(requests),
                 figures(real, slo),
-                figures(simulate(policy, requests, yardstick_s), slo),
+                figures(simulate(policy, requests, pace), slo),
                 provenance(),
-                yardstick_s,
+                pace,
             )
-
-
-def measured_yardstick(cluster: Cluster, number: int, repeats: int = 3) -> float:
-    """Seconds from arrival to end of YARDSTICK, alone on an idle cluster; the median of so many, one after another."""
-    cluster.use_policy("collocated")
-    names = [f"yardstick-{number}-{repeat}" for repeat in range(repeats)]
-    records = [serve(cluster, [replace(YARDSTICK, request_id=name)])[0] for name in names]
-    return statistics.median(each.e2e_s for each in records if each.e2e_s is not None)
 
 
 class Rounds:
@@ -174,6 +167,7 @@ class Rounds:
             record = json.loads(line)
             if record.pop("settings") != self.settings:
                 raise ValueError(f"{path.name} holds rounds of other settings; give another file")
+            record.pop("yardstick_s", None)  # always None here: older files say so of rounds without one
             found = Round(**record)
             self.done[found.key] = found
 
@@ -217,7 +211,7 @@ def records_of(rounds: Iterable[Round]) -> list[dict[str, Any]]:
                         "seed": each.seed,
                         "real": each.real,
                         "simulated": each.simulated,
-                        **({"yardstick_s": each.yardstick_s} if each.yardstick_s else {}),
+                        **({} if each.pace is None else {"pace": each.pace}),
                     }
                     for each in group
                 ],

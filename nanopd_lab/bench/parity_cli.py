@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanopd_lab.cost.files import CostModel
-    from nanopd_lab.cost.iteration import IterationModel
     from nanopd_lab.sim import SimConfig
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -36,10 +35,10 @@ def register(subparsers: _Subparsers) -> None:
         "anew with it, and policies go by --cost-model as before; if there is none, it is measured and written there",
     )
     parser.add_argument(
-        "--yardstick",
+        "--own-pace",
         action="store_true",
-        help="serve one request alone before and after each round, and simulate it at the speed that this shows: "
-        "for machines that others use too",
+        help="simulate each round at the pace that its own steps show: for machines that others use too; not together "
+        "with --simulate-with",
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
@@ -67,10 +66,15 @@ def register(subparsers: _Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure the cost model if need be, serve, simulate, print the tables, write the records."""
+    """Measure the cost model if need be, serve, simulate, print the tables, write the records.
+
+    Raises:
+        ValueError: arguments that don't go together, or rounds of other settings.
+    """
+    from functools import partial
+
     from nanopd_lab.bench.parity import (
         RANKING_SCHEMA,
-        YARDSTICK,
         Rounds,
         compare,
         figures,
@@ -79,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         records_of,
         table,
     )
+    from nanopd_lab.bench.steps_pace import pace_of
     from nanopd_lab.cluster.config import ClusterConfig
     from nanopd_lab.provenance import provenance
     from nanopd_lab.router import Slo, Veiled, create_policy
@@ -86,6 +91,12 @@ def run(args: argparse.Namespace) -> int:
     from nanopd_lab.sim.timing import CostTime
     from nanopd_lab.sim.workload import Lengths, poisson_arrivals
 
+    if args.own_pace and args.simulate_with:
+        # A pace is relative to one model, and the steps that it was taken from are not kept.
+        raise ValueError(
+            "--own-pace is measured by the model of --cost-model, and --simulate-with is another model; leave one of "
+            "them out"
+        )
     cost = _cost_model(args, args.cost_model)
     lengths = (
         Lengths(args.input_median, 0.6, round(6 * args.input_median)),
@@ -109,16 +120,12 @@ def run(args: argparse.Namespace) -> int:
     times = _cost_model(args, args.simulate_with) if args.simulate_with else cost
     settings, outlook = _settings(args, times), config.outlook()
 
-    def simulated(name: str, requests: Sequence[SimRequest], model: IterationModel) -> SimResult:
+    def simulate(name: str, requests: Sequence[SimRequest], pace: float | None) -> SimResult:
         policy, roles = create_policy(name, args.workers, outlook)
+        model = times.iteration.scaled(1.0 if pace is None else pace)
         return Simulator(Veiled(policy), roles, CostTime(model), requests, settings).run()
 
-    modelled_s = simulated("collocated", [YARDSTICK], times.iteration).mean("e2e_s")
-
-    def simulate(name: str, requests: Sequence[SimRequest], yardstick_s: float | None) -> SimResult:
-        speed = 1.0 if yardstick_s is None else yardstick_s / modelled_s
-        return simulated(name, requests, times.iteration.scaled(speed))
-
+    paced = partial(pace_of, seconds=cost.iteration.seconds, company=cost.company) if args.own_pace else None
     for policy in args.policies:  # all are checked before the first is measured
         create_policy(policy, args.workers, outlook)
     rounds = Rounds(args.rounds_filename, _shared(args, cost))
@@ -134,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         return poisson_arrivals(args.num_prompts, rate, lengths, seed)
 
     loads = {turn: requests_of(turn[1], turn[2]) for turn in turns}
-    for found in compare(config, loads, simulate, args.yardstick) if loads else ():
+    for found in compare(config, loads, simulate, paced) if loads else ():
         rounds.add(found)
         print(f"{found.policy}, {found.rate:g} requests/s, seed {found.seed}: done", flush=True)
     done = list(rounds.done.values())
@@ -142,9 +149,7 @@ def run(args: argparse.Namespace) -> int:
         slo = Slo.parse(args.goodput)
         done = [
             each._replace(
-                simulated=figures(
-                    simulate(each.policy, requests_of(each.rate, each.seed), each.yardstick_s), slo
-                )
+                simulated=figures(simulate(each.policy, requests_of(each.rate, each.seed), None), slo)
             )
             for each in done
         ]
@@ -208,8 +213,8 @@ def _shared(args: argparse.Namespace, cost: CostModel) -> Mapping[str, Any]:
         "model", "workers", "num_prompts", "input_median", "output_median", "dtype", "compilation",
         "max_num_batched_tokens", "kv_blocks", "goodput",
     )  # fmt: skip
-    yardstick = {"yardstick": True} if args.yardstick else {}
-    return {**{name: getattr(args, name) for name in names}, **yardstick, "profiled": cost.source}
+    own_pace = {"own_pace": True} if args.own_pace else {}
+    return {**{name: getattr(args, name) for name in names}, **own_pace, "profiled": cost.source}
 
 
 def _settings(args: argparse.Namespace, cost: CostModel) -> SimConfig:

@@ -6,6 +6,7 @@ its own (`worker_loop`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
@@ -43,7 +44,10 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step for the timeline: when, and (key, tokens, whether it is a decode step) of each chunk."""
+    """One step for the timeline: when, and (key, tokens, whether it is a decode step) of each chunk.
+
+    It begins when it is planned, or, where steps are launched ahead, not before the end of the one before it.
+    """
 
     begin: float
     end: float
@@ -92,6 +96,8 @@ class WorkerHost:
     post: Callable[[list[FromWorker]], None] | None = None
     progressed: bool = False  # the last turn got on with a step
     _loop: StepLoop = field(init=False)
+    _turned_at: float = field(default=-math.inf, init=False)  # when the last turn came to its step
+    _ended_at: float = field(default=-math.inf, init=False)  # the last step
 
     def __post_init__(self) -> None:
         self._loop = StepLoop(self, self.runner.launch, self.ahead)
@@ -115,7 +121,9 @@ class WorkerHost:
                 core.handle(message, now)
         self._pulls()
         core.tick(self.clock())
-        begin, done = core.now, None
+        # A step that is under way was launched by the turn before this one.
+        begin, done = core.now if self._loop.under_way is None else self._turned_at, None
+        self._turned_at = core.now
         try:
             done = self._loop.step()
         except Exception as error:
@@ -126,7 +134,8 @@ class WorkerHost:
                 (c.sequence.request.request_id, c.count, c.start >= c.sequence.prompt_len)
                 for c in done[0].chunks
             )
-            self.steps.append(StepRecord(begin, core.now, chunks))
+            self.steps.append(StepRecord(max(begin, self._ended_at), core.now, chunks))
+            self._ended_at = core.now
         self._pulls()
         found, core.outbox = core.outbox, []
         return found

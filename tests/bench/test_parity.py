@@ -83,27 +83,64 @@ def test_the_command_writes_both_sides_ranks_and_goes_on(
     assert "rounds of other settings" in capsys.readouterr().err
 
 
-def test_with_a_yardstick_the_models_speed_does_not_matter(tmp_path: Path) -> None:
-    """A model that is four times as slow says the same of a round whose machine's speed was measured."""
-    models = tmp_path / "model.json", tmp_path / "slow.json"
-    for path, factor in zip(models, (1.0, 4.0), strict=True):
+def test_at_its_own_pace_the_models_speed_does_not_matter(tmp_path: Path) -> None:
+    """A model that is four times as slow says the same of a round: its pace by it is a quarter."""
+    for name, factor in (("model", 1.0), ("slow", 4.0)):
         model = IterationModel(1e-3, 1e-3, 1e-5, 0.0, 0.0, 0.0).scaled(factor)
-        CostModel("tiny", "here", model, fit={"block_bytes": 2048}).save(path)
-    result = tmp_path / "parity.json"
+        CostModel("tiny", "here", model, fit={"block_bytes": 2048}).save(tmp_path / f"{name}.json")
+        result, rounds = tmp_path / f"parity-{name}.json", tmp_path / f"{name}.jsonl"
+        arguments = [
+            "parity", "--model", "random:tiny", "--cost-model", str(tmp_path / f"{name}.json"), "--policies",
+            "collocated", "--request-rates", "20", "--num-prompts", "12", "--input-median", "20", "--output-median",
+            "12", "--kv-blocks", "100", "--seeds", "0", "--rounds-filename", str(rounds), "--result-filename",
+            str(result), "--own-pace",
+        ]  # fmt: skip
+        assert main(arguments) == 0
+        (record,) = json.loads(result.read_text())
+        assert record["simulated"]["p50_tpot_ms"] == pytest.approx(record["real"]["p50_tpot_ms"], rel=0.35)
+        (each,) = record["rounds"]
+        # By the model 2 ms a decode step, and a little for each of a few that share it.
+        at_pace_one = each["simulated"]["p50_tpot_ms"] / (factor * each["pace"])
+        assert at_pace_one == pytest.approx(2.0, rel=0.1)
+        kept = rounds.read_text()
+        assert main(arguments[:-1]) == 2  # rounds of other settings
+        assert main(arguments) == 0
+        assert rounds.read_text() == kept
+        assert json.loads(result.read_text())[0]["rounds"] == record["rounds"]
+
+
+def test_another_model_has_no_pace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.json"
     arguments = [
-        "parity", "--model", "random:tiny", "--cost-model", str(models[0]), "--policies", "collocated",
-        "--request-rates", "20", "--num-prompts", "6", "--input-median", "20", "--output-median", "6", "--kv-blocks",
-        "100", "--seeds", "0", "--rounds-filename", str(tmp_path / "rounds.jsonl"), "--result-filename", str(result),
-    ]  # fmt: skip
-    assert main([*arguments, "--yardstick"]) == 0
-    (first,) = json.loads(result.read_text())
-    (each,) = first["rounds"]
-    # 16 steps of about 2 ms by the model; the simulated times are those of a machine that takes what was measured.
-    assert each["simulated"]["p50_tpot_ms"] == pytest.approx(1e3 * each["yardstick_s"] / 16, rel=0.2)
-    assert main([*arguments, "--yardstick", "--simulate-with", str(models[1])]) == 0
-    (again,) = json.loads(result.read_text())
-    assert again["simulated"] == pytest.approx(first["simulated"])
-    assert main(arguments) == 2  # rounds of other settings
+        "parity",
+        "--cost-model",
+        str(path),
+        "--own-pace",
+        "--simulate-with",
+        str(tmp_path / "b.json"),
+    ]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "--own-pace" in said
+    assert "--simulate-with" in said
+    assert not path.exists()
+
+
+def test_rounds_of_older_files_have_no_pace(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    old = {
+        "policy": "1p1d",
+        "rate": 0.5,
+        "seed": 0,
+        "num_prompts": 2,
+        "real": {},
+        "simulated": {},
+        "provenance": {},
+    }
+    path.write_text(json.dumps({"settings": {"workers": 2}, **old, "yardstick_s": None}) + "\n")
+    (found,) = parity.Rounds(path, {"workers": 2}).done.values()
+    assert found.key == ("1p1d", 0.5, 0)
+    assert found.pace is None
 
 
 def test_a_cost_model_that_is_not_there_is_measured(tmp_path: Path) -> None:
