@@ -167,7 +167,6 @@ class Rounds:
             record = json.loads(line)
             if record.pop("settings") != self.settings:
                 raise ValueError(f"{path.name} holds rounds of other settings; give another file")
-            record.pop("yardstick_s", None)  # always None here: older files say so of rounds without one
             found = Round(**record)
             self.done[found.key] = found
 

@@ -97,7 +97,6 @@ def test_at_its_own_pace_the_models_speed_does_not_matter(tmp_path: Path) -> Non
         ]  # fmt: skip
         assert main(arguments) == 0
         (record,) = json.loads(result.read_text())
-        assert record["simulated"]["p50_tpot_ms"] == pytest.approx(record["real"]["p50_tpot_ms"], rel=0.35)
         (each,) = record["rounds"]
         # By the model 2 ms a decode step, and a little for each of a few that share it.
         at_pace_one = each["simulated"]["p50_tpot_ms"] / (factor * each["pace"])
@@ -124,23 +123,6 @@ def test_another_model_has_no_pace(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--own-pace" in said
     assert "--simulate-with" in said
     assert not path.exists()
-
-
-def test_rounds_of_older_files_have_no_pace(tmp_path: Path) -> None:
-    path = tmp_path / "rounds.jsonl"
-    old = {
-        "policy": "1p1d",
-        "rate": 0.5,
-        "seed": 0,
-        "num_prompts": 2,
-        "real": {},
-        "simulated": {},
-        "provenance": {},
-    }
-    path.write_text(json.dumps({"settings": {"workers": 2}, **old, "yardstick_s": None}) + "\n")
-    (found,) = parity.Rounds(path, {"workers": 2}).done.values()
-    assert found.key == ("1p1d", 0.5, 0)
-    assert found.pace is None
 
 
 def test_a_cost_model_that_is_not_there_is_measured(tmp_path: Path) -> None:
