@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from nanopd_lab.router.outlook import Outlook
 
 PATIENCE, LONGEST_S = (
-    20,
-    10.0,
+    60,
+    30.0,
 )  # how long a late one lets others pass: so many times its objective, at least so long
 CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
@@ -52,6 +52,8 @@ QUICK = 0.25  # of a prompt's own time: its KV moves quickly if it takes no more
 REFRESH = 16  # ends after which forecasts are asked for anew; half of all, once that is more
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 OUTPUTS = 15  # equally likely outputs that a forecast is replaced by
+# Outputs that wait for a link or for room, so many and by those that run: something has changed, and a plan is due.
+CROWD, CROWDED = 4, 0.25
 USUAL = 50  # requests over which means are taken
 
 
@@ -151,6 +153,8 @@ class Adaptive:
         pending, self._pending = self._pending, {}
         if pending:
             views = [view._replace(role=pending.get(view.name, view.role)) for view in views]
+        if self.plan.may_hurry and _crowded(views):
+            self.plan.hurry()
         if self.plan.due:
             self._begin_plan(views, now)
         wanted = self.plan.think()
@@ -336,3 +340,12 @@ class Adaptive:
         found = terms_of(view, self.costs, self.slo, typical, share, self._token_s, now)
         self._terms[view.name] = found
         return found
+
+
+def _crowded(views: Sequence[WorkerView]) -> bool:
+    """True if KV piles up where prompts are computed, as decode workers have no room for it or links no time."""
+    leaving, running = (
+        sum([view.leaving for view in views]),
+        sum([view.decoding - view.arriving for view in views]),
+    )
+    return leaving > CROWD + CROWDED * running

@@ -21,6 +21,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 STRATA = 16  # output lengths that a forecast is replaced by
 SAMPLED = 8  # outputs under way of a kind that are looked at
 SLICE = 16  # requests between two pauses
+KNOWN_ENDS = 30  # of a kind, from which on its short outputs are known better than its mean
 
 
 def certain(ended: int, count: int) -> list[float]:
@@ -28,8 +29,23 @@ def certain(ended: int, count: int) -> list[float]:
 
     As long as little has ended, the tails of a forecast are those of doubt, not of lengths: they are left out.
     """
-    surely = (2 + ended) / (20 + ended)
+    surely = (2 + ended) / (8 + ended)
     return [0.5 + surely * ((number + 0.5) / count - 0.5) for number in range(count)]
+
+
+def with_mean(shape: Sequence[float], mean: float, ended: int) -> list[float]:
+    """Equally likely lengths, in order, made to have this mean after so many ends of their kind.
+
+    The first to end are the short ones, so that at first all are taken to be too short. Later the short ones are known,
+    which a handover is as long as some of, and the longest one stands for what is missing.
+    """
+    total = sum(shape)
+    missing = mean * len(shape) - total
+    known = ended / (ended + KNOWN_ENDS) if missing > 0.0 else 0.0
+    scale = 1.0 + (1.0 - known) * missing / total
+    found = [length * scale for length in shape]
+    found[-1] += known * missing
+    return found
 
 
 class Arrival(NamedTuple):
@@ -75,9 +91,10 @@ class Arrivals:
                 step = max(1, len(own) // SAMPLED)
                 mean = lengths.look(kind, len(own), own[step // 2 :: step])
                 ahead = predictor.predict(prompt, most)
-                shape = [ahead.quantile(level) for level in certain(lengths.of(kind).ends, STRATA)]
-                scale = mean * STRATA / sum(shape)
-                self._lengths[kind] = [max(1, min(most, round(length * scale))) for length in shape]
+                ended = lengths.of(kind).ends
+                shape = [ahead.quantile(level) for level in certain(ended, STRATA)]
+                scaled = with_mean(shape, mean, ended)
+                self._lengths[kind] = [max(1, min(most, round(length))) for length in scaled]
                 yield
         running = [age for each in ages.values() for age in each]
         step = max(1, len(running) // SAMPLED)

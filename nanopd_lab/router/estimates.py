@@ -171,12 +171,12 @@ def terms_of(
     tpot_s = own = handover_slope = joining_s = output_harm = spread_s = prompt_harm = 0.0
     slack_s = math.inf
     if role is not PREFILL:
-        outputs = 0
+        outputs, there = 0, 0.0
         if (
             decoding
         ):  # when this request decodes, some have ended, and of those on their way not all have come
             life_s = output * (pace_s or costs.decode(1, prompt))
-            there: float = arriving
+            there = arriving
             if arriving and life_s < delay_s:
                 there *= life_s / delay_s
             if delay_s < life_s:
@@ -199,8 +199,9 @@ def terms_of(
             before_s = batches[outputs] + by_context * (outputs * each)
             if before_s < host_s:
                 before_s = host_s
-            joining_s = JOINING_STEPS * before_s
             spread_s += outputs * (after_s - before_s)
+        if there > 0.0:  # perhaps nobody runs then, and there is no step to wait for
+            joining_s = JOINING_STEPS * (before_s or costs.decode(1, each)) * (there if there < 1.0 else 1.0)
         if promised:  # `miss`, without its calls: an estimate can't be so low that `exp` would overflow
             own, step = 1 / (1 + exp(unmissed - by_s * tpot_s)), 0.1 * slo_s
             slack_s = max(slo_s - tpot_s, doubt * slo_s)

@@ -14,7 +14,7 @@ from nanopd_lab.router.replay_worker import Room
 class Load(NamedTuple):
     """What the workers have to do when a plan begins, all together.
 
-    decoding, context: outputs under way, and their tokens in the cache
+    decoding, context: outputs under way, those among them that wait for a link or for room, and their tokens
     backlog_s: of prompts
     """
 
@@ -55,8 +55,8 @@ class Fleetwide(NamedTuple):
         for active in sorted(each.active for each in terms if each.role is not Role.PREFILL):
             leftovers.append(leftovers[-1] + active)
         stuck = sum(each.active for each in terms if each.role is Role.PREFILL)
-        decoding = leftovers[-1] + stuck
-        known = sum(view.decode_tokens - view.arriving_tokens for view in views)
+        decoding = leftovers[-1] + stuck + sum(view.leaving for view in views)
+        known = sum(view.decode_tokens - view.arriving_tokens + view.leaving_tokens for view in views)
         backlog_s = sum(max(0.0, each.free_at - now) for each in terms if each.view.prefilling)
         view = views[0]
         room = Room(view.max_num_seqs or 1 << 30, FULL * view.num_blocks * view.block_size or math.inf)

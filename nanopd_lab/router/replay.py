@@ -134,11 +134,13 @@ def mixed_times(
     room: Room,
     backlog_s: float,
     latest_s: float,
+    going_s: float = 0.0,
 ) -> Pairs:
     """(time to first token, seconds from there to the last) of each job at so many workers that do both.
 
     Args:
         running, backlog_s: of each worker
+        going_s: requests go on coming for so long, from the first of `jobs`: outputs may last longer than these
     """
     firsts, ends = [math.inf] * len(jobs), [math.inf] * len(jobs)
     fleet = [ReplayWorker(costs, room, firsts, ends, backlog_s) for _ in range(workers)]
@@ -157,11 +159,12 @@ def mixed_times(
             best.take(number, time, job.prompt_tokens, job.output_tokens)
         if number % SLICE == SLICE - 1:
             yield
+    beyond_s = going_s - jobs[-1].arrival if jobs else 0.0
     for worker in fleet:
         while worker.queue:
             worker.chunk_step()
             yield
-        worker.finish()
+        worker.finish(beyond_s)
     return [
         (first - job.arrival, max(0.0, end - first) if first < math.inf else 0.0)
         for first, end, job in zip(firsts, ends, jobs, strict=True)

@@ -10,6 +10,10 @@ from typing import NamedTuple
 from nanopd_lab.cost.iteration import SHORT_CHUNK
 from nanopd_lab.router.step_costs import StepCosts
 
+MOST_TAKEN = 0.9  # of a worker's time, by prompts
+# Of what prompts take in a replay, so much goes on behind it. Fitted: with all of it outputs that are kept seem lost.
+MET = 0.5
+
 
 class Room(NamedTuple):
     """What a worker holds at most: sequences, and tokens of KV."""
@@ -46,6 +50,9 @@ class ReplayWorker:
         self.batch, self.context = 0, 0.0
         self.queue: deque[_Prompt] = deque()
         self._queued_tokens = 0
+        self._decoding_since = self._prompts_s = (
+            0.0  # from the first output on, and what prompts have taken since
+        )
         self._begun = self._ended = -1.0  # the last step with prompts
         self._heap: list[tuple[float, int, float]] = []  # (step at which it ends, job, context then)
         self._waiting: deque[tuple[int, float, float]] = deque()
@@ -112,6 +119,7 @@ class ReplayWorker:
         self.now = self._ended = begun + seconds
         self.steps += 1.0
         if batch:
+            self._prompts_s += seconds - costs.decode(batch, self.context)
             self.context += batch
             while self._heap and self._heap[0][0] <= self.steps:
                 self._end()
@@ -131,6 +139,8 @@ class ReplayWorker:
             self._waiting.append((job, context, remaining))
             return
         heapq.heappush(self._heap, (self.steps + remaining, job, context + remaining))
+        if not self.batch and not self._prompts_s:
+            self._decoding_since = self.now
         self.batch += 1
         self.context += context
 
@@ -163,15 +173,22 @@ class ReplayWorker:
             self._end()
         self.now = max(now, time)
 
-    def finish(self) -> None:
-        """The others go on at this pace."""
-        pace = self.pace()
-        for step, job, _ in self._heap:
-            if job >= 0:
-                self.ends[job] = self.now + (step - self.steps) * pace
+    def finish(self, beyond_s: float = 0.0) -> None:
+        """The others go on at this pace; who waits follows who ends. For so many seconds more prompts take as much of
+        the time as they have since the first output."""
+        now, pace = self.now, self.pace()
+        free = 1.0 - min(MOST_TAKEN, MET * self._prompts_s / max(now - self._decoding_since, 1e-9))
+        slowed_s = max(0.0, beyond_s) * free  # of decoding, until no prompts come
+        steps = [step for step, _, _ in self._heap]  # a heap as well
+        last = [(step, job) for step, job, _ in self._heap]
         for job, _, remaining in self._waiting:
+            step = heapq.heappop(steps) + remaining
+            heapq.heappush(steps, step)
+            last.append((step, job))
+        for step, job in last:
             if job >= 0:
-                self.ends[job] = self.now + 2 * remaining * pace  # one that has room ends first
+                left_s = (step - self.steps) * pace
+                self.ends[job] = now + left_s + min(left_s, slowed_s) * (1.0 / free - 1.0)
 
     def _end(self) -> None:
         _, job, context = heapq.heappop(self._heap)

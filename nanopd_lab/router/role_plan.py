@@ -38,6 +38,7 @@ LATELY, SHIFTED = (
 )  # by this factor more or less work in the last so many arrivals: time for another plan
 BUSY = 0.9  # with prompts, at most
 REPLAYED = 12  # requests of a replay for each worker, at least
+SOON = 8  # arrivals, after so many of which a plan may be hurried up
 LOOKED_AT = 128  # requests of a replay that are judged, at most
 
 
@@ -51,7 +52,6 @@ class PlanSettings(NamedTuple):
         there were arrivals before the first plan
     least: that a layout must be worth to be changed to
     horizon: arrivals for which a change is to pay
-    stress: arrivals at mixed workers come so much faster, as they meet more evenly in the replay than they will
     haste, pace: parts of a plan that each decision works on, before as many outputs have ended as a window has, and
         later
     """
@@ -65,7 +65,6 @@ class PlanSettings(NamedTuple):
     doubt: float = 0.25
     least: float = 0.3
     horizon: int = 200
-    stress: float = 1.1
     haste: int = 12
     pace: int = 4
 
@@ -94,12 +93,16 @@ class RolePlan:
         self._arrivals: deque[Arrival] = deque(maxlen=self.settings.window)
         self._count = 0
         self._next = self.settings.first
+        self._begun = 0  # arrivals when the last plan began
+        self._first_s = 0.0  # when the first one came
         self._planned = 0.0  # tokens of prompts a second, that the last plan was made for
         self._gains: dict[int, float] = {}  # by layout, of the plans since roles changed (CUSUM)
         self._thinking: Generator[None, None, int] | None = None
 
     def arrived(self, now: float, prompt_tokens: int, max_tokens: int) -> None:
         """A request has come."""
+        if not self._count:
+            self._first_s = now
         self._arrivals.append(Arrival(now, prompt_tokens, max_tokens))
         self._count += 1
         if self._count % (LATELY // 2) == 0 and self._planned and len(self._arrivals) > LATELY:
@@ -123,9 +126,19 @@ class RolePlan:
         """True if a plan should begin."""
         return self._thinking is None and self._count >= self._next and len(self._arrivals) > 2
 
+    @property
+    def may_hurry(self) -> bool:
+        """True now and then, once the last plan is some arrivals old."""
+        count = self._count
+        return self._thinking is None and count % SOON == 0 and count >= self._begun + 2 * self.settings.first
+
+    def hurry(self) -> None:
+        """The fleet is in trouble: another plan is due."""
+        self._next = self._count
+
     def begin(self, fleet: Fleetwide) -> None:
         """Start a plan."""
-        self._planned = self._tokens_per_s(LOOKED_AT)
+        self._planned, self._begun = self._tokens_per_s(LOOKED_AT), self._count
         self._next = self._count + min(self.settings.every, max(self.settings.first, self._count // 2))
         self._thinking = self._plan(fleet)
 
@@ -242,7 +255,11 @@ class RolePlan:
         if prefills == 0:
             some = min(fleet.workers, SERVERS)
             jobs = yield from arrivals.jobs(total, fleet.workers / some)
-            times = yield from mixed_times(costs, jobs, some, running, load.room, backlog_s, self.latest_s)
+            # What has come for a while will come for as long again; nobody knows better (Lindy's law).
+            going_s = self._arrivals[-1].time - self._first_s
+            times = yield from mixed_times(
+                costs, jobs, some, running, load.room, backlog_s, self.latest_s, going_s
+            )
             rows = [(first, 0.0, rest) for first, rest in times]
         else:
             jobs = yield from arrivals.jobs(total, decodes)
@@ -301,8 +318,10 @@ class RolePlan:
                 total += quick
                 continue
             kept = share(first, slo.ttft_s)
-            if kept:
-                kept *= share((moved + rest) / max(1, output - 1), slo.tpot_s) * share(end, slo.e2e_s)
+            if kept and output > 1:  # one token is there as the prompt is, and isn't handed over
+                kept *= share((moved + rest) / (output - 1), slo.tpot_s) * share(end, slo.e2e_s)
+            elif kept:
+                kept *= share(first, slo.e2e_s)
             total += kept + LATENCY_WORTH * quick
         return total / max(1, len(jobs))
 

@@ -157,8 +157,8 @@ def test_who_would_be_late_lets_others_pass_but_not_for_ever() -> None:
     policy = Adaptive(outlook(Slo(0.1, 0.03)))
     late = mixed("a", prefilling=9, prefill_tokens=9000)
     assert isinstance(policy.choose(job(arrival=0.0), [late], 0.0), Postponed)
-    assert isinstance(policy.choose(job(arrival=0.0)._replace(postponed=True), [late], 9.0), Postponed)
-    assert isinstance(policy.choose(job(arrival=0.0)._replace(postponed=True), [late], 10.0), Decision)
+    assert isinstance(policy.choose(job(arrival=0.0)._replace(postponed=True), [late], 29.0), Postponed)
+    assert isinstance(policy.choose(job(arrival=0.0)._replace(postponed=True), [late], 30.0), Decision)
     # Nobody is late for a worker that has nothing else to do.
     assert isinstance(policy.choose(job(9000), [mixed("a")], 0.0), Decision)
 

@@ -13,7 +13,7 @@ from nanopd_lab.cost.hardware import load_model
 from nanopd_lab.cost.iteration import IterationModel, StepFeatures
 from nanopd_lab.cost.transfer_time import TransferModel
 from nanopd_lab.router import Adaptive, Decision, JobView, Outlook, Role, Slo, WorkerView, create_policy
-from nanopd_lab.router.arrivals import Arrivals
+from nanopd_lab.router.arrivals import STRATA, Arrivals, with_mean
 from nanopd_lab.router.estimates import (
     BY_CHANCE,
     MOST_DOUBT,
@@ -245,6 +245,44 @@ def test_a_plan_looks_at_the_newest_arrivals() -> None:
     assert window[-1].prompt_tokens == 100 + plan.settings.window - 1
     assert plan.since == window[0].time
     assert Arrivals(window).span == pytest.approx(plan.settings.replayed)
+
+
+def test_kv_that_piles_up_hurries_the_next_plan() -> None:
+    """A plan is made after as many arrivals as are usual; sooner, if outputs wait for room where they are to go."""
+    begun = {}
+    for leaving in (0, 40):
+        policy = Adaptive(outlook(Slo(0.5, 0.03)))
+        views = [
+            worker("a", Role.PREFILL, leaving=leaving, leaving_tokens=100 * leaving),
+            worker("b", Role.DECODE),
+        ]
+        for number in range(400):
+            policy.finished(100, 50, False, 0.1 * number)
+            policy.choose(job(100, 0.1 * number), views, 0.1 * number)
+        begun[leaving] = policy.plan.plans
+    assert begun[0] < 10
+    assert begun[40] > begun[0] + 5
+
+
+def test_outputs_that_wait_for_room_count_as_under_way() -> None:
+    policy = Adaptive(outlook(Slo(0.5, 0.03)))
+    views = [
+        worker("a", Role.PREFILL, leaving=7, leaving_tokens=700),
+        worker("b", Role.DECODE, decoding=2, decode_tokens=90),
+    ]
+    terms = [policy._look(view, policy._typical(), 1.0) for view in views]
+    load = Fleetwide.of(terms, 50.0, {}, 1.0).load
+    assert load.decoding == 9
+    assert load.context == pytest.approx(790 + 9 * 25)
+
+
+@pytest.mark.parametrize(("mean", "ended"), [(40.0, 0), (40.0, 300), (10.0, 0), (10.0, 300)])
+def test_lengths_get_their_mean_and_known_short_ones_stay(mean: float, ended: int) -> None:
+    shape = [float(number) for number in range(1, STRATA + 1)]
+    found = with_mean(shape, mean, ended)
+    assert np.mean(found) == pytest.approx(mean)
+    assert found == sorted(found)
+    assert (found[0] == pytest.approx(shape[0], rel=0.5)) is (ended > 0 or mean == 10.0)
 
 
 def test_a_pull_waits_for_the_cards_at_both_ends() -> None:

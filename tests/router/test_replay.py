@@ -19,7 +19,7 @@ from nanopd_lab.router.replay import (
     first_tokens,
     mixed_times,
 )
-from nanopd_lab.router.replay_worker import Room
+from nanopd_lab.router.replay_worker import MET, Room
 from nanopd_lab.router.step_costs import StepCosts
 from nanopd_lab.sim import CostTime, Lengths, SimConfig, SimRequest, Simulator
 from nanopd_lab.sim.workload import poisson_arrivals
@@ -85,6 +85,42 @@ def test_mixed_workers_are_replayed_as_they_are_simulated(workers: int, ahead: b
     truth = simulated(requests, "collocated", workers, ahead)
     for replayed, real in zip(zip(*found, strict=True), zip(*truth, strict=True), strict=True):
         assert statistics.mean(replayed) == pytest.approx(statistics.mean(real), rel=0.15)
+
+
+def test_outputs_that_outlast_a_replay_go_on_beside_prompts() -> None:
+    """The first 24 of 600 requests, whose outputs take longer than these take to come: without the others they would be
+    done too soon."""
+    requests = poisson_arrivals(600, 6.0, (Lengths(600, 0.5, 3000), Lengths(400, 0.3, 800)), 3)
+    costs = StepCosts(Outlook(MODEL))
+    jobs = [ReplayJob(each.arrival, each.prompt_tokens, each.output_tokens) for each in requests[:24]]
+    truth = statistics.mean(rest for _, rest in simulated(requests, "collocated", 1, False)[:24])
+    alone, beside = (
+        statistics.mean(rest for _, rest in drained(mixed_times(costs, jobs, 1, [], ROOM, 0.0, math.inf, s)))
+        for s in (0.0, 100.0)
+    )
+    assert alone < 0.85 * truth
+    assert alone + 0.2 * (truth - alone) < beside < truth
+
+
+def test_prompts_go_on_for_as_long_as_they_are_expected() -> None:
+    """Outputs of 1,000 steps beside prompts that take half of the time, for a second behind the last arrival."""
+    costs = StepCosts(Outlook(MODEL))
+    jobs = [ReplayJob(0.0, 10, 1001), *(ReplayJob(0.1 + 0.1 * n, 500, 1) for n in range(50))]
+    last = jobs[-1].arrival
+    rests = [
+        drained(mixed_times(costs, jobs, 1, [], ROOM, 0.0, math.inf, s))[0][1] for s in (0.0, last, last + 1)
+    ]
+    assert rests[0] == rests[1]
+    assert rests[2] - rests[1] == pytest.approx(0.5 * MET, rel=0.1)
+
+
+def test_who_waits_for_room_follows_who_ends() -> None:
+    """Room for one: three outputs of ten steps, behind one that has a hundred left."""
+    costs = StepCosts(Outlook(MODEL))
+    jobs = [ReplayJob(0.0, 100, 11)] * 3
+    found = drained(decode_times(costs, jobs, [Running(100, 100)], Room(1, 1e6)))
+    steps = [each / costs.decode(1, 0) for each in found]
+    assert steps == pytest.approx([110, 120, 130], abs=JOINING_STEPS)
 
 
 @pytest.mark.parametrize("tokens", [60, 1500])
