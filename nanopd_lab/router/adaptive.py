@@ -341,8 +341,5 @@ class Adaptive:
 
 def _crowded(views: Sequence[WorkerView]) -> bool:
     """True if KV piles up where prompts are computed, as decode workers have no room for it or links no time."""
-    leaving, running = (
-        sum([view.leaving for view in views]),
-        sum([view.decoding - view.arriving for view in views]),
-    )
-    return leaving > CROWD + CROWDED * running
+    leaving = sum([view.leaving for view in views])
+    return leaving > CROWD + CROWDED * sum([view.decoding - view.arriving for view in views])

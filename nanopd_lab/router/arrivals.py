@@ -37,7 +37,7 @@ def with_mean(shape: Sequence[float], mean: float, ended: int) -> list[float]:
     """Equally likely lengths, in order, made to have this mean after so many ends of their kind.
 
     The first to end are the short ones, so that at first all are taken to be too short. Later the short ones are known,
-    which a handover is as long as some of, and the longest one stands for what is missing.
+    those that can't make up for a handover; they stay, and the longest one gets what is missing.
     """
     total = sum(shape)
     missing = mean * len(shape) - total

@@ -50,9 +50,8 @@ class ReplayWorker:
         self.batch, self.context = 0, 0.0
         self.queue: deque[_Prompt] = deque()
         self._queued_tokens = 0
-        self._decoding_since = self._prompts_s = (
-            0.0  # from the first output on, and what prompts have taken since
-        )
+        self._decoding_since = 0.0  # when the first output began
+        self._prompts_s = 0.0  # that prompts have taken since, from outputs
         self._begun = self._ended = -1.0  # the last step with prompts
         self._heap: list[tuple[float, int, float]] = []  # (step at which it ends, job, context then)
         self._waiting: deque[tuple[int, float, float]] = deque()
