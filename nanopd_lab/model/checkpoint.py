@@ -192,7 +192,7 @@ def fill_from_checkpoint(model: Any, folder: Path, *, progress: bool) -> None:
     with (
         torch.no_grad(),
         tqdm(
-            total=total, unit="B", unit_scale=True, desc="Loading weights", delay=1, disable=not progress
+            total=total, unit="B", unit_scale=True, desc="Loading weights", delay=5, disable=not progress
         ) as bar,
     ):
         for name, parameter in wanted.items():
