@@ -39,7 +39,8 @@ def pace_of(
     modelled_s = sum(seconds(shapes) for shapes in shapes_of(ordered))
     if not modelled_s > 0:
         raise ValueError(f"{len(ordered)} steps take {modelled_s} s by the model; there is no pace by it")
-    return _work_s([span for each in steps.values() for span in _spans(each)], company) / modelled_s
+    spans = [(step.begin, step.end, all(count == 1 for _, count, _ in step.chunks)) for step in ordered]
+    return _work_s(spans, company) / modelled_s
 
 
 def shapes_of(steps: Sequence[StepRecord]) -> list[list[ChunkShape]]:
@@ -73,15 +74,6 @@ def shapes_of(steps: Sequence[StepRecord]) -> list[list[ChunkShape]]:
             shapes.append(ChunkShape(count, past, int(draws)))
             computed[key] = past + count
         found.append(shapes)
-    return found
-
-
-def _spans(steps: Sequence[StepRecord]) -> list[Span]:
-    """Of one worker's steps. One that was launched ahead begins when the one before it ends."""
-    found: list[Span] = []
-    for step in steps:
-        begin = max(step.begin, found[-1][1]) if found else step.begin
-        found.append((begin, max(begin, step.end), all(count == 1 for _, count, _ in step.chunks)))
     return found
 
 

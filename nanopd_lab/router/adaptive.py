@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from nanopd_lab.router.lengths import LengthPredictor
     from nanopd_lab.router.outlook import Outlook
 
-PATIENCE, LONGEST_S = 60, 30.0  # how long a late one lets others pass: times its objective, and at least
+# A late one lets others pass for so many times its objective, and for so many seconds at least.
+PATIENCE, LONGEST_S = 60, 30.0
 CALM_GAPS = 5  # after so many mean gaps without an arrival nobody is expected
 CLOSE = 0.05  # of the time per token: mixed workers hand over to each other if it takes no more
 TIGHT = 2  # a first token in no more than so many times what it takes beside one output is tight

@@ -21,7 +21,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 STRATA = 16  # output lengths that a forecast is replaced by
 SAMPLED = 8  # outputs under way of a kind that are looked at
 SLICE = 16  # requests between two pauses
-KNOWN_ENDS = 30  # of a kind, from which on its short outputs are known better than its mean
+HALF_KNOWN = 30  # ends of a kind, after which its short outputs are half known
 
 
 def certain(ended: int, count: int) -> list[float]:
@@ -41,7 +41,7 @@ def with_mean(shape: Sequence[float], mean: float, ended: int) -> list[float]:
     """
     total = sum(shape)
     missing = mean * len(shape) - total
-    known = ended / (ended + KNOWN_ENDS) if missing > 0.0 else 0.0
+    known = ended / (ended + HALF_KNOWN) if missing > 0.0 else 0.0
     scale = 1.0 + (1.0 - known) * missing / total
     found = [length * scale for length in shape]
     found[-1] += known * missing

@@ -20,7 +20,7 @@ MODEL = IterationModel(1.0, 2.0, 0.01, 1e-4, 1e-3, 0.1, vocab_share=0.5)
 TRACE = {
     "w1": [
         StepRecord(30.0, 32.0, (("a/0#0", 1, True),)),
-        StepRecord(31.5, 34.0, (("a/0#0", 1, True), ("c/0#2", 5, False))),
+        StepRecord(32.0, 34.0, (("a/0#0", 1, True), ("c/0#2", 5, False))),
     ],
     "w0": [
         StepRecord(1.0, 5.0, (("a/0#0", 32, False), ("b/0#1", 7, False))),
@@ -42,7 +42,6 @@ def test_pace_is_what_steps_took_by_what_the_model_says() -> None:
         seen.append(shapes)
         return MODEL.seconds(shapes)
 
-    # The last step was launched ahead, half a second before its worker had ended the one before.
     measured_s = 4.0 + 3.0 + 2.0 + 2.0
     pace = pace_of(TRACE, seconds)
     assert pace == pytest.approx(measured_s / sum(map(MODEL.seconds, SHAPES)))
