@@ -34,10 +34,6 @@ def three() -> Iterator[Hosts]:
 
     with hosts(others=2, cpus=8) as made:
         session = RaySession.acquire(RayOptions(address=made.address, host=made.head))
-        deadline = time.monotonic() + PATIENCE_S
-        while sum(node["Alive"] for node in session.ray.nodes()) < 3:
-            assert time.monotonic() < deadline, "the hosts don't join"
-            time.sleep(0.1)
         yield made
         session.release()
 
@@ -49,11 +45,24 @@ def llm() -> LLM:
 
 @pytest.fixture(scope="module")
 def cluster(three: Hosts) -> Iterator[Cluster]:
-    """A prefill and two decode workers, each on another host."""
+    """A prefill and two decode workers, each on another host.
+
+    Ray spreads as well as it can: on two hosts where it has not heard of the third for a moment.
+    """
+    import ray
+
     options = RayOptions(address=three.address, host=three.head, placement="spread")
     limits = Limits(heartbeat_s=HEARTBEAT_S, max_attempts=10)
-    with start("1p2d", 3, launcher="ray", ray=options, limits=limits, max_restarts=9) as cluster:
-        yield cluster
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        while sum(node["Alive"] for node in ray.nodes()) < 3:
+            assert time.monotonic() < deadline, "the hosts don't join"
+            time.sleep(0.1)
+        with start("1p2d", 3, launcher="ray", ray=options, limits=limits, max_restarts=9) as cluster:
+            if len(set(places(cluster).values())) == 3:
+                yield cluster
+                return
+        assert time.monotonic() < deadline, "Ray does not spread workers"
 
 
 def places(cluster: Cluster) -> dict[str, str]:
@@ -82,7 +91,6 @@ def test_tokens_and_times_over_three_clocks(cluster: Cluster, llm: LLM) -> None:
     outputs = cluster.generate(BATCH, GREEDY, use_tqdm=False)
     ended = time.monotonic()
     assert [output.outputs[0].token_ids for output in outputs] == alone(llm, BATCH, GREEDY)
-    assert len(set(places(cluster).values())) == 3
     assert isinstance(cluster.launcher, WorkerLauncher)
     errors = {}
     for name, address in places(cluster).items():
