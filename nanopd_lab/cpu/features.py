@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+
+ZEN_5 = 26  # the processors' family
 
 
 @lru_cache(maxsize=1)
@@ -21,3 +25,22 @@ def has_bf16_matrix_unit() -> bool:
 def has_wide_registers() -> bool:
     """True if the processor has registers of sixteen floats, and so room for the sums of `dense_cpu.cpp` (AVX-512)."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+@lru_cache(maxsize=1)
+def library_uses_wide_registers() -> bool:
+    """False on AMD's from Zen 5 on: they compute on registers of sixteen floats at full speed, and MKL, the matrix
+    library of PyTorch, multiplies with those of eight there."""
+    try:
+        vendor, family = _vendor_and_family(Path("/proc/cpuinfo").read_text())
+    except OSError:
+        return True
+    return not (torch.backends.mkl.is_available() and vendor == "AuthenticAMD" and family >= ZEN_5)
+
+
+def _vendor_and_family(cpuinfo: str) -> tuple[str, int]:
+    """Of the first processor of Linux's list; "" and 0 where it does not say."""
+    fields = dict(
+        re.findall(r"^(vendor_id|cpu family)\s*: (\S+)$", cpuinfo.partition("\n\n")[0], re.MULTILINE)
+    )
+    return fields.get("vendor_id", ""), int(fields.get("cpu family", 0))
