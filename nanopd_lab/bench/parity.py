@@ -7,9 +7,9 @@ controller, workers and schedulers with steps from the cost model. Times count f
 caller sees them; a late submission counts against the system. Policies take turns, so that what slows the machine down
 for a while slows all alike, and each begins every round anew; none is told how long outputs will be.
 
-A shared machine's speed changes by the minute, that of its arithmetic and that of its memory each on its own. With
-`--profile-between` steps are timed again before the first round and behind each group of rounds of the same requests,
-and a group is simulated with the model of both profiles around it, which have seen no request.
+A shared machine's speed changes by the minute, which no model of its steps can know. At its own pace (`--own-pace`),
+what all of its steps took by what the cost model says of them, a round is simulated at the speed that the machine had:
+what is compared then is everything but that one number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +29,8 @@ from nanopd_lab.bench.ranking import agreement
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import ClusterConfig
+from nanopd_lab.cluster.host import StepRecord
 from nanopd_lab.cluster.outputs import RequestFailedError
-from nanopd_lab.cost.files import CostModel
-from nanopd_lab.cost.iteration import COEFFICIENTS
-from nanopd_lab.cost.measure import cost_of, merged
 from nanopd_lab.provenance import provenance
 from nanopd_lab.router import Slo
 from nanopd_lab.sim.results import SimResult
@@ -55,10 +52,10 @@ RANKED = (
 )
 
 Figures = dict[str, float]
-Simulate = Callable[[str, Sequence[SimRequest], CostModel | None], SimResult]
-"""Serves requests in virtual time, by a policy's name, on such a machine; None: the one that was measured at first."""
-Profiled = Callable[[], Mapping[str, Any]]
-"""Times steps now, see `measure.measure_profile`; the cluster rests."""
+Simulate = Callable[[str, Sequence[SimRequest], float | None], SimResult]
+"""Serves requests in virtual time, by a policy's name, on a machine at such a pace; None: the model's own."""
+Paced = Callable[[Mapping[str, Sequence[StepRecord]]], float]
+"""The pace that the steps of all workers show, see `steps_pace.pace_of`."""
 Key = tuple[str, float, int]
 """Policy, requests a second, seed."""
 
@@ -66,7 +63,7 @@ Key = tuple[str, float, int]
 class Round(NamedTuple):
     """The same requests, served and simulated; `provenance` of the former.
 
-    model: coefficients of the iteration model that it was simulated with, if that was measured around it
+    pace: seconds that its steps took, by those that the cost model says of the same steps; None: not measured
     """
 
     policy: str
@@ -76,7 +73,7 @@ class Round(NamedTuple):
     real: Figures
     simulated: Figures
     provenance: dict[str, Any]
-    model: dict[str, Any] | None = None
+    pace: float | None = None
 
     @property
     def key(self) -> Key:
@@ -118,44 +115,39 @@ def compare(
     config: ClusterConfig,
     loads: Mapping[Key, Sequence[SimRequest]],
     simulate: Simulate,
-    profiled: Profiled | None = None,
+    paced: Paced | None = None,
 ) -> Iterator[Round]:
     """Serve and simulate each of `loads`, in their order, all on one real cluster; a round for each as it is done.
 
     Args:
         config: its policy is not looked at; without a prefix cache, which would know the prompts of other policies
-        profiled: rounds that follow each other with the same rate and seed are simulated with what it says before and
-            behind them, and done once all of them are
+        paced: measures the pace of each from its steps, which are kept then
 
     Raises:
         RequestFailedError: a request was refused or ended with an error.
+        ValueError: a round has no pace.
     """
     slo = Slo.parse(config.goodput)
-    with Cluster(replace(config, policy="collocated")) as cluster:
+    with Cluster(replace(config, policy="collocated", trace=paced is not None)) as cluster:
         serve(cluster, [SimRequest(f"warm-up-{n}", 0.0, 40, 4) for n in range(2 * config.workers)])
-
-        def served(key: Key, requests: Sequence[SimRequest]) -> Round:
-            policy, rate, seed = key
+        for (policy, rate, seed), requests in loads.items():
             cluster.use_policy(policy)
+            if paced is not None:
+                cluster.steps()  # those of before are thrown away
             named = [replace(each, request_id=f"{rate}-{seed}-{each.request_id}") for each in requests]
             real = SimResult(list(serve(cluster, named, seed=seed)), [], 0, 0)
             cluster.check_integrity()
-            return Round(policy, rate, seed, len(requests), figures(real, slo), {}, provenance())
-
-        before = profiled() if profiled else None
-        for _, group in groupby(loads.items(), key=lambda item: item[0][1:]):
-            cost: CostModel | None = None
-            done: Iterable[tuple[Round, Sequence[SimRequest]]] = (
-                (served(key, requests), requests) for key, requests in group
+            pace = None if paced is None else paced(cluster.steps())
+            yield Round(
+                policy,
+                rate,
+                seed,
+                len(requests),
+                figures(real, slo),
+                figures(simulate(policy, requests, pace), slo),
+                provenance(),
+                pace,
             )
-            if profiled and before:
-                done = list(done)
-                after = profiled()
-                cost, before = cost_of(merged([before, after])), after
-            model = {name: getattr(cost.iteration, name) for name in COEFFICIENTS} if cost else None
-            for each, requests in done:
-                simulated = figures(simulate(each.policy, requests, cost), slo)
-                yield each._replace(simulated=simulated, model=model)
 
 
 class Rounds:
@@ -218,7 +210,7 @@ def records_of(rounds: Iterable[Round]) -> list[dict[str, Any]]:
                         "seed": each.seed,
                         "real": each.real,
                         "simulated": each.simulated,
-                        **({} if each.model is None else {"model": each.model}),
+                        **({} if each.pace is None else {"pace": each.pace}),
                     }
                     for each in group
                 ],

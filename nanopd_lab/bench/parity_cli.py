@@ -6,13 +6,11 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanopd_lab.cost.files import CostModel
-    from nanopd_lab.cost.measure import ProfileJob
     from nanopd_lab.sim import SimConfig
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -31,10 +29,16 @@ def register(subparsers: _Subparsers) -> None:
         help="of this machine: a file of `nanopd-lab fit`; if there is none, it is measured and written there",
     )
     parser.add_argument(
-        "--profile-between",
+        "--simulate-with",
+        type=Path,
+        help="another cost model for the simulated steps, as of a profile made afterwards: all rounds are simulated "
+        "anew with it, and policies go by --cost-model as before; if there is none, it is measured and written there",
+    )
+    parser.add_argument(
+        "--own-pace",
         action="store_true",
-        help="on a CPU: time steps again before and behind each group of rounds of the same requests, half a minute "
-        "each, and simulate the group with what they say; policies go by --cost-model as before",
+        help="simulate each round at the pace that its own steps show: for machines that others use too; not together "
+        "with --simulate-with",
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
@@ -67,28 +71,33 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: arguments that don't go together, or rounds of other settings.
     """
+    from functools import partial
+
     from nanopd_lab.bench.parity import (
         RANKING_SCHEMA,
         Rounds,
         compare,
+        figures,
         ranking_table,
         rankings_of,
         records_of,
         table,
     )
+    from nanopd_lab.bench.steps_pace import pace_of
     from nanopd_lab.cluster.config import ClusterConfig
-    from nanopd_lab.cost.measure import measure_profile
     from nanopd_lab.provenance import provenance
-    from nanopd_lab.router import Veiled, create_policy
+    from nanopd_lab.router import Slo, Veiled, create_policy
     from nanopd_lab.sim import SimRequest, SimResult, Simulator
     from nanopd_lab.sim.timing import CostTime
     from nanopd_lab.sim.workload import Lengths, poisson_arrivals
 
-    job = _profile_job(args)
-    if args.profile_between and job.device != "cpu":
-        # Its speed is its own, and beside the workers there is no room for another model.
-        raise ValueError("--profile-between is for workers on a CPU, and these are on GPUs; leave it out")
-    cost = _cost_model(job, args.cost_model)
+    if args.own_pace and args.simulate_with:
+        # A pace is relative to one model, and the steps that it was taken from are not kept.
+        raise ValueError(
+            "--own-pace is measured by the model of --cost-model, and --simulate-with is another model; leave one of "
+            "them out"
+        )
+    cost = _cost_model(args, args.cost_model)
     lengths = (
         Lengths(args.input_median, 0.6, round(6 * args.input_median)),
         Lengths(args.output_median, 0.5, round(5 * args.output_median)),
@@ -108,14 +117,15 @@ def run(args: argparse.Namespace) -> int:
         engine=engine,
         share_devices=args.share_devices,
     )
-    outlook = config.outlook()
+    times = _cost_model(args, args.simulate_with) if args.simulate_with else cost
+    settings, outlook = _settings(args, times), config.outlook()
 
-    def simulate(name: str, requests: Sequence[SimRequest], measured: CostModel | None) -> SimResult:
+    def simulate(name: str, requests: Sequence[SimRequest], pace: float | None) -> SimResult:
         policy, roles = create_policy(name, args.workers, outlook)
-        model = measured or cost
-        settings = replace(_settings(args, cost), company=model.company)
-        return Simulator(Veiled(policy), roles, CostTime(model.iteration), requests, settings).run()
+        model = times.iteration.scaled(1.0 if pace is None else pace)
+        return Simulator(Veiled(policy), roles, CostTime(model), requests, settings).run()
 
+    paced = partial(pace_of, seconds=cost.iteration.seconds, company=cost.company) if args.own_pace else None
     for policy in args.policies:  # all are checked before the first is measured
         create_policy(policy, args.workers, outlook)
     rounds = Rounds(args.rounds_filename, _shared(args, cost))
@@ -131,17 +141,18 @@ def run(args: argparse.Namespace) -> int:
         return poisson_arrivals(args.num_prompts, rate, lengths, seed)
 
     loads = {turn: requests_of(turn[1], turn[2]) for turn in turns}
-    with tempfile.TemporaryDirectory() as folder:
-
-        def profiled() -> Mapping[str, Any]:
-            return measure_profile(replace(job, transfers=False), Path(folder), progress=False)
-
-        for found in (
-            compare(config, loads, simulate, profiled if args.profile_between else None) if loads else ()
-        ):
-            rounds.add(found)
-            print(f"{found.policy}, {found.rate:g} requests/s, seed {found.seed}: done", flush=True)
+    for found in compare(config, loads, simulate, paced) if loads else ():
+        rounds.add(found)
+        print(f"{found.policy}, {found.rate:g} requests/s, seed {found.seed}: done", flush=True)
     done = list(rounds.done.values())
+    if args.simulate_with:
+        slo = Slo.parse(args.goodput)
+        done = [
+            each._replace(
+                simulated=figures(simulate(each.policy, requests_of(each.rate, each.seed), None), slo)
+            )
+            for each in done
+        ]
     shared = {"workers": args.workers, "model": args.model, "device": cost.device}
     records = [{**record, **shared} for record in records_of(done)]
     rankings = rankings_of(done)
@@ -157,6 +168,7 @@ def run(args: argparse.Namespace) -> int:
             **shared,
             "settings": rounds.settings,
             "cost_model": json.loads(args.cost_model.read_text()),
+            **({"simulated_with": times.to_record()} if args.simulate_with else {}),
             "rankings": rankings,
             "provenance": provenance(),
         }
@@ -170,24 +182,25 @@ def _turned(policies: Sequence[str], number: int) -> list[str]:
     return [*policies[number:], *policies[:number]]
 
 
-def _profile_job(args: argparse.Namespace) -> ProfileJob:
-    """By as many processes at once as there will be workers."""
+def _cost_model(args: argparse.Namespace, path: Path) -> CostModel:
+    """Of a file, or measured by as many processes at once as there will be workers."""
     from nanopd_lab.cluster.config import ClusterConfig
-    from nanopd_lab.cost.measure import ProfileJob
-
-    config = ClusterConfig(args.model, workers=args.workers, share_devices=args.share_devices)
-    cuda = config.worker_devices()[0].type == "cuda"
-    threads, tiny = config.worker_threads(), args.model == "random:tiny"
-    return ProfileJob.of(args.model, cuda, args.dtype, args.compilation, args.workers, threads, tiny)
-
-
-def _cost_model(job: ProfileJob, path: Path) -> CostModel:
-    """Of a file, or measured."""
     from nanopd_lab.cost.files import CostModel
-    from nanopd_lab.cost.measure import measure_cost_model
+    from nanopd_lab.cost.measure import ProfileJob, measure_cost_model
 
     if path.exists():
         return CostModel.load(path)
+    config = ClusterConfig(args.model, workers=args.workers, share_devices=args.share_devices)
+    cuda = config.worker_devices()[0].type == "cuda"
+    job = ProfileJob.of(
+        args.model,
+        cuda,
+        args.dtype,
+        args.compilation,
+        args.workers,
+        config.worker_threads(),
+        tiny=args.model == "random:tiny",
+    )
     with tempfile.TemporaryDirectory() as folder:  # beside the file there may be another `cost-model.json`
         cost = measure_cost_model(job, Path(folder))
     cost.save(path)
@@ -200,8 +213,8 @@ def _shared(args: argparse.Namespace, cost: CostModel) -> Mapping[str, Any]:
         "model", "workers", "num_prompts", "input_median", "output_median", "dtype", "compilation",
         "max_num_batched_tokens", "kv_blocks", "goodput",
     )  # fmt: skip
-    between = {"profile_between": True} if args.profile_between else {}
-    return {**{name: getattr(args, name) for name in names}, **between, "profiled": cost.source}
+    own_pace = {"own_pace": True} if args.own_pace else {}
+    return {**{name: getattr(args, name) for name in names}, **own_pace, "profiled": cost.source}
 
 
 def _settings(args: argparse.Namespace, cost: CostModel) -> SimConfig:

@@ -24,7 +24,7 @@ from nanopd_lab.cost.files import CostModel, read_json
 from nanopd_lab.cost.grid import Grid, grid_for
 from nanopd_lab.starting import process_context, take_environment
 
-CPU_GRID = Grid((16, 48, 112, 224), (0, 256), (1, 2, 4, 8), (64, 400), 12)
+CPU_GRID = Grid((16, 64, 160), (0, 256), (1, 2, 4, 8), (64, 400), 12)
 TINY_GRID = Grid((4, 16), (0, 16), (1, 3), (8, 32), 6)
 
 
@@ -33,7 +33,6 @@ class ProfileJob:
     """What is profiled.
 
     processes, threads: on a CPU: as many as there will be workers, and of each
-    transfers: time pulls of KV blocks too
     """
 
     model: str
@@ -43,7 +42,6 @@ class ProfileJob:
     processes: int
     threads: int
     grid: Grid
-    transfers: bool = True
 
     @classmethod
     def of(
@@ -62,35 +60,15 @@ def measure_cost_model(job: ProfileJob, folder: Path, progress: bool = True) -> 
         RuntimeError: a process that profiles has failed; its last words are in the message.
         ValueError: as of `profile` and `fit_profile`.
     """
-    cost = cost_of(measure_profile(job, folder, progress))
-    cost.save(folder / "cost-model.json")
-    return cost
-
-
-def measure_profile(job: ProfileJob, folder: Path, progress: bool = True) -> dict[str, Any]:
-    """The steps that all processes timed together, and under "alone" those that one of them timed in between.
-
-    Raises:
-        RuntimeError: see `measure_cost_model`.
-    """
     files = [folder / f"profile-{number}.json" for number in range(job.processes)]
     _run(job, files, progress)
     record = merged([read_json(path) for path in files])
     for path in files:
         path.unlink()
-    record["settings"] = {**record["settings"], "processes": job.processes}
-    return record
-
-
-def cost_of(record: Mapping[str, Any]) -> CostModel:
-    """The cost model of what `measure_profile` found.
-
-    Raises:
-        ValueError: see `fit_profile`.
-    """
     cost = fit_profile(record, own_link(record))
-    if record["settings"]["processes"] > 1:
+    if job.processes > 1:
         cost = with_company(cost, record, {**record, "points": record["alone"]})
+    cost.save(folder / "cost-model.json")
     return cost
 
 
@@ -121,22 +99,21 @@ def with_company(cost: CostModel, together: Mapping[str, Any], alone: Mapping[st
 
 
 def merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One profile of several of the same steps: the visits of all; the rest is the first one's.
+    """One profile of several of the same steps: the visits of all; the pulls of the first.
 
     Raises:
         ValueError: they are not of the same steps.
     """
-    found = dict(records[0])
-    for name in ("points", "alone"):
-        parts = [record[name] for record in records if name in record]
-        if any([row["chunks"] for row in part] != [row["chunks"] for row in parts[0]] for part in parts):
+    first = dict(records[0])
+    rows = []
+    for number, row in enumerate(first["points"]):
+        others = [record["points"][number] for record in records]
+        if any(other["chunks"] != row["chunks"] for other in others):
             raise ValueError("the profiles are of different steps; make them with one grid")
-        if parts:
-            found[name] = [
-                {**rows[0], "seconds": [second for row in rows for second in row["seconds"]]}
-                for rows in zip(*parts, strict=True)
-            ]
-    return found
+        rows.append({**row, "seconds": [second for other in others for second in other["seconds"]]})
+    first["points"] = rows
+    first["settings"] = {**first["settings"], "processes": len(records)}
+    return first
 
 
 def _run(job: ProfileJob, files: Sequence[Path], progress: bool) -> None:
@@ -193,7 +170,7 @@ def _profile_one(
             compilation=job.compilation,
             result=path,
             grid=job.grid,
-            transfers=first and job.transfers,
+            transfers=first,
             together=Together(barrier, some_of(job.grid) if first else None) if barrier else None,
             progress=progress,
         )

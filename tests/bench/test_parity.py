@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -84,62 +83,66 @@ def test_the_command_writes_both_sides_ranks_and_goes_on(
     assert "rounds of other settings" in capsys.readouterr().err
 
 
-def test_steps_are_timed_again_between_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The simulated side is this machine's, though the cost model that policies go by is of one a thousand times as
-    slow; rounds of the same requests share a model."""
-    model = IterationModel(1.0, 1.0, 1e-2, 0.0, 0.0, 0.0)
-    CostModel("tiny", "elsewhere", model, fit={"block_bytes": 2048}).save(tmp_path / "model.json")
-    result, rounds = tmp_path / "parity.json", tmp_path / "rounds.jsonl"
-    arguments = [
-        "parity", "--model", "random:tiny", "--cost-model", str(tmp_path / "model.json"), "--policies", "collocated",
-        "1p1d", "--request-rates", "20", "--num-prompts", "6", "--input-median", "20", "--output-median", "6",
-        "--kv-blocks", "100", "--seeds", "0", "1", "--rounds-filename", str(rounds), "--result-filename", str(result),
-        "--profile-between",
-    ]  # fmt: skip
-    assert main(arguments) == 0
-    first, other = (record["rounds"] for record in json.loads(result.read_text()))
-    assert [each["model"] for each in first] == [each["model"] for each in other]
-    assert first[0]["model"] != first[1]["model"]
-    for each in (*first, *other):
-        assert 0 < each["simulated"]["p50_tpot_ms"] < 1000
-        alone = IterationModel(**each["model"]).decode_seconds(1, 20)
-        assert (
-            each["simulated"]["p50_tpot_ms"] > 0.4e3 * alone
-        )  # as quick as a worker is while the other rests
-    kept = rounds.read_text()
-    assert main(arguments) == 0
-    assert rounds.read_text() == kept
-    assert main(arguments[:-1]) == 2
-    assert "rounds of other settings" in capsys.readouterr().err
+def test_at_its_own_pace_the_models_speed_does_not_matter(tmp_path: Path) -> None:
+    """A model that is four times as slow says the same of a round: its pace by it is a quarter."""
+    for name, factor in (("model", 1.0), ("slow", 4.0)):
+        model = IterationModel(1e-3, 1e-3, 1e-5, 0.0, 0.0, 0.0).scaled(factor)
+        CostModel("tiny", "here", model, fit={"block_bytes": 2048}).save(tmp_path / f"{name}.json")
+        result, rounds = tmp_path / f"parity-{name}.json", tmp_path / f"{name}.jsonl"
+        arguments = [
+            "parity", "--model", "random:tiny", "--cost-model", str(tmp_path / f"{name}.json"), "--policies",
+            "collocated", "--request-rates", "20", "--num-prompts", "12", "--input-median", "20", "--output-median",
+            "12", "--kv-blocks", "100", "--seeds", "0", "--rounds-filename", str(rounds), "--result-filename",
+            str(result), "--own-pace",
+        ]  # fmt: skip
+        assert main(arguments) == 0
+        (record,) = json.loads(result.read_text())
+        (each,) = record["rounds"]
+        # By the model 2 ms a decode step, and a little for each of a few that share it.
+        at_pace_one = each["simulated"]["p50_tpot_ms"] / (factor * each["pace"])
+        assert at_pace_one == pytest.approx(2.0, rel=0.1)
+        kept = rounds.read_text()
+        assert main(arguments[:-1]) == 2  # rounds of other settings
+        assert main(arguments) == 0
+        assert rounds.read_text() == kept
+        assert json.loads(result.read_text())[0]["rounds"] == record["rounds"]
 
 
-def test_gpus_are_not_timed_between_rounds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        ClusterConfig, "worker_devices", lambda config: [torch.device("cuda", 0)] * config.workers
-    )
-    monkeypatch.setattr(ClusterConfig, "worker_threads", lambda config: 1)
+def test_another_model_has_no_pace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.json"
-    assert main(["parity", "--cost-model", str(path), "--profile-between"]) == 2
-    assert "--profile-between is for workers on a CPU" in capsys.readouterr().err
+    arguments = [
+        "parity",
+        "--cost-model",
+        str(path),
+        "--own-pace",
+        "--simulate-with",
+        str(tmp_path / "b.json"),
+    ]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "--own-pace" in said
+    assert "--simulate-with" in said
     assert not path.exists()
 
 
 def test_a_cost_model_that_is_not_there_is_measured(tmp_path: Path) -> None:
-    """By both processes, and by one alone."""
-    path = tmp_path / "cost-model.json"
+    """By both processes, and by one alone; and another one, with which rounds that were served are simulated anew."""
+    path, rounds, again = tmp_path / "cost-model.json", tmp_path / "rounds.jsonl", tmp_path / "again.json"
     arguments = [
         "parity", "--model", "random:tiny", "--cost-model", str(path), "--policies", "collocated", "--request-rates",
         "20", "--num-prompts", "2", "--seeds", "0", "--input-median", "20", "--output-median", "3", "--kv-blocks",
-        "100",
+        "100", "--rounds-filename", str(rounds),
     ]  # fmt: skip
     assert main(arguments) == 0
     measured = CostModel.load(path)
     assert measured.fit["block_bytes"] > 0
     assert measured.company is not None
     assert measured.company.processes == 2
-    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    served = rounds.read_text()
+    assert main([*arguments, "--simulate-with", str(again)]) == 0
+    assert rounds.read_text() == served
+    assert CostModel.load(path) == measured != CostModel.load(again)
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, rounds.name, again.name}
 
 
 def test_two_are_told_apart_if_all_seeds_say_so() -> None:
