@@ -24,7 +24,7 @@ from nanopd_lab.cost.files import CostModel, read_json
 from nanopd_lab.cost.grid import Grid, grid_for
 from nanopd_lab.starting import process_context, take_environment
 
-CPU_GRID = Grid((16, 64, 160), (0, 256), (1, 2, 4, 8), (64, 400), 12)
+CPU_GRID = Grid((16, 48, 112, 224), (0, 256), (1, 2, 4, 8), (64, 400), 12)
 TINY_GRID = Grid((4, 16), (0, 16), (1, 3), (8, 32), 6)
 
 

@@ -23,7 +23,12 @@ f32x16 tile(const float* x, const T* weight, int64_t in) {
   for (int64_t k = 0; k < in; k += 32) {
     f32x16 w[kCols][2];
     for (int c = 0; c < kCols; ++c) {
-      if (kFirst) __builtin_prefetch(weight + (c + kAhead) * in + k);
+      if (kFirst) {
+        // Both cache lines of 32 floats; where few rows wait for the memory alone, the second one comes by itself.
+        constexpr size_t kBytes = kRows < 4 ? 64 : 32 * sizeof(T);
+        for (size_t line = 0; line < kBytes; line += 64)
+          __builtin_prefetch((const char*)(weight + (c + kAhead) * in + k) + line);
+      }
       load32(weight + c * in + k, &w[c][0], &w[c][1]);
     }
     for (int r = 0; r < kRows; ++r)
