@@ -16,7 +16,7 @@ def describe_machine() -> dict[str, Any]:
     from nanopd_lab import hostcc
     from nanopd_lab.cache import cache_dir
     from nanopd_lab.cpu import library
-    from nanopd_lab.cpu.features import has_bf16_matrix_unit
+    from nanopd_lab.cpu.features import has_bf16_products
     from nanopd_lab.provenance import machine
 
     found = machine()
@@ -28,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "processor": f"{found['cpu']} ({found['cores']} cores, {found['torch_threads']} torch threads)",
         "memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
-        "bf16 matrix unit": "yes" if has_bf16_matrix_unit() else "no",
+        "bf16 products": "yes" if has_bf16_products() else "no",
         "C++ compiler": hostcc.find_compiler() or "none: decode batches fall back to PyTorch",
         "C++ kernels": "compiled" if library.available() else "not available",
         "GPUs": ", ".join(found["gpus"]) or "none: everything runs on the CPU",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from nanopd_lab.attention.base import AttentionMetadata
 from nanopd_lab.attention.reference import gather_sequence
-from nanopd_lab.cpu.features import has_bf16_matrix_unit
+from nanopd_lab.cpu.features import has_bf16_products
 
 
 def store_rows(
@@ -50,7 +50,7 @@ def attend_one(
     kv_heads = keys.shape[0]
     group = heads // kv_heads
     folded = query.view(length, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not has_bf16_matrix_unit():
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not has_bf16_products():
         folded, keys, values = folded.float(), keys.float(), values.float()
     mask = None
     if length > 1:

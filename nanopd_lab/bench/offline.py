@@ -23,7 +23,7 @@ import torch
 
 from nanopd_lab import LLM, SamplingParams
 from nanopd_lab.bench.ceilings import read_bytes_per_s
-from nanopd_lab.cpu.features import has_bf16_matrix_unit
+from nanopd_lab.cpu.features import has_bf16_products
 from nanopd_lab.provenance import provenance
 
 PEERS = ("hf-padded", "hf-continuous", "hf-sequential")
@@ -210,7 +210,7 @@ def run_offline(
         raise ValueError(f"unknown peers {', '.join(sorted(unknown))}; choose from {', '.join(PEERS)}")
     if dtype is None:
         on_gpu = torch.cuda.is_available() and not device.startswith("cpu")
-        dtype = "bfloat16" if on_gpu or has_bf16_matrix_unit() else "float32"
+        dtype = "bfloat16" if on_gpu or has_bf16_products() else "float32"
     llm = LLM(
         model,
         dtype=dtype,

@@ -12,13 +12,13 @@ ZEN_5 = 26  # the processors' family
 
 
 @lru_cache(maxsize=1)
-def has_bf16_matrix_unit() -> bool:
-    """True if the processor multiplies bf16 matrices faster than float32 ones (Intel AMX, Arm BF16)."""
+def has_bf16_products() -> bool:
+    """True if the processor multiplies bf16 faster than float32 (Intel AMX, AVX-512 with BF16, Arm BF16)."""
     query = getattr(torch.cpu, "get_capabilities", None)  # since torch 2.10
     if query is None:
-        return bool(torch.cpu._is_amx_tile_supported())
+        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     capabilities: dict[str, object] = query()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 @lru_cache(maxsize=1)

@@ -34,14 +34,29 @@ def test_any_number_of_rows(
     assert torch.equal(found, alone)
 
 
-def test_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All rows where the library leaves half of each register unused, few where it does not or registers are short."""
-    for wide, library_wide, most in ((True, False, float("inf")), (True, True, 48), (False, True, 0)):
-        monkeypatch.setattr(inference, "has_wide_registers", lambda wide=wide: wide)
-        monkeypatch.setattr(
-            inference, "library_uses_wide_registers", lambda library_wide=library_wide: library_wide
-        )
-        assert inference._few_rows(torch.float32) == most
+@pytest.mark.parametrize(
+    ("wide", "library_wide", "bf16", "expected"),
+    [
+        (True, False, True, (float("inf"), 6)),
+        (True, False, False, (float("inf"), float("inf"))),
+        (True, True, True, (48, 6)),
+        (True, True, False, (48, 48)),
+        (False, True, False, (0, 3)),
+    ],
+)
+def test_who_multiplies(
+    wide: bool,
+    library_wide: bool,
+    bf16: bool,
+    expected: tuple[float, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All rows where the library leaves half of each register unused; few where it does not, or where the processor
+    multiplies bfloat16 itself; none or hardly any where registers are short."""
+    monkeypatch.setattr(inference, "has_wide_registers", lambda: wide)
+    monkeypatch.setattr(inference, "library_uses_wide_registers", lambda: library_wide)
+    monkeypatch.setattr(inference, "has_bf16_products", lambda: bf16)
+    assert (inference._few_rows(torch.float32), inference._few_rows(torch.bfloat16)) == expected
 
 
 @pytest.mark.parametrize(
