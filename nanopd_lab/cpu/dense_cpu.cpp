@@ -1,8 +1,9 @@
-// Products with few rows, and RMS norm: what a decode step does outside attention.
+// Products with weights, and RMS norm: what a step does outside attention.
 //
 // A product of a few tokens with a weight matrix is bound by reading the weights. Libraries are made for
 // large products: oneDNN re-orders a bf16 weight in every call, and reads a re-ordered one at two thirds of
-// what the memory gives. Here the weights stay as the model has them, [out, in], and are streamed once.
+// what the memory gives. Here the weights stay as the model has them, [out, in], and are streamed once. How
+// many tokens this is the faster way for is the processor's matter, see `model/inference.py`.
 #include <cmath>
 #include <cstdlib>
 #include <vector>

@@ -23,7 +23,7 @@ from nanopd_lab.kernels.products import most_rows  # which registers the operato
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Products with at most this many rows go to our kernel, larger ones to the library's. With AVX2 sums spill out of the
 # registers: at 8 rows of float32 ours takes 2.4 times the library's time, at 48 4.4 times (AMD EPYC 7003). Where the
-# library leaves half of each register unused ours has all: it takes 0.6 to 0.75 of the time from 4 rows to 1,024 (AMD
+# library leaves half of each register unused ours has all: it takes 0.4 to 0.76 of the time from 4 rows to 1,024 (AMD
 # EPYC 9005, float32, one thread and two), and what a token becomes depends on no other's. Where a processor multiplies
 # bfloat16 itself, the library does it 1.1 times as fast as ours at 8 rows and 2.7 times at 128 (there).
 FEW_ROWS = 48
