@@ -28,7 +28,7 @@ def pace_of(
     Args:
         steps: of every worker, from where their requests began, as `Cluster.steps` returns them
         seconds: of a step with such chunks, by the model
-        company: the model is of workers that are all busy, and a step counts as what it would have taken then
+        company: the model is of workers that all do the same, and a step counts as what it would have taken then
 
     Raises:
         ValueError: no step, or steps that take no time by the model.
@@ -78,13 +78,16 @@ def shapes_of(steps: Sequence[StepRecord]) -> list[list[ChunkShape]]:
 
 
 def _work_s(spans: Sequence[Span], company: Company | None) -> float:
-    """All of them together; where there is company, in seconds of workers that are all busy."""
+    """All of them together; where there is company, in seconds of workers that all do the same."""
     edges = [(time, opens, number) for number, span in enumerate(spans) for time, opens in _edges(span)]
     busy: set[int] = set()
     work_s = before = 0.0
     for now, opens, number in sorted(edges):
+        decodes = sum(spans[each][2] for each in busy)
         for each in busy:
-            work_s += (now - before) * (company.speed(spans[each][2], len(busy) - 1) if company else 1.0)
+            own = spans[each][2]
+            others = (decodes - own, len(busy) - decodes - (not own))
+            work_s += (now - before) * (company.speed(own, *others) if company else 1.0)
         before = now
         if opens:
             busy.add(number)

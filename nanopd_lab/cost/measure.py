@@ -2,7 +2,8 @@
 
 Workers on a CPU share its memory and caches; a step that is timed alone is shorter than it will be. So all of them
 profile at the same time, and a step's time is the median of their visits. In between one of them times a few of the
-steps alone, as workers are not always all busy (`cost.company`). A GPU is alone: one process is enough.
+steps alone, and while the others do something else, as workers are not always all busy with the same (`cost.company`).
+A GPU is alone: one process is enough.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any
 
-from nanopd_lab.cost.calibrate import fit_profile, own_link, timed_points
-from nanopd_lab.cost.company import Company
+from nanopd_lab.cost.calibrate import fit_profile, own_link
+from nanopd_lab.cost.company import Company, Timed
 from nanopd_lab.cost.files import CostModel, read_json
 from nanopd_lab.cost.grid import Grid, grid_for
 from nanopd_lab.starting import process_context, take_environment
@@ -67,7 +68,7 @@ def measure_cost_model(job: ProfileJob, folder: Path, progress: bool = True) -> 
         path.unlink()
     cost = fit_profile(record, own_link(record))
     if job.processes > 1:
-        cost = with_company(cost, record, {**record, "points": record["alone"]})
+        cost = with_company(cost, record)
     cost.save(folder / "cost-model.json")
     return cost
 
@@ -77,24 +78,21 @@ def some_of(grid: Grid) -> Grid:
     return replace(grid, pasts=grid.pasts[:1], contexts=grid.contexts[:1], num_mixed=0)
 
 
-def with_company(cost: CostModel, together: Mapping[str, Any], alone: Mapping[str, Any]) -> CostModel:
-    """What workers cost one another, from steps of one profile that were timed in another one too; noted in `fit`.
+def with_company(cost: CostModel, profile: Mapping[str, Any]) -> CostModel:
+    """What workers cost one another, from steps that were timed in every company; noted in `fit`.
 
     Args:
-        together: of processes that were all busy, as `merged` makes it; `cost` is fitted to it
-        alone: of one process on the same machine
+        profile: of processes that were busy with the same, which `cost` is fitted to, with what `Together` adds
 
     Raises:
-        ValueError: see `timed_points` and `Company.fit`.
+        ValueError: see `Company.fit`.
     """
-    known = dict(timed_points(together))
-    both = [(point, seconds, known[point]) for point, seconds in timed_points(alone) if point in known]
-    company = Company.fit(
-        int(together["settings"]["processes"]),
-        [(one, other) for point, one, other in both if point.kind == "decode"],
-        [(one, other) for point, one, other in both if point.kind != "decode"],
-    )
-    rows = [{**point.to_record(), "alone_s": one, "together_s": other} for point, one, other in both]
+    rows = profile["company"]
+    timed: dict[str, list[Timed]] = {"decode": [], "prefill": []}
+    for row in rows:
+        own, other = (row[kind] for kind in sorted(timed, key=lambda kind: kind != row["kind"]))
+        timed[row["kind"]] += zip(row["alone"], own, other, strict=True)
+    company = Company.fit(int(profile["settings"]["processes"]), timed["decode"], timed["prefill"])
     return replace(cost, company=company, fit={**cost.fit, "company": rows})
 
 
@@ -117,7 +115,7 @@ def merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _run(job: ProfileJob, files: Sequence[Path], progress: bool) -> None:
-    """A process for each file, all at once; the first times some steps alone, too."""
+    """A process for each file, all at once; the first times some steps in other company, too."""
     for path in files:
         path.unlink(missing_ok=True)  # of an earlier run, which may have had other neighbours
         path.with_suffix(".log").unlink(missing_ok=True)
@@ -171,7 +169,7 @@ def _profile_one(
             result=path,
             grid=job.grid,
             transfers=first,
-            together=Together(barrier, some_of(job.grid) if first else None) if barrier else None,
+            together=Together(barrier, some_of(job.grid), first) if barrier else None,
             progress=progress,
         )
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ host and device take. A file that a cut run left is continued.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -46,6 +47,8 @@ MOST_LEAD_IN = 8
 ON_TIME = 0.02  # of a step, waited for its result
 SAVE_SECONDS = 5.0
 CPU = torch.device("cpu")
+COMPANIES = ("alone", "decode", "prefill")
+"""What the others do while one process times: nothing, or steps of such a kind."""
 
 
 class StepTimer:
@@ -120,15 +123,18 @@ class StepTimer:
 
 @dataclass(frozen=True)
 class Together:
-    """Processes that profile at once. Between their rounds they wait while one of them times a few steps alone, so that
-    a machine whose speed changes does so for both.
+    """Processes that profile at once, each kind of steps beside steps of the same kind. Between their rounds one of them
+    times a few steps while the others wait, run decode steps, and run prefills, one after the other: what is compared
+    are times of one moment, as a shared machine's speed changes.
 
     barrier: that all of them wait at
-    alone: what this one times alone; None: it only waits
+    few: the steps; prefills and decodes
+    times: this process is the one that times them
     """
 
     barrier: Barrier
-    alone: Grid | None = None
+    few: Grid
+    times: bool
 
 
 def profile(
@@ -152,7 +158,8 @@ def profile(
         rounds: visits of each point that count, at least 3
         grid: another one than `grid_for` the device
         transfers: time pulls of KV blocks too, by every transport between every pair of GPUs (or on the CPU)
-        together: other processes of this host profile as well; the one that times some steps alone has them in `alone`
+        together: other processes of this host profile as well; the one that times a few steps in other company has them
+            in `company`
         engine_options: further fields of `EngineConfig`, for example cuda_graphs=False
 
     Raises:
@@ -209,24 +216,13 @@ def profile(
             f"{result} has other steps than this engine can hold; name another file, or delete it"
         )
     timer = StepTimer(engine)
-    alone: list[dict[str, Any]] = []
-    if together is not None and together.alone is not None:
-        record["alone"] = alone = [
-            {**point.to_record(), "seconds": []} for point in points_of(together.alone)
-        ]
-
-    def between() -> None:
-        if together is None:
-            return
-        together.barrier.wait()
-        for row in alone:
-            row["seconds"].append(timer.seconds(Point.from_record(row), 1))
-        together.barrier.wait()
-
-    _visit(timer, record["points"], rounds, lambda: _save(record, result), between, progress)
+    meeting = None if together is None else _Meeting(timer, together, points_of(together.few))
+    if meeting is not None and meeting.together.times:
+        record["company"] = meeting.rows
+    _visit(timer, record["points"], rounds, lambda: _save(record, result), meeting, progress)
     if transfers and "transfers" not in record:
         shape = engine.cache.shape
-        del engine, timer  # its pool makes room for those of the transports
+        del engine, timer, meeting  # its pool makes room for those of the transports
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
@@ -236,15 +232,51 @@ def profile(
     return record
 
 
+class _Meeting:
+    """What processes that profile at once do together, see `Together`. All of them call the same in the same order.
+
+    rows: the few steps with their times alone ("alone") and beside others in "decode" steps and in "prefill" ones
+    """
+
+    def __init__(self, timer: StepTimer, together: Together, few: Sequence[Point]) -> None:
+        self.together = together
+        self.rows = [{**point.to_record(), **{company: [] for company in COMPANIES}} for point in few]
+        self._timer, self._few = timer, few
+
+    def wait(self) -> None:
+        """For the others."""
+        self.together.barrier.wait()
+
+    def few_steps(self) -> None:
+        """Time the few steps, or be company to the one that does."""
+        self.wait()
+        for company in COMPANIES:
+            if self.together.times:
+                for row in self.rows:
+                    repeats = _repeats(row[company][-1]) if row[company] else 1
+                    row[company].append(self._timer.seconds(Point.from_record(row), repeats))
+            else:
+                self._run_until_met([point for point in self._few if point.kind == company])
+            self.wait()
+
+    def _run_until_met(self, points: Sequence[Point]) -> None:
+        """Run these steps, if any, until somebody waits or has failed."""
+        barrier = self.together.barrier
+        for point in itertools.cycle(points):
+            if barrier.n_waiting or barrier.broken:
+                return
+            self._timer.seconds(point, 1)
+
+
 def _visit(
     timer: StepTimer,
     rows: Sequence[dict[str, Any]],
     rounds: int,
     save: Callable[[], None],
-    between: Callable[[], None],
+    meeting: _Meeting | None,
     progress: bool,
 ) -> None:
-    """Fill in what is missing, a round at a time; `between` is called behind each."""
+    """Fill in what is missing, a round at a time."""
     left = [row for row in rows if len(row["seconds"]) < rounds]
     visits = sum(rounds - len(row["seconds"]) for row in left) + len(left)
     repeats: dict[int, int] = {}
@@ -253,20 +285,31 @@ def _visit(
     with tqdm(total=visits, desc="profile", unit="visit", disable=not progress) as bar:
         for row in left:  # thrown away: compiles, touches memory, says how long a step is
             seconds = timer.seconds(Point.from_record(row), 1)
-            repeats[id(row)] = max(least, min(MOST_REPEATS, round(VISIT_SECONDS / seconds)))
+            repeats[id(row)] = max(least, _repeats(seconds))
             bar.update()
-        between()
+        if meeting is not None:
+            meeting.few_steps()
         for number in range(rounds):
+            kind = ""
             for row in left:
                 if len(row["seconds"]) > number:
                     continue
+                if meeting is not None and row["kind"] != kind:
+                    meeting.wait()  # so that a step has steps of its own kind beside it
+                kind = row["kind"]
                 row["seconds"].append(timer.seconds(Point.from_record(row), repeats[id(row)]))
                 bar.update()
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save()
                     saved = time.monotonic()
-            between()
+            if meeting is not None:
+                meeting.few_steps()
     save()
+
+
+def _repeats(seconds: float) -> int:
+    """Of a step that takes so long, in one visit."""
+    return max(1, min(MOST_REPEATS, round(VISIT_SECONDS / seconds)))
 
 
 def _save(record: dict[str, Any], path: Path | None) -> None:

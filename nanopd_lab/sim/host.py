@@ -1,7 +1,7 @@
-"""What workers on one host share: each step is faster while other workers rest (see `cost.company`).
+"""What workers on one host share: a step's speed depends on what the others do meanwhile (see `cost.company`).
 
-A step is so much work, in the seconds that it takes while all are busy. It gets done faster or slower as others begin
-and end; when it ends is reckoned anew each time.
+A step is so much work, in the seconds that it takes while all are in steps of its kind. It gets done faster or slower
+as others begin and end; when it ends is reckoned anew each time.
 
     worker 0   |=======step=======|=======step=======|
     worker 1          |==step==|  .                      work of worker 0's first step: fast, slow, fast
@@ -59,25 +59,27 @@ class Host:
 
     def __init__(self, company: Company) -> None:
         self.company = company
-        self._busy: dict[Worker, None] = {}  # in an order that is the same in every run
+        # What kind of step each one is in: of decodes only or not; in an order that is the same in every run.
+        self._busy: dict[Worker, bool] = {}
 
     def begin(self, worker: Worker, now: float, decodes_only: bool) -> Progress:
         """A step or a run of them begins."""
-        others = len(self._busy) - (worker in self._busy)
-        return Progress(now, decodes_only, self.company.speed(decodes_only, others))
+        return Progress(now, decodes_only, self.speed(worker, decodes_only))
 
-    def speed(self, decodes_only: bool) -> float:
-        """Of a worker that is busy."""
-        return self.company.speed(decodes_only, len(self._busy) - 1)
+    def speed(self, worker: Worker, decodes_only: bool) -> float:
+        """Of a worker in a step of that kind, beside those that are in one now."""
+        others = [kind for each, kind in self._busy.items() if each is not worker]
+        decodes = sum(others)
+        return self.company.speed(decodes_only, decodes, len(others) - decodes)
 
-    def turned(self, worker: Worker, busy: bool) -> None:
-        """A worker is in a step now, or in none; the others go on accordingly."""
-        if busy == (worker in self._busy):
+    def turned(self, worker: Worker, decodes_only: bool | None) -> None:
+        """A worker is in a step of that kind now, or in none; the others go on accordingly."""
+        if self._busy.get(worker) == decodes_only:
             return
         others = [each for each in self._busy if each is not worker]
-        if busy:
-            self._busy[worker] = None
-        else:
+        if decodes_only is None:
             del self._busy[worker]
+        else:
+            self._busy[worker] = decodes_only
         for other in others:
             other.keep_pace()

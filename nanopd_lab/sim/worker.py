@@ -178,7 +178,8 @@ class SimWorker:
         if core.timed:
             self._watch()
         if self.host is not None:
-            self.host.turned(self, self.alive and (self._plan is not None or self._run is not None))
+            busy = self.alive and (self._plan is not None or self._run is not None)
+            self.host.turned(self, self._progress.decodes_only if busy and self._progress else None)
 
     def _take_in(self, seen: float) -> None:
         """Handle what had come by then: messages first, as the host does, which then looks for ended pulls."""
@@ -206,7 +207,7 @@ class SimWorker:
         self._turn = 0
         self.alive = False
         if self.host is not None:
-            self.host.turned(self, False)
+            self.host.turned(self, None)
         self.core.report_all()
         return [*self.in_transit, *self.core.outbox]
 
@@ -246,11 +247,11 @@ class SimWorker:
         self._turn = self.queue.push(end, Kind.LOOP, self._come_round, self.rank)
 
     def keep_pace(self) -> None:
-        """Others of the host have begun or ended: what is under way ends sooner or later than thought."""
+        """Others of the host do something else now: what is under way ends sooner or later than thought."""
         progress, run, now = self._progress, self._run, self.queue.now
         assert progress is not None, f"{self.core.name} is in no step"
         assert self.host is not None
-        if (speed := self.host.speed(progress.decodes_only)) == progress.speed:
+        if (speed := self.host.speed(self, progress.decodes_only)) == progress.speed:
             return
         progress.go_on(now, speed)
         end = progress.when(self._work_s) if run is None else run.end(self._steps)

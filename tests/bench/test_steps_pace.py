@@ -62,13 +62,13 @@ def test_what_begins_again_has_no_past() -> None:
 
 def test_a_step_alone_counts_as_in_company() -> None:
     """As the simulator, which lets steps be faster while others rest, would else do so a second time."""
-    company = Company(2, decode_alone=0.5, prompt_alone=0.8)
+    company = Company(2, 0.5, 0.8, decode_beside_prompts=0.625, prompt_beside_decodes=1.25)
     steps = {
         "w0": [StepRecord(0.0, 4.0, (("a/0#0", 8, False),)), StepRecord(4.0, 6.0, (("a/0#0", 1, True),))],
         "w1": [StepRecord(3.0, 5.0, (("b/0#1", 1, True),))],
     }
-    # 3 s alone at 1 / 0.8 and 1 s in company; 1 s in company and 1 s alone at 1 / 0.5; 2 s in company.
-    work_s = (3 / 0.8 + 1) + (1 + 1 / 0.5) + 2
+    # a's prompt: 3 s alone and 1 s beside b's decode; its decode: 1 s beside b's and 1 s alone; b's: 1 s beside each.
+    work_s = (3 / 0.8 + 1 / 1.25) + (1 + 1 / 0.5) + (1 / 0.625 + 1)
     assert pace_of(steps, lambda _: 1.0, company) == pytest.approx(work_s / 3)
     assert pace_of(steps, lambda _: 1.0) == pytest.approx((4 + 2 + 2) / 3)
 

@@ -1,4 +1,4 @@
-"""Workers on one host: a step is faster while the others rest. Times by hand, by fractions, and within their bounds."""
+"""Workers on one host: a step's time depends on what the others do. By hand, by fractions, and within its bounds."""
 
 from __future__ import annotations
 
@@ -71,9 +71,23 @@ def test_a_worker_that_dies_is_no_company() -> None:
 
 def test_few_others_are_less_company_than_as_many_as_were_profiled() -> None:
     four = Company(4, 0.25, 0.25)
-    assert [four.speed(True, others) for others in range(5)] == [4.0, 2.0, pytest.approx(4 / 3), 1.0, 1.0]
+    assert [four.speed(True, n, 0) for n in range(5)] == [4.0, 2.0, pytest.approx(4 / 3), 1.0, 1.0]
     pair = [SimRequest("a", 0.0, 8, 1), SimRequest("b", 0.0, 8, 1)]
     assert finished(simulate(pair, four, workers=4)) == [0.5, 0.5]
+
+
+def test_beside_steps_of_the_other_kind_by_hand() -> None:
+    """A decode step takes half beside a prompt and a prompt twice beside decodes, in powers of two throughout."""
+    mixed = Company(2, 0.25, 0.5, decode_beside_prompts=0.5, prompt_beside_decodes=2.0)
+    assert [mixed.speed(True, *others) for others in ((0, 0), (1, 0), (0, 1), (0, 9))] == [4, 1, 2, 2]
+    assert [mixed.speed(False, *others) for others in ((0, 0), (1, 0), (0, 1), (9, 0))] == [2, 0.5, 1, 0.5]
+    three = dataclasses.replace(mixed, processes=3)
+    assert three.speed(True, 1, 1) == 1 / 0.75
+    assert three.speed(True, 0, 1) == 1 / 0.375
+    # a's prompt ends at 0.5; its decodes take 0.25 s each alone, so that 6 of 9 are done at 2.0, and 0.5 s each beside
+    # b's prompt, which has 0.25 of its work left at 3.5, and ends 0.125 s later.
+    result = simulate([SimRequest("a", 0.0, 8, 10), SimRequest("b", 2.0, 8, 1)], mixed)
+    assert finished(result) == [3.5, 3.625]
 
 
 def by_fractions(starts: list[Fraction], steps: list[int], alone: Fraction) -> list[Fraction]:
@@ -115,7 +129,12 @@ def test_ends_are_those_of_fluid_work(jobs: list[tuple[int, int]], eighths: int,
 
 
 companies = st.builds(
-    Company, st.integers(2, 4), st.sampled_from([0.37, 0.61, 0.9, 1.0]), st.sampled_from([0.41, 0.73, 1.0])
+    Company,
+    st.integers(2, 4),
+    st.sampled_from([0.37, 0.61, 0.9, 1.0]),
+    st.sampled_from([0.41, 0.73, 1.0]),
+    st.sampled_from([0.83, 1.0, 1.27]),
+    st.sampled_from([0.9, 1.0, 1.31]),
 )
 
 
@@ -136,15 +155,15 @@ def test_runs_in_company_agree_with_steps(case, company: Company, constant: bool
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(cases(), companies)
 def test_every_step_lies_between_alone_and_in_company(case, company: Company) -> None:  # type: ignore[no-untyped-def]
-    """Of steps of 1 s in full company. (Times of requests need not: who is later may meet a better batch.)"""
+    """Of steps of 1 s beside their own kind. (Times of requests need not: who is later may meet a better batch.)"""
     name, requests, config, kills = case
     policy, roles = create_policy(name, {"collocated": 2, "1p1d": 2, "least-loaded": 2}.get(name, 3))
     config = dataclasses.replace(config, company=company, trace=True)
     result = Simulator(policy, roles, ConstantTime(1.0), requests, config, kills).run()
-    shortest = min(company.decode_alone, company.prompt_alone)
+    _, *parts = dataclasses.astuple(company)
     for span in result.spans:
         each = (span.end - span.begin) / span.steps
-        assert shortest * (1 - 1e-9) <= each <= 1.0 + 1e-9
+        assert min(parts) * (1 - 1e-9) <= each <= max(1.0, *parts) * (1 + 1e-9)
 
 
 def test_a_company_that_costs_nothing_changes_nothing() -> None:
