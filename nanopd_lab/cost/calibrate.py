@@ -271,9 +271,9 @@ def describe(cost: CostModel, prompt_tokens: int = 512, context: int = 512) -> s
     if (company := cost.company) is not None:
         rows.append((
             "company",
-            f"of {company.processes} busy with the same; decode steps take {company.decode_alone:.0%} of these times alone "
-            f"and {company.decode_beside_prompts:.0%} beside prompts, prompts {company.prompt_alone:.0%} alone and "
-            f"{company.prompt_beside_decodes:.0%} beside decodes",
+            f"of {company.processes} busy with the same; decode steps take {company.decode_alone:.0%} of these times "
+            f"alone and {company.decode_beside_prompts:.0%} beside prompts, prompts {company.prompt_alone:.0%} alone "
+            f"and {company.prompt_beside_decodes:.0%} beside decodes",
         ))  # fmt: skip
     if launched := cost.fit.get("launched"):
         rows.append(("host, launched", f"{1e3 * launched['host_s']:.2f} ms a step without CUDA graphs"))

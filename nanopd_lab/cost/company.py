@@ -7,8 +7,8 @@ two workers on two cores of Zen 5: a decode step 24 ms alone, 24 beside a prompt
 tokens 200 ms, 204 beside another and 212 beside decodes.)
 
 An iteration model that was fitted to steps timed beside steps of their own kind is right for a host whose workers all
-do the same. This is the rest: what part of that time a step takes alone, and beside steps of the other kind. In between,
-time grows in a straight line with the number of others of each kind.
+do the same. This is the rest: what part of that time a step takes alone, and beside steps of the other kind. In
+between, time grows in a straight line with the number of others of each kind.
 """
 
 from __future__ import annotations

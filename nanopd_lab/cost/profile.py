@@ -123,9 +123,9 @@ class StepTimer:
 
 @dataclass(frozen=True)
 class Together:
-    """Processes that profile at once, each kind of steps beside steps of the same kind. Between their rounds one of them
-    times a few steps while the others wait, run decode steps, and run prefills, one after the other: what is compared
-    are times of one moment, as a shared machine's speed changes.
+    """Processes that profile at once, each kind of steps beside steps of the same kind. Between their rounds one of
+    them times a few steps while the others wait, run decode steps, and run prefills, one after the other: what is
+    compared are times of one moment, as a shared machine's speed changes.
 
     barrier: that all of them wait at
     few: the steps; prefills and decodes

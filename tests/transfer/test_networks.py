@@ -135,7 +135,7 @@ def test_right_bytes(three: Three) -> None:
 
 
 def test_a_cable_pulled_out_fails_its_pulls_in_time_and_no_others(three: Three) -> None:
-    """Blocks are the pull's until it has ended: one from the other side beside it goes elsewhere, one after it may not."""
+    """A pull that has not ended may write its blocks: the other side's beside it goes elsewhere, that behind it not."""
     for pull_id in range(10):  # 38 MB each
         three.pull(pull_id, "one", seconds=2.0, blocks=FIRST)
     three.cables.pull_out(1)
