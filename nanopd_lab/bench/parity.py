@@ -9,7 +9,7 @@ for a while slows all alike, and each begins every round anew; none is told how 
 
 A shared machine's speed changes by the minute, which no model of its steps can know. At its own pace (`--own-pace`),
 what all of its steps took by what the cost model says of them, a round is simulated at the speed that the machine had:
-what is compared then is everything but that one number.
+what is compared then is everything but two numbers, of what reads and of what computes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from nanopd_lab.bench.load import LoadOptions, run_load
 from nanopd_lab.bench.metrics import LoadRecord
 from nanopd_lab.bench.ranking import agreement
+from nanopd_lab.bench.steps_pace import Pace
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import ClusterConfig
@@ -52,9 +53,9 @@ RANKED = (
 )
 
 Figures = dict[str, float]
-Simulate = Callable[[str, Sequence[SimRequest], float | None], SimResult]
+Simulate = Callable[[str, Sequence[SimRequest], Pace | None], SimResult]
 """Serves requests in virtual time, by a policy's name, on a machine at such a pace; None: the model's own."""
-Paced = Callable[[Mapping[str, Sequence[StepRecord]]], float]
+Paced = Callable[[Mapping[str, Sequence[StepRecord]]], Pace]
 """The pace that the steps of all workers show, see `steps_pace.pace_of`."""
 Key = tuple[str, float, int]
 """Policy, requests a second, seed."""
@@ -63,7 +64,7 @@ Key = tuple[str, float, int]
 class Round(NamedTuple):
     """The same requests, served and simulated; `provenance` of the former.
 
-    pace: seconds that its steps took, by those that the cost model says of the same steps; None: not measured
+    pace: what its steps took by what the cost model says of the same steps; None: not measured
     """
 
     policy: str
@@ -73,7 +74,7 @@ class Round(NamedTuple):
     real: Figures
     simulated: Figures
     provenance: dict[str, Any]
-    pace: float | None = None
+    pace: Pace | None = None
 
     @property
     def key(self) -> Key:
@@ -167,7 +168,8 @@ class Rounds:
             record = json.loads(line)
             if record.pop("settings") != self.settings:
                 raise ValueError(f"{path.name} holds rounds of other settings; give another file")
-            found = Round(**record)
+            pace = record.pop("pace")
+            found = Round(**record, pace=None if pace is None else Pace(*pace))
             self.done[found.key] = found
 
     def add(self, found: Round) -> None:
@@ -210,7 +212,7 @@ def records_of(rounds: Iterable[Round]) -> list[dict[str, Any]]:
                         "seed": each.seed,
                         "real": each.real,
                         "simulated": each.simulated,
-                        **({} if each.pace is None else {"pace": each.pace}),
+                        **({} if each.pace is None else {"pace": each.pace._asdict()}),
                     }
                     for each in group
                 ],

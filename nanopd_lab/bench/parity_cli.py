@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanopd_lab.cluster.config import ClusterConfig
+    from nanopd_lab.cluster.host import StepRecord
     from nanopd_lab.cost.files import CostModel
-    from nanopd_lab.sim import SimConfig
+    from nanopd_lab.sim import SimConfig, SimRequest
 
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+SERVICE_SEED = 1 << 20  # no round's
 
 
 def register(subparsers: _Subparsers) -> None:
@@ -39,6 +44,13 @@ def register(subparsers: _Subparsers) -> None:
         action="store_true",
         help="simulate each round at the pace that its own steps show: for machines that others use too; not together "
         "with --simulate-with",
+    )
+    parser.add_argument(
+        "--service-rate",
+        type=float,
+        metavar="RATE",
+        help="correct a cost model that is measured by steps in service: first serve --num-prompts requests at so many "
+        "a second by `collocated` and with one worker for prompts; another rate than those of --request-rates",
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
@@ -71,8 +83,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: arguments that don't go together, or rounds of other settings.
     """
-    from functools import partial
-
     from nanopd_lab.bench.parity import (
         RANKING_SCHEMA,
         Rounds,
@@ -83,13 +93,11 @@ def run(args: argparse.Namespace) -> int:
         records_of,
         table,
     )
-    from nanopd_lab.bench.steps_pace import pace_of
-    from nanopd_lab.cluster.config import ClusterConfig
+    from nanopd_lab.bench.steps_pace import Pace, pace_of, works_of
     from nanopd_lab.provenance import provenance
     from nanopd_lab.router import Slo, Veiled, create_policy
-    from nanopd_lab.sim import SimRequest, SimResult, Simulator
+    from nanopd_lab.sim import SimResult, Simulator
     from nanopd_lab.sim.timing import CostTime
-    from nanopd_lab.sim.workload import Lengths, poisson_arrivals
 
     if args.own_pace and args.simulate_with:
         # A pace is relative to one model, and the steps that it was taken from are not kept.
@@ -97,35 +105,24 @@ def run(args: argparse.Namespace) -> int:
             "--own-pace is measured by the model of --cost-model, and --simulate-with is another model; leave one of "
             "them out"
         )
+    if args.service_rate in args.request_rates:
+        raise ValueError(
+            f"--service-rate {args.service_rate:g} is one of --request-rates, at which the model is to be checked; "
+            "take another, as one in between"
+        )
     cost = _cost_model(args, args.cost_model)
-    lengths = (
-        Lengths(args.input_median, 0.6, round(6 * args.input_median)),
-        Lengths(args.output_median, 0.5, round(5 * args.output_median)),
-    )
-    engine = {
-        "dtype": args.dtype,
-        "compilation": args.compilation,
-        "max_num_batched_tokens": args.max_num_batched_tokens,
-        "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": args.kv_blocks * cost.fit["block_bytes"],
-    }
-    config = ClusterConfig(
-        args.model,
-        workers=args.workers,
-        cost_model=str(args.cost_model),
-        goodput=tuple(args.goodput),
-        engine=engine,
-        share_devices=args.share_devices,
-    )
+    config = _config(args, cost, cost_model=str(args.cost_model), goodput=tuple(args.goodput))
     times = _cost_model(args, args.simulate_with) if args.simulate_with else cost
     settings, outlook = _settings(args, times), config.outlook()
 
-    def simulate(name: str, requests: Sequence[SimRequest], pace: float | None) -> SimResult:
+    def simulate(name: str, requests: Sequence[SimRequest], pace: Pace | None) -> SimResult:
         policy, roles = create_policy(name, args.workers, outlook)
-        model = times.iteration.scaled(1.0 if pace is None else pace)
+        model = times.iteration if pace is None else pace.of(times.iteration)
         return Simulator(Veiled(policy), roles, CostTime(model), requests, settings).run()
 
-    paced = partial(pace_of, seconds=cost.iteration.seconds, company=cost.company) if args.own_pace else None
+    def paced(steps: Mapping[str, Sequence[StepRecord]]) -> Pace:
+        return pace_of(works_of(steps, cost.company), cost.iteration)
+
     for policy in args.policies:  # all are checked before the first is measured
         create_policy(policy, args.workers, outlook)
     rounds = Rounds(args.rounds_filename, _shared(args, cost))
@@ -138,10 +135,10 @@ def run(args: argparse.Namespace) -> int:
     ]
 
     def requests_of(rate: float, seed: int) -> list[SimRequest]:
-        return poisson_arrivals(args.num_prompts, rate, lengths, seed)
+        return _requests(args, rate, seed)
 
     loads = {turn: requests_of(turn[1], turn[2]) for turn in turns}
-    for found in compare(config, loads, simulate, paced) if loads else ():
+    for found in compare(config, loads, simulate, paced if args.own_pace else None) if loads else ():
         rounds.add(found)
         print(f"{found.policy}, {found.rate:g} requests/s, seed {found.seed}: done", flush=True)
     done = list(rounds.done.values())
@@ -183,13 +180,20 @@ def _turned(policies: Sequence[str], number: int) -> list[str]:
 
 
 def _cost_model(args: argparse.Namespace, path: Path) -> CostModel:
-    """Of a file, or measured by as many processes at once as there will be workers."""
+    """Of a file, or measured by as many processes at once as there will be workers, and in service if that is asked."""
+    from nanopd_lab.bench.in_service import in_service
     from nanopd_lab.cluster.config import ClusterConfig
     from nanopd_lab.cost.files import CostModel
     from nanopd_lab.cost.measure import ProfileJob, measure_cost_model
 
     if path.exists():
-        return CostModel.load(path)
+        cost = CostModel.load(path)
+        if args.service_rate is not None and "in_service" not in cost.fit:
+            raise ValueError(
+                f"{path} is there already, of steps that were not in service; leave --service-rate out, or name "
+                "another file"
+            )
+        return cost
     config = ClusterConfig(args.model, workers=args.workers, share_devices=args.share_devices)
     cuda = config.worker_devices()[0].type == "cuda"
     job = ProfileJob.of(
@@ -203,8 +207,37 @@ def _cost_model(args: argparse.Namespace, path: Path) -> CostModel:
     )
     with tempfile.TemporaryDirectory() as folder:  # beside the file there may be another `cost-model.json`
         cost = measure_cost_model(job, Path(folder))
+    if args.service_rate is not None:
+        policies = ["collocated", *([f"1p{args.workers - 1}d"] if args.workers > 1 else [])]
+        requests = _requests(args, args.service_rate, SERVICE_SEED)
+        cost = in_service(cost, _config(args, cost), policies, requests)
     cost.save(path)
     return cost
+
+
+def _config(args: argparse.Namespace, cost: CostModel, **given: Any) -> ClusterConfig:
+    from nanopd_lab.cluster.config import ClusterConfig
+
+    engine = {
+        "dtype": args.dtype,
+        "compilation": args.compilation,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": args.kv_blocks * cost.fit["block_bytes"],
+    }
+    return ClusterConfig(
+        args.model, workers=args.workers, engine=engine, share_devices=args.share_devices, **given
+    )
+
+
+def _requests(args: argparse.Namespace, rate: float, seed: int) -> list[SimRequest]:
+    from nanopd_lab.sim.workload import Lengths, poisson_arrivals
+
+    lengths = (
+        Lengths(args.input_median, 0.6, round(6 * args.input_median)),
+        Lengths(args.output_median, 0.5, round(5 * args.output_median)),
+    )
+    return poisson_arrivals(args.num_prompts, rate, lengths, seed)
 
 
 def _shared(args: argparse.Namespace, cost: CostModel) -> Mapping[str, Any]:
@@ -213,8 +246,10 @@ def _shared(args: argparse.Namespace, cost: CostModel) -> Mapping[str, Any]:
         "model", "workers", "num_prompts", "input_median", "output_median", "dtype", "compilation",
         "max_num_batched_tokens", "kv_blocks", "goodput",
     )  # fmt: skip
-    own_pace = {"own_pace": True} if args.own_pace else {}
-    return {**{name: getattr(args, name) for name in names}, **own_pace, "profiled": cost.source}
+    asked = {name: getattr(args, name) for name in ("own_pace", "service_rate") if getattr(args, name)}
+    if args.own_pace:
+        asked["own_pace"] = ["reading", "computing"]
+    return {**{name: getattr(args, name) for name in names}, **asked, "profiled": cost.source}
 
 
 def _settings(args: argparse.Namespace, cost: CostModel) -> SimConfig:

@@ -1,46 +1,96 @@
 """How fast a machine was, from the steps that a cluster did meanwhile: what they took, by what a cost model says.
 
-    pace_of(cluster.steps(), model.seconds)     # 1.25: a quarter slower than the model
+    pace_of(works_of(cluster.steps()), model)     # Pace(reading=1.25, computing=1.0): memory a quarter slower than that
 
 The work is the same on both sides, so that no request but those under way is needed to measure by. A step takes from
-its begin to its end, and what its worker waited before it does not count.
+its begin to its end, and what its worker waited before it does not count. A machine that others use too has two speeds
+that change by the minute and not together: decode steps wait for memory, prompts compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from nanopd_lab.cluster.host import StepRecord
 from nanopd_lab.cost.company import Company
+from nanopd_lab.cost.iteration import COEFFICIENTS, IterationModel
 from nanopd_lab.cost.roofline import ChunkShape
+
+COMPUTING = ("token_s", "pair_s", "short_pair_s", "mixed_s", "rows_s")
+"""Coefficients of what computes; the others are of what reads."""
+CORRECTIONS = 60  # each leaves a part of what was missing
 
 Span = tuple[float, float, bool]
 """A step's begin and end, s, and whether it has no prompt tokens."""
 
 
-def pace_of(
-    steps: Mapping[str, Sequence[StepRecord]],
-    seconds: Callable[[Sequence[ChunkShape]], float],
-    company: Company | None = None,
-) -> float:
-    """Seconds that the steps took, by those that the model says of the same steps.
+class Work(NamedTuple):
+    """A step's chunks, what it took (s), and whether it has no prompt tokens."""
 
-    Args:
-        steps: of every worker, from where their requests began, as `Cluster.steps` returns them
-        seconds: of a step with such chunks, by the model
-        company: the model is of workers that all do the same, and a step counts as what it would have taken then
+    chunks: Sequence[ChunkShape]
+    seconds: float
+    decodes_only: bool
+
+
+class Pace(NamedTuple):
+    """How many times as long as a model says that takes which a step reads, and that which it computes."""
+
+    reading: float = 1.0
+    computing: float = 1.0
+
+    def of(self, model: IterationModel) -> IterationModel:
+        """Of a machine at this pace."""
+        seconds = {
+            name: (self.computing if name in COMPUTING else self.reading) * getattr(model, name)
+            for name in COEFFICIENTS
+            if name.endswith("_s")
+        }
+        return replace(model, **seconds)
+
+
+def pace_of(works: Sequence[Work], model: IterationModel) -> Pace:
+    """At which decode steps take as long by the model, all together, as they did, and steps with prompts too.
+
+    Where all are of one kind both paces are the same.
 
     Raises:
         ValueError: no step, or steps that take no time by the model.
     """
-    ordered = sorted((step for each in steps.values() for step in each), key=lambda step: step.end)
-    if not ordered:
+    if not works:
         raise ValueError("the workers recorded no step; a pace takes one at least")
-    modelled_s = sum(seconds(shapes) for shapes in shapes_of(ordered))
-    if not modelled_s > 0:
-        raise ValueError(f"{len(ordered)} steps take {modelled_s} s by the model; there is no pace by it")
+    kinds = [[each for each in works if each.decodes_only is only] for only in (True, False)]
+    if not all(kinds):
+        kinds = [list(works)] * 2
+    taken = [sum(each.seconds for each in kind) for kind in kinds]
+    pace = Pace()
+    for _ in range(CORRECTIONS):
+        at_pace = pace.of(model)
+        modelled = [sum(at_pace.seconds(each.chunks) for each in kind) for kind in kinds]
+        if not min(modelled) > 0:
+            raise ValueError(
+                f"{len(works)} steps take {sum(modelled)} s by the model; there is no pace by it"
+            )
+        pace = Pace(*(old * a / b for old, a, b in zip(pace, taken, modelled, strict=True)))
+    return pace
+
+
+def works_of(steps: Mapping[str, Sequence[StepRecord]], company: Company | None = None) -> list[Work]:
+    """All steps of all workers, by their end.
+
+    Args:
+        steps: of every worker, from where their requests began, as `Cluster.steps` returns them
+        company: a step counts as what it would have taken with all workers in steps of its kind, as the model's do
+    """
+    ordered = sorted((step for each in steps.values() for step in each), key=lambda step: step.end)
     spans = [(step.begin, step.end, all(count == 1 for _, count, _ in step.chunks)) for step in ordered]
-    return _work_s(spans, company) / modelled_s
+    return [
+        Work(shapes, seconds, decodes_only)
+        for shapes, seconds, (_, _, decodes_only) in zip(
+            shapes_of(ordered), _work_s(spans, company), spans, strict=True
+        )
+    ]
 
 
 def shapes_of(steps: Sequence[StepRecord]) -> list[list[ChunkShape]]:
@@ -77,17 +127,17 @@ def shapes_of(steps: Sequence[StepRecord]) -> list[list[ChunkShape]]:
     return found
 
 
-def _work_s(spans: Sequence[Span], company: Company | None) -> float:
-    """All of them together; where there is company, in seconds of workers that all do the same."""
+def _work_s(spans: Sequence[Span], company: Company | None) -> list[float]:
+    """Of each; where there is company, in seconds of workers that all do the same."""
     edges = [(time, opens, number) for number, span in enumerate(spans) for time, opens in _edges(span)]
     busy: set[int] = set()
-    work_s = before = 0.0
+    work_s, before = [0.0] * len(spans), 0.0
     for now, opens, number in sorted(edges):
         decodes = sum(spans[each][2] for each in busy)
         for each in busy:
             own = spans[each][2]
             others = (decodes - own, len(busy) - decodes - (not own))
-            work_s += (now - before) * (company.speed(own, *others) if company else 1.0)
+            work_s[each] += (now - before) * (company.speed(own, *others) if company else 1.0)
         before = now
         if opens:
             busy.add(number)

@@ -99,7 +99,7 @@ def test_at_its_own_pace_the_models_speed_does_not_matter(tmp_path: Path) -> Non
         (record,) = json.loads(result.read_text())
         (each,) = record["rounds"]
         # By the model 2 ms a decode step, and a little for each of a few that share it.
-        at_pace_one = each["simulated"]["p50_tpot_ms"] / (factor * each["pace"])
+        at_pace_one = each["simulated"]["p50_tpot_ms"] / (factor * each["pace"]["reading"])
         assert at_pace_one == pytest.approx(2.0, rel=0.1)
         kept = rounds.read_text()
         assert main(arguments[:-1]) == 2  # rounds of other settings

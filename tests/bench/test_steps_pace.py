@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from nanopd_lab import Cluster, ClusterConfig, SamplingParams
-from nanopd_lab.bench.steps_pace import pace_of, shapes_of
+from nanopd_lab.bench.steps_pace import Pace, pace_of, shapes_of, works_of
 from nanopd_lab.cluster.host import StepRecord
 from nanopd_lab.cluster.inline import InlineLauncher
 from nanopd_lab.cost.company import Company
 from nanopd_lab.cost.iteration import IterationModel
 from nanopd_lab.cost.roofline import ChunkShape
 
-MODEL = IterationModel(1.0, 2.0, 0.01, 1e-4, 1e-3, 0.1, vocab_share=0.5)
+MODEL = IterationModel(1e-3, 2e-2, 1e-3, 1e-6, 1e-6, 1e-5, vocab_share=0.3, mixed_s=2e-3, rows_s=1e-4)
 # A prompt of 50 in two chunks, the second beside another's decode; its output on the other worker; another prompt.
 TRACE = {
     "w1": [
@@ -35,18 +36,47 @@ SHAPES = [
 ]
 
 
-def test_pace_is_what_steps_took_by_what_the_model_says() -> None:
-    seen: list[Sequence[ChunkShape]] = []
+def served(seconds: Callable[[list[ChunkShape]], float], noise: float = 0.0) -> dict[str, list[StepRecord]]:
+    """Prompts on one worker, then their decodes on another; each step takes so long, times what is left to chance."""
+    rng, now = random.Random(5), 0.0
+    steps: dict[str, list[StepRecord]] = {"w0": [], "w1": []}
+    for number in range(12):
+        prompt, key = rng.randint(10, 200), f"r{number}/0#0"
+        for count, past in [(prompt, 0)] + [(1, prompt + n) for n in range(15)]:
+            took = seconds([ChunkShape(count, past, 1)]) * rng.lognormvariate(0, noise)
+            steps["w1" if past else "w0"].append(StepRecord(now, now + took, ((key, count, past > 0),)))
+            now += took + 1e-4
+    return steps
 
-    def seconds(shapes: Sequence[ChunkShape]) -> float:
-        seen.append(shapes)
-        return MODEL.seconds(shapes)
 
-    measured_s = 4.0 + 3.0 + 2.0 + 2.0
-    pace = pace_of(TRACE, seconds)
-    assert pace == pytest.approx(measured_s / sum(map(MODEL.seconds, SHAPES)))
-    assert seen == SHAPES
-    assert pace_of(TRACE, MODEL.scaled(4.0).seconds) == pytest.approx(pace / 4)
+@pytest.mark.parametrize("planted", [Pace(0.9, 1.2), Pace(1.4, 0.7), Pace()])
+def test_planted_paces_are_found(planted: Pace) -> None:
+    works = works_of(served(planted.of(MODEL).seconds))
+    assert pace_of(works, MODEL) == pytest.approx(planted, rel=1e-6)
+
+
+@pytest.mark.parametrize("company", [None, Company(2, 0.8, 0.9, 0.85, 1.05)])
+def test_at_its_pace_each_kind_takes_what_it_took(company: Company | None) -> None:
+    """All its steps together, of several runs."""
+    runs = [served(MODEL.scaled(scale).seconds, noise=0.2) for scale in (0.9, 1.3)]
+    works = [each for run in runs for each in works_of(run, company)]
+    at_pace = pace_of(works, MODEL).of(MODEL)
+    for decodes_only in (True, False):
+        kind = [each for each in works if each.decodes_only is decodes_only]
+        modelled = sum(at_pace.seconds(each.chunks) for each in kind)
+        assert modelled == pytest.approx(sum(each.seconds for each in kind), rel=1e-6)
+
+
+def test_steps_of_one_kind_have_one_pace() -> None:
+    works = works_of({"w0": served(MODEL.seconds)["w0"]})
+    assert pace_of(works, MODEL.scaled(0.5)) == pytest.approx((2.0, 2.0))
+
+
+def test_chunks_are_those_of_the_steps() -> None:
+    works = works_of(TRACE)
+    assert [each.chunks for each in works] == SHAPES
+    assert [each.seconds for each in works] == [4.0, 3.0, 2.0, 2.0]
+    assert [each.decodes_only for each in works] == [False, False, True, False]
 
 
 def test_what_begins_again_has_no_past() -> None:
@@ -69,15 +99,15 @@ def test_a_step_alone_counts_as_in_company() -> None:
     }
     # a's prompt: 3 s alone and 1 s beside b's decode; its decode: 1 s beside b's and 1 s alone; b's: 1 s beside each.
     work_s = (3 / 0.8 + 1 / 1.25) + (1 + 1 / 0.5) + (1 / 0.625 + 1)
-    assert pace_of(steps, lambda _: 1.0, company) == pytest.approx(work_s / 3)
-    assert pace_of(steps, lambda _: 1.0) == pytest.approx((4 + 2 + 2) / 3)
+    assert sum(each.seconds for each in works_of(steps, company)) == pytest.approx(work_s)
+    assert sum(each.seconds for each in works_of(steps)) == pytest.approx(4 + 2 + 2)
 
 
 def test_no_steps_have_no_pace() -> None:
     with pytest.raises(ValueError, match="no step"):
-        pace_of({"w0": [], "w1": []}, MODEL.seconds)
-    with pytest.raises(ValueError, match="0 s by the model"):
-        pace_of(TRACE, lambda _: 0)
+        pace_of(works_of({"w0": [], "w1": []}), MODEL)
+    with pytest.raises(ValueError, match=r"take 0\.0 s by the model"):
+        pace_of(works_of(TRACE), MODEL.scaled(0.0))
 
 
 @pytest.mark.parametrize("ahead", [False, True])
