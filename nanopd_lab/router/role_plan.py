@@ -32,10 +32,10 @@ HOPELESS = 0.92  # of the objective: who would get his first token later than th
 SLACK = 0.01  # of a gain that does not count, where several plans find one
 LATENCY_WORTH = 0.05  # of short times, beside an objective that is kept
 LEARNT = (4, 12, 24, 72)  # ends after which lengths are known a good deal better than before
-LATELY, SHIFTED = (
-    32,
-    2.0,
-)  # by this factor more or less work in the last so many arrivals: time for another plan
+LATELY = 32
+# More or less work by this factor in the last so many arrivals: time for another plan; and by this one: what came
+# before them is not looked at any more.
+SHIFTED, OTHERWISE = 2.0, 3.0
 BUSY = 0.9  # with prompts, at most
 REPLAYED = 12  # requests of a replay for each worker, at least
 SOON = 8  # arrivals, after so many of which a plan may be hurried up
@@ -94,6 +94,7 @@ class RolePlan:
         self._count = 0
         self._next = self.settings.first
         self._begun = 0  # arrivals when the last plan began
+        self._from = 0  # the first arrival that is like those of late
         self._first_s = 0.0  # when the first one came
         self._planned = 0.0  # tokens of prompts a second, that the last plan was made for
         self._gains: dict[int, float] = {}  # by layout, of the plans since roles changed (CUSUM)
@@ -109,6 +110,8 @@ class RolePlan:
             ratio = self._tokens_per_s(LATELY) / self._planned
             if max(ratio, 1 / ratio) > SHIFTED:
                 self._next = self._count
+            if max(ratio, 1 / ratio) > OTHERWISE:
+                self._from = self._count - LATELY
 
     def _tokens_per_s(self, last: int) -> float:
         """Of prompts, over the last arrivals."""
@@ -163,8 +166,9 @@ class RolePlan:
         return self._latest(1)[0].time
 
     def _latest(self, workers: int) -> list[Arrival]:
-        """The newest arrivals, as many as a replay takes."""
-        return list(self._arrivals)[-max(self.settings.replayed, REPLAYED * workers) :]
+        """The newest arrivals that are like those of late, as many as a replay takes."""
+        alike = self._count - self._from
+        return list(self._arrivals)[-min(alike, max(self.settings.replayed, REPLAYED * workers)) :]
 
     # ------------------------------------------------------------------ one plan
 
