@@ -22,8 +22,9 @@ from nanopd_lab.router.estimates import (
     terms_of,
     tpot_doubt,
 )
-from nanopd_lab.router.fleetwide import Fleetwide
+from nanopd_lab.router.fleetwide import Fleetwide, Load
 from nanopd_lab.router.replay import ReplayJob, first_tokens
+from nanopd_lab.router.replay_worker import Room
 from nanopd_lab.router.step_costs import StepCosts
 from nanopd_lab.sim import CostTime, Lengths, LinkModel, SimConfig, SimRequest, Simulator, Veiled
 from nanopd_lab.sim.workload import gamma_arrivals
@@ -245,6 +246,19 @@ def test_a_plan_looks_at_the_newest_arrivals() -> None:
     assert window[-1].prompt_tokens == 100 + plan.settings.window - 1
     assert plan.since == window[0].time
     assert Arrivals(window).span == pytest.approx(plan.settings.replayed)
+
+
+@pytest.mark.parametrize(("tokens", "looked_at"), [(150, 96), (250, 96), (700, 40)])
+def test_a_plan_looks_at_what_is_like_the_newest(tokens: int, looked_at: int) -> None:
+    """Behind 200 prompts of 100 tokens, one a second, which a plan was made for, 48 others. Every 16 are looked at."""
+    plan = Adaptive(outlook(Slo(0.5, 0.03))).plan
+    for number in range(200):
+        plan.arrived(float(number), 100, 2048)
+    plan.begin(Fleetwide(2, 0, (0,), 0, Load(0, 0.0, 0.0, Room(64, 64_000.0)), {}))
+    for number in range(200, 248):
+        plan.arrived(float(number), tokens, 2048)
+    assert plan.since == 248 - looked_at
+    assert plan.due is False, "one is being made"
 
 
 def test_kv_that_piles_up_hurries_the_next_plan() -> None:
