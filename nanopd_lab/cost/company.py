@@ -3,8 +3,8 @@
 Workers on a CPU share its memory and caches, so that a step takes longer while the others are in one too. By how much
 depends on both: decode steps read weights, prompts compute. A decode step beside another one waits for memory, beside a
 prompt hardly at all; a prompt beside decode steps waits more than beside another prompt. (135M parameters in float32,
-two workers on two cores of Zen 5: a decode step 24 ms alone, 24 beside a prompt and 29 beside another; a prompt of 112
-tokens 200 ms, 204 beside another and 212 beside decodes.)
+two workers on two cores of Zen 5: a decode step 24 ms alone, 24 to 26 beside a prompt, 29 beside another; a prompt of
+112 tokens 200 ms, 204 beside another and 212 beside decodes.)
 
 An iteration model that was fitted to steps timed beside steps of their own kind is right for a host whose workers all
 do the same. This is the rest: what part of that time a step takes alone, and beside steps of the other kind. In
