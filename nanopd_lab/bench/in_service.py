@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from nanopd_lab.bench.parity import serve
+from nanopd_lab.bench.parity import serve, warm_up
 from nanopd_lab.bench.steps_pace import pace_of, works_of
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import ClusterConfig
@@ -44,7 +44,7 @@ def _served(
     config: ClusterConfig, policies: Sequence[str], requests: Sequence[SimRequest]
 ) -> Iterator[Mapping[str, Sequence[StepRecord]]]:
     with Cluster(replace(config, policy="collocated", trace=True)) as cluster:
-        serve(cluster, [SimRequest(f"warm-up-{n}", 0.0, 40, 4) for n in range(2 * config.workers)])
+        warm_up(cluster, config.workers)
         for policy in policies:
             cluster.use_policy(policy)
             cluster.steps()  # those of before are thrown away

@@ -97,6 +97,11 @@ def serve(cluster: Cluster, requests: Sequence[SimRequest], seed: int = 0) -> li
     return run.records
 
 
+def warm_up(cluster: Cluster, workers: int) -> None:
+    """Serve two requests for each worker, which count nowhere."""
+    serve(cluster, [SimRequest(f"warm-up-{n}", 0.0, 40, 4) for n in range(2 * workers)])
+
+
 def figures(result: SimResult, slo: Slo | None = None) -> Figures:
     """Means and percentiles in ms, throughputs, and the share in time if anything is promised, by name."""
     found = {f"mean_{name}_ms": 1e3 * result.mean(metric) for name, metric in METRICS.items()}
@@ -130,7 +135,7 @@ def compare(
     """
     slo = Slo.parse(config.goodput)
     with Cluster(replace(config, policy="collocated", trace=paced is not None)) as cluster:
-        serve(cluster, [SimRequest(f"warm-up-{n}", 0.0, 40, 4) for n in range(2 * config.workers)])
+        warm_up(cluster, config.workers)
         for (policy, rate, seed), requests in loads.items():
             cluster.use_policy(policy)
             if paced is not None:

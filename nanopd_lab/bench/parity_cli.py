@@ -134,10 +134,7 @@ def run(args: argparse.Namespace) -> int:
         if (policy, rate, seed) not in rounds.done
     ]
 
-    def requests_of(rate: float, seed: int) -> list[SimRequest]:
-        return _requests(args, rate, seed)
-
-    loads = {turn: requests_of(turn[1], turn[2]) for turn in turns}
+    loads = {turn: _requests(args, turn[1], turn[2]) for turn in turns}
     for found in compare(config, loads, simulate, paced if args.own_pace else None) if loads else ():
         rounds.add(found)
         print(f"{found.policy}, {found.rate:g} requests/s, seed {found.seed}: done", flush=True)
@@ -146,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         slo = Slo.parse(args.goodput)
         done = [
             each._replace(
-                simulated=figures(simulate(each.policy, requests_of(each.rate, each.seed), None), slo)
+                simulated=figures(simulate(each.policy, _requests(args, each.rate, each.seed), None), slo)
             )
             for each in done
         ]
@@ -246,9 +243,9 @@ def _shared(args: argparse.Namespace, cost: CostModel) -> Mapping[str, Any]:
         "model", "workers", "num_prompts", "input_median", "output_median", "dtype", "compilation",
         "max_num_batched_tokens", "kv_blocks", "goodput",
     )  # fmt: skip
-    asked = {name: getattr(args, name) for name in ("own_pace", "service_rate") if getattr(args, name)}
-    if args.own_pace:
-        asked["own_pace"] = ["reading", "computing"]
+    asked: dict[str, Any] = {"own_pace": ["reading", "computing"]} if args.own_pace else {}
+    if args.service_rate is not None:
+        asked["service_rate"] = args.service_rate
     return {**{name: getattr(args, name) for name in names}, **asked, "profiled": cost.source}
 
 
