@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -27,8 +29,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+@contextmanager
+def serving() -> Iterator[str]:
     command = [sys.executable, "-m", "nanopd_lab.cli", "serve", "--model", MODEL, "--workers", "2"]
     command += ["--policy", "1p1d", "--port", "0", "--enable-per-request-metrics"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -41,10 +43,8 @@ def url() -> Iterator[str]:
             server.terminate()
 
 
-@pytest.fixture(scope="module")
-def counted(url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def counted_at(url: str, path: Path) -> dict[str, Any]:
     """What GuideLLM found: three streams of chats, prompts of different lengths."""
-    path = tmp_path_factory.mktemp("load") / "found.json"
     backend = {"kind": "openai_http", "target": url, "model": MODEL}
     data = {
         "kind": "synthetic_text", "prompt_tokens": 64, "prompt_tokens_stdev": 40, "prompt_tokens_min": 8,
@@ -70,8 +70,7 @@ def counted(url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return benchmark
 
 
-@pytest.fixture(scope="module")
-def measured(url: str, counted: dict[str, Any]) -> dict[str, float]:
+def measured_at(url: str) -> dict[str, float]:
     """What the server says of the run, by the names of /metrics, summed over labels."""
     sums: dict[str, float] = {}
     for line in httpx.get(f"{url}/metrics").text.splitlines():
@@ -79,6 +78,31 @@ def measured(url: str, counted: dict[str, Any]) -> dict[str, float]:
             name, value = line.rsplit(" ", 1)
             sums[name.split("{")[0]] = sums.get(name.split("{")[0], 0.0) + float(value)
     return sums
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, float]]:
+    """Once more, on a new server, if GuideLLM does not report all requests that it has sent: on a busy machine it has
+    left out one of nine, neither successful nor errored nor incomplete, that the server had answered.
+    """
+    for number in range(3):
+        with serving() as url:
+            counted = counted_at(url, tmp_path_factory.mktemp("load") / f"found-{number}.json")
+            measured = measured_at(url)
+        totals = counted["metrics"]["request_totals"]
+        if sum(totals[name] for name in ("successful", "errored", "incomplete")) >= REQUESTS:
+            break
+    return counted, measured
+
+
+@pytest.fixture(scope="module")
+def counted(both: tuple[dict[str, Any], dict[str, float]]) -> dict[str, Any]:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def measured(both: tuple[dict[str, Any], dict[str, float]]) -> dict[str, float]:
+    return both[1]
 
 
 def test_counts_are_equal(counted: dict[str, Any], measured: dict[str, float]) -> None:

@@ -14,7 +14,6 @@ from nanopd_lab.cost.company import Company
 from nanopd_lab.router import Role, Slo, create_policy
 from nanopd_lab.sim import ConstantTime, Kill, LinearTime, SimConfig, SimRequest, SimResult, Simulator
 from nanopd_lab.sim.oracle import Instance, Planned
-from nanopd_lab.sim.timing import StepTime
 from tests.sim.test_skipping import assert_same, both, cases
 
 HALF = Company(2, 0.5, 0.25)  # decode steps alone in half the time, prompts in a quarter
@@ -139,13 +138,14 @@ companies = st.builds(
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(cases(), companies, st.booleans())
-def test_runs_in_company_agree_with_steps(case, company: Company, constant: bool) -> None:  # type: ignore[no-untyped-def]
-    """Jumping over runs changes nothing but the rounding: transfers, preemptions, kills and all."""
+@given(cases(), companies)
+def test_runs_in_company_agree_with_steps(case, company: Company) -> None:  # type: ignore[no-untyped-def]
+    """Jumping over runs changes nothing but the rounding: transfers, preemptions, kills and all.
+
+    Not with steps that all take the same: workers would end at the same time, and rounding would say who is first.
+    """
     name, requests, config, kills = case
-    time: StepTime = (
-        ConstantTime(0.1234567) if constant else LinearTime(0.0123456, 0.0031234, 0.000101, 0.00213)
-    )
+    time = LinearTime(0.0123456, 0.0031234, 0.000101, 0.00213)
     case = name, requests, dataclasses.replace(config, company=company), kills
     skipped, stepwise = both(case, time, time)
     assert_same(skipped, stepwise, 1e-9)
