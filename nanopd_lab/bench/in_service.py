@@ -9,14 +9,13 @@ numbers are taken from their steps: the pace of what reads, as decode steps do, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from nanopd_lab.bench.parity import serve, warm_up
 from nanopd_lab.bench.steps_pace import pace_of, works_of
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import ClusterConfig
-from nanopd_lab.cluster.host import StepRecord
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.sim.workload import SimRequest
 
@@ -24,29 +23,36 @@ from nanopd_lab.sim.workload import SimRequest
 def in_service(
     cost: CostModel, config: ClusterConfig, policies: Sequence[str], requests: Sequence[SimRequest]
 ) -> CostModel:
-    """Serve the requests by each policy and correct the model; what was found is noted in `fit`.
+    """Start a cluster, serve two requests a worker that count nowhere, and go on as `corrected`.
 
     Args:
         config: its policy is not looked at; without a prefix cache
+    """
+    with Cluster(replace(config, policy="collocated", trace=True)) as cluster:
+        warm_up(cluster, config.workers)
+        return corrected(cost, cluster, policies, requests)
+
+
+def corrected(
+    cost: CostModel, cluster: Cluster, policies: Sequence[str], requests: Sequence[SimRequest], seed: int = 0
+) -> CostModel:
+    """Serve the requests by each policy and correct the model; what was found is noted in `fit`.
+
+    Args:
+        cluster: idle, and records its steps
         policies: such as need no cost model
+        seed: of the prompts' tokens
 
     Raises:
         RequestFailedError: a request was refused or ended with an error.
         ValueError: see `pace_of`.
     """
-    works = [each for steps in _served(config, policies, requests) for each in works_of(steps, cost.company)]
+    works = []
+    for policy in policies:
+        cluster.use_policy(policy)
+        cluster.steps()  # those of before are thrown away
+        serve(cluster, [replace(each, request_id=f"{policy}-{each.request_id}") for each in requests], seed)
+        works += works_of(cluster.steps(), cost.company)
     pace = pace_of(works, cost.iteration)
     found = {"policies": list(policies), "num_prompts": len(requests), **pace._asdict()}
     return replace(cost, iteration=pace.of(cost.iteration), fit={**cost.fit, "in_service": found})
-
-
-def _served(
-    config: ClusterConfig, policies: Sequence[str], requests: Sequence[SimRequest]
-) -> Iterator[Mapping[str, Sequence[StepRecord]]]:
-    with Cluster(replace(config, policy="collocated", trace=True)) as cluster:
-        warm_up(cluster, config.workers)
-        for policy in policies:
-            cluster.use_policy(policy)
-            cluster.steps()  # those of before are thrown away
-            serve(cluster, [replace(each, request_id=f"{policy}-{each.request_id}") for each in requests])
-            yield cluster.steps()

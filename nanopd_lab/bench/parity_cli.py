@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 SERVICE_SEED = 1 << 20  # no round's
+AHEAD = "{} goes by steps' times, which say little where steps are launched ahead, as this model's are; leave it out"
 
 
 def register(subparsers: _Subparsers) -> None:
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         records_of,
         table,
     )
-    from nanopd_lab.bench.steps_pace import Pace, pace_of, works_of
+    from nanopd_lab.bench.steps_pace import Pace, pace_of, shows_pace, works_of
     from nanopd_lab.provenance import provenance
     from nanopd_lab.router import Slo, Veiled, create_policy
     from nanopd_lab.sim import SimResult, Simulator
@@ -111,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
             "take another, as one in between"
         )
     cost = _cost_model(args, args.cost_model)
+    if args.own_pace and not shows_pace(cost):
+        raise ValueError(AHEAD.format("--own-pace"))
     config = _config(args, cost, cost_model=str(args.cost_model), goodput=tuple(args.goodput))
     times = _cost_model(args, args.simulate_with) if args.simulate_with else cost
     settings, outlook = _settings(args, times), config.outlook()
@@ -179,6 +182,7 @@ def _turned(policies: Sequence[str], number: int) -> list[str]:
 def _cost_model(args: argparse.Namespace, path: Path) -> CostModel:
     """Of a file, or measured by as many processes at once as there will be workers, and in service if that is asked."""
     from nanopd_lab.bench.in_service import in_service
+    from nanopd_lab.bench.steps_pace import shows_pace
     from nanopd_lab.cluster.config import ClusterConfig
     from nanopd_lab.cost.files import CostModel
     from nanopd_lab.cost.measure import ProfileJob, measure_cost_model
@@ -205,6 +209,8 @@ def _cost_model(args: argparse.Namespace, path: Path) -> CostModel:
     with tempfile.TemporaryDirectory() as folder:  # beside the file there may be another `cost-model.json`
         cost = measure_cost_model(job, Path(folder))
     if args.service_rate is not None:
+        if not shows_pace(cost):
+            raise ValueError(AHEAD.format("--service-rate"))
         policies = ["collocated", *([f"1p{args.workers - 1}d"] if args.workers > 1 else [])]
         requests = _requests(args, args.service_rate, SERVICE_SEED)
         cost = in_service(cost, _config(args, cost), policies, requests)

@@ -78,8 +78,8 @@ def model_figures(outcome: Outcome) -> Iterator[Shown]:
     if pairs := outcome.pairs():
         yield Shown(
             "parity", "How far to trust the model", BOTH,
-            "The same requests, simulated with the cost model that was fitted to timed steps (it has seen neither "
-            "requests nor rates). Each mark is a figure of one strategy; the band is ±10 %.",
+            "The same requests, simulated with the cost model, which has seen neither these requests nor their rate. "
+            "Each mark is a figure of one strategy; the band is ±10 %.",
             simulated_vs_measured(pairs),
         )  # fmt: skip
     tables = [RequestTable.of(result) for result in outcome.curve]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 from nanopd_lab.bench.load import Report
 from nanopd_lab.bench.serving import bench_cluster
+from nanopd_lab.bench.steps_pace import pace_of, shows_pace, works_of
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cluster.cluster import Cluster
 from nanopd_lab.cluster.config import ClusterConfig
+from nanopd_lab.cost.files import CostModel
 from nanopd_lab.router import Policy, Slo
 
 Result = dict[str, Any]
@@ -25,25 +27,23 @@ class Workers:
 
     Args:
         config: its policy is not looked at
-        policies: what to route with, by name
     """
 
-    def __init__(self, config: ClusterConfig, policies: Callable[[str], str | Policy] = str) -> None:
-        self._config, self._policies = config, policies
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
         self._stack = ExitStack()
         self._cluster: Cluster | None = None
         self.starts = 0
 
-    def under(self, policy: str) -> Cluster:
+    def under(self, policy: str | Policy) -> Cluster:
         """The cluster, idle, with this policy. Raises ValueError: as of `ClusterConfig`."""
-        chosen = self._policies(policy)
         if self._cluster is not None:
             try:
-                self._cluster.use_policy(chosen)
+                self._cluster.use_policy(policy)
                 return self._cluster
             except (ValueError, RuntimeError):  # requests that hang, a worker that is gone
                 self.close()
-        self._cluster = self._stack.enter_context(Cluster(replace(self._config, policy=chosen)))
+        self._cluster = self._stack.enter_context(Cluster(replace(self._config, policy=policy)))
         self.starts += 1
         return self._cluster
 
@@ -61,7 +61,8 @@ class Workers:
 
 def measure(
     workers: Workers,
-    policies: Sequence[str],
+    policies: Mapping[str, Callable[[], str | Policy]],
+    cost: CostModel,
     workload: Workload,
     slo: Slo,
     folder: Path,
@@ -71,16 +72,22 @@ def measure(
     after an interrupt; a cluster that is lost is started again for the next strategy.
 
     Args:
+        workers: record their steps
+        policies: what makes each, by name
+        cost: of a whole run `pd.pace` says how many times as long as by this model its steps took, if it shows
         report: makes of a policy's name a context whose value is told how its run goes
 
     Raises:
         ValueError: as of `bench_cluster`.
     """
-    for policy in policies:
-        cluster = workers.under(policy)
+    for policy, create in policies.items():
+        cluster = workers.under(create())
+        cluster.steps()  # those of before are thrown away
         with report(policy) if report else nullcontext() as told:
             result = bench_cluster(cluster, workload, slo, detailed=True, report=told, drain_s=60.0)
         result["pd"]["policy"] = policy  # as it was asked for, whatever it calls itself
+        if shows_pace(cost) and not result["partial"]:
+            result["pd"]["pace"] = pace_of(works_of(cluster.steps(), cost.company), cost.iteration)._asdict()
         write_json(folder / f"measured-{policy}.json", result)
         yield result
         if result["pd"].get("interrupted") == "interrupted":

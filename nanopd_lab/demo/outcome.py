@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanopd_lab.bench.request_table import RequestTable
+from nanopd_lab.bench.steps_pace import Pace
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.demo.plan import Unloaded
 from nanopd_lab.demo.predict import PaysMap
@@ -79,6 +80,14 @@ class Outcome:
         ]
         return [found for better, than in pairs if (found := compare(better, than, self.slo))]
 
+    def paces(self) -> dict[str, Pace]:
+        """How many times as long as by the cost model steps took, by policy, of whole runs."""
+        return {
+            result["pd"]["policy"]: Pace(**pace)
+            for result in self.measured
+            if (pace := result["pd"].get("pace")) is not None
+        }
+
     def pairs(self) -> list[tuple[Result, Result]]:
         """Whole measured runs beside the simulation of the same requests."""
         modelled = {result["pd"]["policy"]: result for result in self.simulated}
@@ -102,6 +111,7 @@ class Outcome:
             "notes": list(self.notes),
             "profiled": self.profiled,
             "cost_model": self.cost.to_record(),
+            "paces": {policy: pace._asdict() for policy, pace in self.paces().items()},
             "measured": [row._asdict() for row in self.rows()],
             "simulated": [row._asdict() for row in self.rows(simulated=True)],
             "comparisons": [each._asdict() for each in self.comparisons()],

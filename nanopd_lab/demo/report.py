@@ -96,7 +96,7 @@ def _partial(outcome: Outcome) -> list[str]:
 
 
 def _unsteady(outcome: Outcome) -> list[str]:
-    text = unsteady(outcome.rows(), outcome.rows(simulated=True))
+    text = unsteady(outcome.paces())
     return [verdict("Judge with care", [text], warning=True)] if text else []
 
 
@@ -166,9 +166,34 @@ def _model_words(outcome: Outcome) -> str:
         else "is a recorded one, not of this run: it may be of another machine or another day"
     )
     return (
-        f"The cost model of one step ({outcome.cost.model} on {outcome.cost.device}) {origin}.{error} The simulator "
-        "runs the same controller, scheduler and policies under it, in virtual time. Everything below but what is "
-        "marked as measured is modelled."
+        f"The cost model of one step ({outcome.cost.model} on {outcome.cost.device}) {origin}.{error}"
+        f"{_served_before(outcome)} The simulator runs the same controller, scheduler and policies under it, in "
+        f"virtual time. Everything below but what is marked as measured is modelled.{_paces(outcome)}"
+    )
+
+
+def _served_before(outcome: Outcome) -> str:
+    found = outcome.cost.fit.get("in_service")
+    if found is None:
+        return ""
+    tried = " and ".join(look_of(each).label for each in found["policies"])
+    return (
+        f" It was then corrected by {found['num_prompts']} other requests, served {tried} at a lower rate before "
+        f"anything was measured: in service what reads took {found['reading']:.2f} times as long, what computes "
+        f"{found['computing']:.2f} times."
+    )
+
+
+def _paces(outcome: Outcome) -> str:
+    if not (paces := outcome.paces()):
+        return ""
+    each = "; ".join(
+        f"{look_of(policy).label} {pace.reading:.2f} and {pace.computing:.2f}"
+        for policy, pace in paces.items()
+    )
+    return (
+        " What the machine's speed did meanwhile, as what steps took by what this model says of them, those that read "
+        f"and those that compute: {each}."
     )
 
 

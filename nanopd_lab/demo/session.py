@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nanopd_lab.bench.in_service import corrected
+from nanopd_lab.bench.parity import warm_up
+from nanopd_lab.bench.steps_pace import shows_pace
 from nanopd_lab.bench.workload import Workload
 from nanopd_lab.cluster.config import ClusterConfig
 from nanopd_lab.cost.files import CostModel
@@ -35,8 +39,11 @@ from nanopd_lab.sim import SimConfig
 from nanopd_lab.viz.serving import words
 from nanopd_lab.viz.strategies import disaggregates, look_of
 
-REPORT, SUMMARY = "report.html", "demo.json"
+REPORT, SUMMARY, COST_MODEL = "report.html", "demo.json", "cost-model.json"
 SAMPLE = 400  # requests whose average lengths are taken
+SERVICE_LOAD = 0.75  # of the rate to be measured, at which the cost model is corrected
+SERVICE_SHARE, SERVICE_LEAST = 0.2, 4  # requests for that, of those measured; at least
+SERVICE_SEED = 1 << 20  # of their tokens; no workload's
 Say = Callable[[str], None]
 
 
@@ -87,7 +94,7 @@ def run_demo(
     Args:
         say: is told what happens
         report_to: see `measure`
-        first_act: is given the cluster before anything is measured
+        first_act: is given the cluster before it serves anything else
 
     Raises:
         KeyboardInterrupt: before anything was measured.
@@ -98,24 +105,33 @@ def run_demo(
         for old in config.folder.glob(pattern):
             old.unlink()  # none of an earlier run must be taken for one of this
     cost = _cost_model(config, say)
-    machine = _machine(config, cost)
-    outcome = plan(config, machine)
-    for note in outcome.notes:
-        say(f"  {note}")
-    count = config.num_prompts or max(2, round(outcome.rate * config.duration_s))
-    workload = config.make(outcome.rate, count)
-    say(f"{count} requests for each of {', '.join(look_of(p).label for p in outcome.policies)}")
-    try:
-        _serve(config, outcome, workload, say, report_to, first_act)
-    except (KeyboardInterrupt, RuntimeError, ValueError) as error:
-        if not outcome.measured:
-            raise
-        outcome.problem = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    first = plan(config, _machine(config, cost))
+    for policy in first.policies:  # a wrong one is refused before anything starts
+        replace(config.cluster, policy=_chosen(config, first, policy))
+    say(f"Starting {first.workers} workers")
+    with Workers(replace(config.cluster, trace=True)) as workers:
+        if first_act is not None:
+            first_act(workers.under("collocated"))
+        outcome = first
+        if shows_pace(cost):
+            cost = _in_service(config, first, workers, say)
+            outcome = plan(config, _machine(config, cost))
+        for note in outcome.notes:
+            say(f"  {note}")
+        count = _count(config, outcome.rate)
+        workload = config.make(outcome.rate, count)
+        say(f"{count} requests for each of {', '.join(look_of(p).label for p in outcome.policies)}")
+        try:
+            _serve(config, outcome, workers, workload, say, report_to)
+        except (KeyboardInterrupt, RuntimeError, ValueError) as error:
+            if not outcome.measured:
+                raise
+            outcome.problem = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     if not outcome.measured:
         raise RuntimeError("nothing was measured")
     say("Simulating the same requests, and others")
     try:
-        _simulate(config, machine, outcome, workload)
+        _simulate(config, _machine(config, cost), outcome, workload)
     except KeyboardInterrupt:  # perhaps the second: what was measured is reported all the same
         outcome.problem = outcome.problem or "interrupted"
     except Exception as error:  # likewise
@@ -124,7 +140,7 @@ def run_demo(
     say(headline(outcome.comparisons()))
     for comparison in outcome.comparisons():
         say(f"  {sentence(comparison)}")
-    if doubt := unsteady(outcome.rows(), outcome.rows(simulated=True)):
+    if doubt := unsteady(outcome.paces()):
         say(f"  {doubt}")
     return outcome
 
@@ -178,7 +194,7 @@ def write_report(outcome: Outcome, folder: Path) -> None:
 
 
 def _cost_model(config: DemoConfig, say: Say) -> CostModel:
-    kept = config.folder / "cost-model.json"
+    kept = config.folder / COST_MODEL
     if config.profile is not None:
         job = config.profile
         say(f"Timing steps of {job.model} on {job.device}, {job.processes} at once")
@@ -220,35 +236,57 @@ def _machine(config: DemoConfig, cost: CostModel) -> Machine:
     return Machine.of(cost, config.cluster.workers, settings)
 
 
+def _count(config: DemoConfig, rate: float) -> int:
+    return config.num_prompts or max(2, round(rate * config.duration_s))
+
+
+def _chosen(config: DemoConfig, outcome: Outcome, policy: str) -> str | Policy:
+    tokens = config.cluster.engine_config("cpu").max_num_batched_tokens
+    return cluster_policy(policy, outcome.workers, outcome.cost, outcome.slo, tokens)
+
+
+def _in_service(config: DemoConfig, first: Outcome, workers: Workers, say: Say) -> CostModel:
+    """The cost model, corrected by a few requests at a rate below the one that it would have chosen; kept."""
+    rate = SERVICE_LOAD * first.rate
+    count = max(SERVICE_LEAST, round(SERVICE_SHARE * _count(config, rate)))
+    statics = [each for each in first.policies if each == "collocated" or disaggregates(each)][:2]
+    tried = statics or ["collocated"]
+    say(
+        f"Serving {count} requests at {rate:.2g} a second {', then '.join(look_of(p).label for p in tried)}: what "
+        "steps take in service"
+    )
+    requests = config.make(rate, count).requests
+    cluster = workers.under("collocated")
+    warm_up(cluster, first.workers)
+    cost = corrected(first.cost, cluster, tried, requests, SERVICE_SEED)
+    cost.save(config.folder / COST_MODEL)
+    found = cost.fit["in_service"]
+    say(
+        f"  beside the cost model what reads took {found['reading']:.2f} times as long, what computes "
+        f"{found['computing']:.2f} times; corrected by that"
+    )
+    return cost
+
+
 def _serve(
     config: DemoConfig,
     outcome: Outcome,
+    workers: Workers,
     workload: Workload,
     say: Say,
     report_to: Progress | None,
-    first_act: Callable[[Any], None] | None,
 ) -> None:
-    tokens = config.cluster.engine_config("cpu").max_num_batched_tokens
-
-    def chosen(policy: str) -> str | Policy:
-        return cluster_policy(policy, outcome.workers, outcome.cost, outcome.slo, tokens)
-
-    for policy in outcome.policies:
-        replace(config.cluster, policy=chosen(policy))  # a wrong one is refused before anything starts
-    say(f"Starting {outcome.workers} workers")
-    with Workers(config.cluster, chosen) as workers:
-        if first_act is not None:
-            first_act(workers.under("collocated"))
-        for result in measure(workers, outcome.policies, workload, outcome.slo, config.folder, report_to):
-            outcome.measured.append(result)
-            share = result["pd"]["slo"]["attainment"]
-            say(
-                f"  {look_of(result['pd']['policy']).label}: {result['completed']} of {result['num_prompts']} requests "
-                f"in {result['duration']:.1f} s" + ("" if share is None else f", {share:.0%} in time")
-                + (f"; PARTIAL: {result['pd']['interrupted']}" if result["partial"] else "")
-            )  # fmt: skip
-            if result["partial"]:
-                outcome.problem = result["pd"]["interrupted"]
+    policies = {policy: partial(_chosen, config, outcome, policy) for policy in outcome.policies}
+    for result in measure(workers, policies, outcome.cost, workload, outcome.slo, config.folder, report_to):
+        outcome.measured.append(result)
+        share = result["pd"]["slo"]["attainment"]
+        say(
+            f"  {look_of(result['pd']['policy']).label}: {result['completed']} of {result['num_prompts']} requests "
+            f"in {result['duration']:.1f} s" + ("" if share is None else f", {share:.0%} in time")
+            + (f"; PARTIAL: {result['pd']['interrupted']}" if result["partial"] else "")
+        )  # fmt: skip
+        if result["partial"]:
+            outcome.problem = result["pd"]["interrupted"]
 
 
 def _simulate(config: DemoConfig, machine: Machine, outcome: Outcome, workload: Workload) -> None:

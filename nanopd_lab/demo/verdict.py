@@ -10,10 +10,11 @@ import numpy as np
 from nanopd_lab.bench.bootstrap import Bounds, interval
 from nanopd_lab.bench.metrics import Floats
 from nanopd_lab.bench.request_table import RequestTable
+from nanopd_lab.bench.steps_pace import Pace
 from nanopd_lab.router import Slo
 from nanopd_lab.viz.strategies import disaggregates, look_of
 
-STEADY = 1.5  # measured over modelled time a token: of all strategies, the largest may be so many times the smallest
+STEADY = 1.2  # what steps took by what they take by the model: the largest of a strategy by the smallest may be that
 
 
 class Row(NamedTuple):
@@ -106,22 +107,18 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     return f"Disaggregation {'pays' if split.gain.value > 0 else 'does not pay'} here: {points}."
 
 
-def unsteady(measured: Sequence[Row], modelled: Sequence[Row]) -> str | None:
-    """A warning where strategies ran at unlike speeds beside one model of one machine; None: no need for one."""
-    expected = {row.policy: row.tpot_p50 for row in modelled}
-    ratios = sorted(
-        (row.tpot_p50.value / model.value, look_of(row.policy).label)
-        for row in measured
-        if row.tpot_p50 and (model := expected.get(row.policy)) and model.value
-    )
-    if len(ratios) < 2 or ratios[-1][0] <= STEADY * ratios[0][0]:
-        return None
-    (low, fast), (high, slow) = ratios[0], ratios[-1]
-    return (
-        f"The median token took {low:.2g} times as long as modelled with {fast}, and {high:.2g} times with {slow}. "
-        "Either the machine's speed changed between the two (was it busy with other things?), or the model misses "
-        "something: run it again while nothing else runs, before you believe the comparison."
-    )
+def unsteady(paces: Mapping[str, Pace]) -> str | None:
+    """A warning where strategies met a machine of unlike speeds; None: no need for one."""
+    for work, name in (("read", "reading"), ("compute", "computing")):
+        ratios = sorted((getattr(pace, name), look_of(policy).label) for policy, pace in paces.items())
+        if ratios and ratios[-1][0] > STEADY * ratios[0][0]:
+            (low, fast), (high, slow) = ratios[0], ratios[-1]
+            return (
+                f"Steps that {work} took {low:.2f} times as long as modelled with {fast}, and {high:.2f} times with "
+                f"{slow}. Either the machine's speed changed between the two (was it busy with other things?), or the "
+                "model misses something: run it again while nothing else runs, before you believe the comparison."
+            )
+    return None
 
 
 def reasons(tables: Mapping[str, RequestTable], slo: Slo) -> list[str]:

@@ -14,8 +14,10 @@ import pytest
 
 from nanopd_lab.bench.load import Progress
 from nanopd_lab.bench.request_table import RequestTable
+from nanopd_lab.bench.steps_pace import Pace
 from nanopd_lab.cli import main
 from nanopd_lab.cluster.config import ClusterConfig
+from nanopd_lab.cost.files import CostModel
 from nanopd_lab.demo.cli import demo_config
 from nanopd_lab.demo.measure import Workers
 from nanopd_lab.demo.outcome import Outcome
@@ -84,7 +86,19 @@ def test_everything_is_written(folder: Path) -> None:
         result = json.loads((folder / f"measured-{row['policy']}.json").read_text())
         assert row["attainment"][0] == pytest.approx(result["pd"]["slo"]["attainment"])
         assert result["completed"] == row["completed"] == 12
+        assert result["pd"]["pace"] == summary["paces"][row["policy"]]
+        assert min(result["pd"]["pace"].values()) > 0
     assert len(list((folder / "figures").glob("*.png"))) >= 11
+
+
+def test_the_cost_model_is_corrected_in_service_before_anything_is_measured(folder: Path) -> None:
+    given, kept = (CostModel.load(folder / f"{name}.json") for name in ("given", "cost-model"))
+    found = kept.fit["in_service"]
+    assert found["policies"] == ["collocated", "1p1d"]
+    assert found["num_prompts"] == 4, "few, and other ones"
+    assert kept.iteration == Pace(found["reading"], found["computing"]).of(given.iteration)
+    summary = json.loads((folder / "demo.json").read_text())
+    assert summary["cost_model"] == json.loads((folder / "cost-model.json").read_text())
 
 
 def test_all_strategies_get_the_same_requests_and_the_same_workers(folder: Path) -> None:
@@ -191,6 +205,7 @@ def test_from_the_command_line_with_a_profile(tmp_path: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     for words in (
         "Timing steps",
+        "what steps take in service",
         "objectives: TTFT",
         "12 requests for each",
         "Serving: collocated",

@@ -7,9 +7,10 @@ import pytest
 
 from nanopd_lab.bench.bootstrap import Bounds
 from nanopd_lab.bench.request_table import RequestTable
+from nanopd_lab.bench.steps_pace import Pace
 from nanopd_lab.demo.predict import PaysMap
 from nanopd_lab.demo.report import where
-from nanopd_lab.demo.verdict import Comparison, Row, compare, headline, reasons, row_of, sentence, unsteady
+from nanopd_lab.demo.verdict import Comparison, compare, headline, reasons, row_of, sentence, unsteady
 from nanopd_lab.router import Slo
 from tests.viz.test_serving import simulated
 
@@ -68,20 +69,18 @@ def test_no_more_than_the_interval_supports(gain: Bounds, word: str, line: str) 
     assert headline([comparison]).startswith(line)
 
 
-def row(policy: str, tpot_ms: float) -> Row:
-    tpot = Bounds(tpot_ms, tpot_ms, tpot_ms)
-    return Row(policy, 1, 1, None, None, None, None, tpot, tpot, 1.0, False)
-
-
 def test_a_machine_that_changed_its_speed_is_told() -> None:
-    modelled = [row("collocated", 180.0), row("1p1d", 190.0)]
-    text = unsteady([row("collocated", 104.0), row("1p1d", 327.0)], modelled)
+    text = unsteady({"collocated": Pace(1.0, 0.9), "1p1d": Pace(1.1, 1.6), "adaptive": Pace(1.15, 1.0)})
     assert text is not None
-    assert "0.58 times as long as modelled with collocated, and 1.7 times with disaggregated 1P1D" in text
+    assert (
+        "compute took 0.90 times as long as modelled with collocated, and 1.60 times with disaggregated"
+        in text
+    )
+    assert "that read" in str(unsteady({"collocated": Pace(2.0, 1.0), "1p1d": Pace(1.0, 1.0)}))
     # Slower than modelled, but all alike: the comparison holds.
-    assert unsteady([row("collocated", 360.0), row("1p1d", 400.0)], modelled) is None
-    assert unsteady([row("collocated", 104.0)], modelled) is None
-    assert unsteady([], []) is None
+    assert unsteady({"collocated": Pace(2.0, 1.5), "1p1d": Pace(2.1, 1.6)}) is None
+    assert unsteady({"collocated": Pace(2.0, 1.5)}) is None
+    assert unsteady({}) is None
 
 
 def test_without_both_sides_there_is_no_answer() -> None:
