@@ -39,6 +39,9 @@ SHIFTED, OTHERWISE = 2.0, 3.0
 BUSY = 0.9  # with prompts, at most
 REPLAYED = 12  # requests of a replay for each worker, at least
 SOON = 8  # arrivals, after so many of which a plan may be hurried up
+# Requests that have come for a while are expected for so many times as long again (Lindy's law; a burst of 0.4 s whose
+# outputs take 4 s is lost if it is far more).
+GOES_ON = 3.0
 LOOKED_AT = 128  # requests of a replay that are judged, at most
 
 
@@ -62,9 +65,9 @@ class PlanSettings(NamedTuple):
     replayed: int = 96
     warm: int = 24
     margin: float = 0.03
-    doubt: float = 0.25
+    doubt: float = 0.12
     least: float = 0.3
-    horizon: int = 200
+    horizon: int = 500
     haste: int = 12
     pace: int = 4
 
@@ -259,8 +262,7 @@ class RolePlan:
         if prefills == 0:
             some = min(fleet.workers, SERVERS)
             jobs = yield from arrivals.jobs(total, fleet.workers / some)
-            # What has come for a while will come for as long again; nobody knows better (Lindy's law).
-            going_s = self._arrivals[-1].time - self._first_s
+            going_s = GOES_ON * (self._arrivals[-1].time - self._first_s)
             times = yield from mixed_times(
                 costs, jobs, some, running, load.room, backlog_s, self.latest_s, going_s
             )
