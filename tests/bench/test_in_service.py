@@ -9,6 +9,7 @@ import pytest
 
 from nanopd_lab.cli import main
 from nanopd_lab.cost.files import CostModel
+from nanopd_lab.cost.iteration import IterationModel
 
 
 def test_a_model_is_corrected_before_its_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,3 +33,19 @@ def test_a_model_is_corrected_before_its_rounds(tmp_path: Path, capsys: pytest.C
     assert "not in service" in capsys.readouterr().err
     assert main([*arguments, "--cost-model", str(path), "--service-rate", "20"]) == 2
     assert "--service-rate 20 is one of --request-rates" in capsys.readouterr().err
+
+
+def test_steps_that_are_launched_ahead_show_no_pace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cost-model.json"
+    fit = {"block_bytes": 8192, "block_size": 16, "ahead": True}
+    CostModel(
+        "random:tiny", "a test", IterationModel(0.004, 0.0, 0.0005, 0.0, 1e-6, 0.0), None, None, fit
+    ).save(path)
+    arguments = ["parity", "--model", "random:tiny", "--policies", "1p1d", "--request-rates", "20"]
+    assert main([*arguments, "--cost-model", str(path), "--own-pace"]) == 2
+    assert (
+        "--own-pace goes by steps' times, which say little where steps are launched ahead"
+        in capsys.readouterr().err
+    )
