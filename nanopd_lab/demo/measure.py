@@ -72,9 +72,9 @@ def measure(
     after an interrupt; a cluster that is lost is started again for the next strategy.
 
     Args:
-        workers: record their steps
+        workers: record their steps, if these show a pace
         policies: what makes each, by name
-        cost: of a whole run `pd.pace` says how many times as long as by this model its steps took, if it shows
+        cost: of a whole run `pd.pace` says how many times as long as by this model its steps took, if they show
         report: makes of a policy's name a context whose value is told how its run goes
 
     Raises:

@@ -109,7 +109,7 @@ def run_demo(
     for policy in first.policies:  # a wrong one is refused before anything starts
         replace(config.cluster, policy=_chosen(config, first, policy))
     say(f"Starting {first.workers} workers")
-    with Workers(replace(config.cluster, trace=True)) as workers:
+    with Workers(replace(config.cluster, trace=shows_pace(cost))) as workers:
         if first_act is not None:
             first_act(workers.under("collocated"))
         outcome = first
