@@ -182,7 +182,6 @@ def _turned(policies: Sequence[str], number: int) -> list[str]:
 def _cost_model(args: argparse.Namespace, path: Path) -> CostModel:
     """Of a file, or measured by as many processes at once as there will be workers, and in service if that is asked."""
     from nanopd_lab.bench.in_service import in_service
-    from nanopd_lab.bench.steps_pace import shows_pace
     from nanopd_lab.cluster.config import ClusterConfig
     from nanopd_lab.cost.files import CostModel
     from nanopd_lab.cost.measure import ProfileJob, measure_cost_model
@@ -197,6 +196,8 @@ def _cost_model(args: argparse.Namespace, path: Path) -> CostModel:
         return cost
     config = ClusterConfig(args.model, workers=args.workers, share_devices=args.share_devices)
     cuda = config.worker_devices()[0].type == "cuda"
+    if cuda and args.service_rate is not None:  # said now, and not when all has been profiled
+        raise ValueError(AHEAD.format("--service-rate"))
     job = ProfileJob.of(
         args.model,
         cuda,
@@ -209,8 +210,6 @@ def _cost_model(args: argparse.Namespace, path: Path) -> CostModel:
     with tempfile.TemporaryDirectory() as folder:  # beside the file there may be another `cost-model.json`
         cost = measure_cost_model(job, Path(folder))
     if args.service_rate is not None:
-        if not shows_pace(cost):
-            raise ValueError(AHEAD.format("--service-rate"))
         policies = ["collocated", *([f"1p{args.workers - 1}d"] if args.workers > 1 else [])]
         requests = _requests(args, args.service_rate, SERVICE_SEED)
         cost = in_service(cost, _config(args, cost), policies, requests)

@@ -74,7 +74,7 @@ def measure(
     Args:
         workers: record their steps, if these show a pace
         policies: what makes each, by name
-        cost: of a whole run `pd.pace` says how many times as long as by this model its steps took, if they show
+        cost: of a whole run `pd.pace` says how many times as long as by this model its steps took, if these show
         report: makes of a policy's name a context whose value is told how its run goes
 
     Raises:
@@ -86,8 +86,8 @@ def measure(
         with report(policy) if report else nullcontext() as told:
             result = bench_cluster(cluster, workload, slo, detailed=True, report=told, drain_s=60.0)
         result["pd"]["policy"] = policy  # as it was asked for, whatever it calls itself
-        if shows_pace(cost) and not result["partial"]:
-            result["pd"]["pace"] = pace_of(works_of(cluster.steps(), cost.company), cost.iteration)._asdict()
+        if shows_pace(cost) and not result["partial"] and (works := works_of(cluster.steps(), cost.company)):
+            result["pd"]["pace"] = pace_of(works, cost.iteration)._asdict()
         write_json(folder / f"measured-{policy}.json", result)
         yield result
         if result["pd"].get("interrupted") == "interrupted":

@@ -19,7 +19,7 @@ from nanopd_lab.cli import main
 from nanopd_lab.cluster.config import ClusterConfig
 from nanopd_lab.cost.files import CostModel
 from nanopd_lab.demo.cli import demo_config
-from nanopd_lab.demo.measure import Workers
+from nanopd_lab.demo.measure import Workers, measure
 from nanopd_lab.demo.outcome import Outcome
 from nanopd_lab.demo.session import DemoConfig, run_demo
 from nanopd_lab.router import Slo
@@ -187,6 +187,16 @@ def test_the_same_workers_serve_all_and_a_broken_cluster_is_started_again() -> N
         first.submit([1, 2, 3])  # and nobody waits for it
         assert workers.under("collocated") is not first
         assert workers.starts == 2
+
+
+def test_a_run_whose_steps_nobody_tells_is_kept(tmp_path: Path) -> None:
+    """A worker that does not answer in time is left out of `Cluster.steps`; here none records any."""
+    with Workers(CONFIG) as workers:
+        chosen = {"collocated": lambda: "collocated"}
+        (result,) = measure(workers, chosen, cost_model(), make(12.0, 4), Slo(0.4, 0.05), tmp_path)
+    assert result["completed"] == 4
+    assert "pace" not in result["pd"]
+    assert (tmp_path / "measured-collocated.json").exists()
 
 
 def test_from_the_command_line_with_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
