@@ -52,6 +52,8 @@ PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 OUTPUTS = 15  # equally likely outputs that a forecast is replaced by
 # Outputs that wait for a link or for room, so many and by those that run: something has changed, and a plan is due.
 CROWD, CROWDED = 4, 0.25
+# Misses that a decision expects, on average over some: a plan is due; theirs count half after about eleven others.
+TROUBLE, OF_LATE = 0.4, 16
 USUAL = 50  # requests over which means are taken
 
 
@@ -85,6 +87,7 @@ class Adaptive:
         self._last = (0.0, 0)  # who came last: when, and its tokens
         self._gap_s = 0.0  # between arrivals
         self._slope = 0.0  # misses for each second a token more, where the last request went
+        self._misses = 0.0  # that decisions of late expected: of the request and of those that run
         self._pending: dict[str, Role] = {}  # roles that were decided while a job was put off
         self._under_way, self._shares = UnderWay(), PromptShares(MEMORY_S)
 
@@ -151,7 +154,7 @@ class Adaptive:
         pending, self._pending = self._pending, {}
         if pending:
             views = [view._replace(role=pending.get(view.name, view.role)) for view in views]
-        if self.plan.may_hurry and _crowded(views):
+        if self.plan.may_hurry and (self._misses > TROUBLE or _crowded(views)):
             self.plan.hurry()
         if self.plan.due:
             self._begin_plan(views, now)
@@ -195,7 +198,8 @@ class Adaptive:
         found = self._pair(ask, views, now)
         if found is None:
             return None
-        s, t, far = found
+        s, t, far, cost = found
+        self._misses += (min(1.0, cost) - self._misses) / OF_LATE
         first_s, waited_s = first_token_s(s, ask, costs, now), ask.waited_s
         late = waited_s + first_s > HOPELESS * slo.ttft_s
         if late and waited_s < max(LONGEST_S, PATIENCE * slo.ttft_s):
@@ -214,8 +218,10 @@ class Adaptive:
         explain = partial(self._explain, route, views, self._terms.copy(), ask, slope, far, now)
         return Decision(route, explainer=explain)
 
-    def _pair(self, ask: Ask, views: Sequence[WorkerView], now: float) -> tuple[Terms, Terms, bool] | None:
-        """The pair of the lowest cost, and whether KV is far: moves only between workers of two roles.
+    def _pair(
+        self, ask: Ask, views: Sequence[WorkerView], now: float
+    ) -> tuple[Terms, Terms, bool, float] | None:
+        """The pair of the lowest cost, whether KV is far (it moves only between workers of two roles), and the cost.
 
         One pass: the best and the second best of sources and of targets, and the best worker that is both. What
         `as_source` and `as_target` say stands here without a call for each worker, and as far as it takes to see that a
@@ -293,7 +299,7 @@ class Adaptive:
                 continue
             if prefills + decodes < stays_cost:
                 s, t, stays_cost = a, b, prefills + decodes
-        return None if s is None or t is None else (s, t, far)
+        return None if s is None or t is None else (s, t, far, stays_cost)
 
     def _explain(
         self,

@@ -68,6 +68,7 @@ class Arrivals:
         self.window = window
         self.span = max((window[-1].time - begun) * len(window) / (len(window) - 1), 1e-6)
         self.mean_output = 0.0  # tokens, as forecast
+        self.swell = 1.0  # how many times as many tokens of prompts come in the long run
         self._times = [each.time - begun for each in window]
         self._lengths: dict[int, list[int]] = {}
         self._common: list[int] = []
@@ -117,6 +118,16 @@ class Arrivals:
     def mean_context(self) -> float:
         """Tokens that an output has in the cache, half of its own among them."""
         return sum(each.prompt_tokens for each in self.window) / len(self.window) + self.mean_output / 2
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of prompts."""
+        return sum(each.prompt_tokens for each in self.window) / self.span
+
+    def pressure(self, costs: StepCosts) -> float:
+        """How many workers the prompts keep busy in the long run, where those that wait share steps."""
+        mean = max(1, round(self.tokens_per_s * self.span / len(self.window)))
+        return costs.queued(mean, len(self.window)) / self.span * self.swell
 
     def busy(self, costs: StepCosts) -> float:
         """How many workers the prompts would keep busy, one after the other."""

@@ -32,8 +32,10 @@ TTFT_DOUBT, TPOT_DOUBT = 0.15, 0.12
 # The doubt of one worker's time per token: what is always off, what chance adds (see `tpot_doubt`; a fitted factor),
 # and at most. Where outputs are long a wide doubt makes a sacrifice look cheap: one worker that is given all prompts.
 STEADY_DOUBT, BY_CHANCE, MOST_DOUBT = 0.05, 2.0, 0.15
-SHARED = 0.25  # of the prompts that are queued: so many come while they are computed, and share a step
-SHARED_ALONE = 0.125  # the same where no outputs run: estimates in simulations are right on average with it
+# Of the prompts that are queued: so many come while they are computed, and share a step; or the share of the worker's
+# time that prompts have taken lately, if that is more. The second where no outputs run; both are right on average in
+# simulations.
+SHARED, SHARED_ALONE = 0.25, 0.125
 FULL = 0.9  # of the KV blocks: outputs that run need room to grow
 MEMORY_S = 4.0  # half of what prompts took on a worker is forgotten
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -150,7 +152,8 @@ def terms_of(
         if free_at < now:  # it is stuck, for want of room perhaps: as long again
             free_at = 2 * now - free_at
         if active or 2 * mean <= budget:
-            shared_s = (SHARED if active else SHARED_ALONE) * work_s
+            least = SHARED if active else SHARED_ALONE
+            shared_s = (share if share > least else least) * work_s
             wait_s = (costs.wait_steps - 0.5) * pace_s + (
                 shared_s if shared_s < costs.rest_s else costs.rest_s
             )

@@ -105,20 +105,35 @@ def first_tokens(
 
 
 def decode_times(
-    costs: StepCosts, jobs: Sequence[ReplayJob], running: Sequence[Running], room: Room
+    costs: StepCosts,
+    jobs: Sequence[ReplayJob],
+    running: Sequence[Running],
+    room: Room,
+    others: int = 0,
+    known: float = 1.0,
 ) -> Thinking:
     """Seconds from the arrival of each job's KV at one decode worker to its last token.
 
-    `arrival` is when the KV is there. Who has not ended when the last one has come goes on at the pace of then.
+    `arrival` is when the KV is there. Who has not ended when the last one has come goes on at the pace of then. Who
+    finds the worker busy waits for steps of it, unless there was an idle one among the others, which are busy as often.
+
+    Args:
+        others: decode workers
+        known: the share of jobs whose worker is as busy as it was when it was chosen
     """
     found = [0.0] * len(jobs)
     worker = ReplayWorker(costs, room, [], found)
     for each in running:
         worker.add(-1, each.context, each.remaining)
+    busy, all_busy = 1.0 if running else 0.5, 0.0
     for number, job in enumerate(jobs):
         worker.run_until(job.arrival)
         if worker.batch:
-            worker.run_until(job.arrival + JOINING_STEPS * worker.pace())
+            busy += 1.0
+            all_busy += 1.0 - known * (1.0 - (busy / (number + 2.0)) ** others)
+            if all_busy >= 1.0:
+                all_busy -= 1.0
+                worker.run_until(job.arrival + JOINING_STEPS * worker.pace())
         worker.add(number, job.prompt_tokens + 1, job.output_tokens - 1)
         if number % SLICE == SLICE - 1:
             yield
@@ -129,21 +144,23 @@ def decode_times(
 def mixed_times(
     costs: StepCosts,
     jobs: Sequence[ReplayJob],
-    workers: int,
+    backlogs_s: Sequence[float],
     running: Sequence[Running],
     room: Room,
-    backlog_s: float,
     latest_s: float,
     going_s: float = 0.0,
+    swell: float = 1.0,
 ) -> Pairs:
     """(time to first token, seconds from there to the last) of each job at so many workers that do both.
 
     Args:
-        running, backlog_s: of each worker
+        backlogs_s: of each worker, what prompts it has to compute at first
+        running: on each
         going_s: requests go on coming for so long, from the first of `jobs`: outputs may last longer than these
+        swell: so many times as many of them a second as in `jobs`
     """
     firsts, ends = [math.inf] * len(jobs), [math.inf] * len(jobs)
-    fleet = [ReplayWorker(costs, room, firsts, ends, backlog_s) for _ in range(workers)]
+    fleet = [ReplayWorker(costs, room, firsts, ends, now) for now in backlogs_s]
     for worker in fleet:
         for each in running:
             worker.add(-1, each.context, each.remaining)
@@ -164,7 +181,7 @@ def mixed_times(
         while worker.queue:
             worker.chunk_step()
             yield
-        worker.finish(beyond_s)
+        worker.finish(beyond_s, swell)
     return [
         (first - job.arrival, max(0.0, end - first) if first < math.inf else 0.0)
         for first, end, job in zip(firsts, ends, jobs, strict=True)

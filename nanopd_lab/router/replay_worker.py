@@ -172,11 +172,11 @@ class ReplayWorker:
             self._end()
         self.now = max(now, time)
 
-    def finish(self, beyond_s: float = 0.0) -> None:
+    def finish(self, beyond_s: float = 0.0, swell: float = 1.0) -> None:
         """The others go on at this pace; who waits follows who ends. For so many seconds more prompts take as much of
-        the time as they have since the first output."""
+        the time as they have since the first output, or `swell` times as much."""
         now, pace = self.now, self.pace()
-        free = 1.0 - min(MOST_TAKEN, MET * self._prompts_s / max(now - self._decoding_since, 1e-9))
+        free = 1.0 - min(MOST_TAKEN, swell * MET * self._prompts_s / max(now - self._decoding_since, 1e-9))
         slowed_s = max(0.0, beyond_s) * free  # of decoding, until no prompts come
         steps = [step for step, _, _ in self._heap]  # a heap as well
         last = [(step, job) for step, job, _ in self._heap]

@@ -1,10 +1,11 @@
 """How many workers should prefill: the arrivals of the last while are served again under other roles, and compared.
 
 A plan is made after the first arrivals, whenever lengths are known a good deal better (unless the last one found
-nothing to gain), and then after so many arrivals; each decision thinks a little. What a layout is worth is the share
-of requests that keep their objectives (`replay`), with short times to break ties. Roles change if that gains more than
-a margin, and more than the outputs that run on a worker that is to prefill would lose: hysteresis, so that a fleet on
-the edge between two layouts stays as it is.
+nothing to gain), and then after so many arrivals, sooner if decisions expect misses; each decision thinks a little.
+What a layout is worth is the share of requests that keep their objectives (`replay`), less if its queues would grow for
+ever (`long_run`), with short times to break ties, averaged over plans. Roles change if that gains more than a margin,
+and more than the outputs that run on a worker that is to prefill would lose: hysteresis, so that a fleet on the edge
+between two layouts stays as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nanopd_lab.router.arrivals import Arrival, Arrivals
 from nanopd_lab.router.estimates import TPOT_DOUBT, miss
 from nanopd_lab.router.fleetwide import Fleetwide
+from nanopd_lab.router.long_run import LongRun, lasting
 from nanopd_lab.router.mean_length import MeanLengths
 from nanopd_lab.router.replay import ReplayJob, decode_times, first_tokens, mixed_times
 from nanopd_lab.router.replay_worker import Room
@@ -42,6 +44,9 @@ SOON = 8  # arrivals, after so many of which a plan may be hurried up
 # Requests that have come for a while are expected for so many times as long again (Lindy's law; a burst of 0.4 s whose
 # outputs take 4 s is lost if it is far more).
 GOES_ON = 3.0
+FORGOTTEN = 0.5  # of the time to a first token makes a choice of long ago: who is on his way to a worker is known there
+TOWARDS = 0.5  # a steady state, of the way from what runs now: who is judged comes and goes in between
+NEWLY = 0.5  # of what a layout is worth is said by the plan of now: outputs and prompts of one are few
 LOOKED_AT = 128  # requests of a replay that are judged, at most
 
 
@@ -102,11 +107,14 @@ class RolePlan:
         self._planned = 0.0  # tokens of prompts a second, that the last plan was made for
         self._gains: dict[int, float] = {}  # by layout, of the plans since roles changed (CUSUM)
         self._thinking: Generator[None, None, int] | None = None
+        self._long_run = LongRun(self.settings.horizon)
+        self._believed: dict[int, float] = {}  # what layouts are worth, by this plan and those before it
 
     def arrived(self, now: float, prompt_tokens: int, max_tokens: int) -> None:
         """A request has come."""
         if not self._count:
             self._first_s = now
+        self._long_run.arrived(now, prompt_tokens)
         self._arrivals.append(Arrival(now, prompt_tokens, max_tokens))
         self._count += 1
         if self._count % (LATELY // 2) == 0 and self._planned and len(self._arrivals) > LATELY:
@@ -115,6 +123,7 @@ class RolePlan:
                 self._next = self._count
             if max(ratio, 1 / ratio) > OTHERWISE:
                 self._from = self._count - LATELY
+                self._long_run.begin_again(self._tokens_per_s(LATELY))
 
     def _tokens_per_s(self, last: int) -> float:
         """Of prompts, over the last arrivals."""
@@ -178,6 +187,7 @@ class RolePlan:
     def _plan(self, fleet: Fleetwide) -> Generator[None, None, int]:
         settings, workers, now = self.settings, fleet.workers, fleet.prefills
         arrivals, ended = Arrivals(self._latest(workers)), self.ended
+        arrivals.swell = self._long_run.tokens_per_s / arrivals.tokens_per_s
         yield
         yield from arrivals.forecast(self.predictor, self.lengths, fleet.ages)
         arrivals.set_mean(corrected(arrivals.mean_output, fleet.ends, fleet.ended, fleet.going))
@@ -186,6 +196,7 @@ class RolePlan:
         # It cannot get better by more than the margin.
         self.content = self.slo.given and worth[now] + settings.margin >= 1 + LATENCY_WORTH / 2
         if self.content:
+            self._believed = {}
             return now
 
         def look(layout: int) -> Generator[None, None, float]:
@@ -193,6 +204,7 @@ class RolePlan:
                 worth[layout] = yield from self._worth(arrivals, fleet, layout)
             return worth[layout]
 
+        before = self._believed if ended >= settings.window else {}
         yield from look(0)
         seconds = arrivals.busy(self.costs)
         place = now or min(workers - 1, max(1, round(seconds / 0.75)))
@@ -209,6 +221,8 @@ class RolePlan:
                     break
                 stride //= 2
             place = best
+        worth = {each: new + (1 - NEWLY) * (before.get(each, new) - new) for each, new in worth.items()}
+        self._believed = worth
         # What a change costs: outputs that it leaves on workers that are to prefill.
         lost = {
             each: fleet.left_on(each)
@@ -255,16 +269,19 @@ class RolePlan:
         sharers = max(decodes, fleet.workers - now)
         count = round(load.decoding / sharers)
         if self.ended >= settings.window:  # what a replay is too short to see, once lengths are known
-            count = max(count, self._steady(arrivals, decodes, prefills == 0, load.room))
+            more = self._steady(arrivals, decodes, prefills == 0, load.room) - count
+            count += round(TOWARDS * more) if more > 0 else 0
         context = load.context / load.decoding if load.decoding else arrivals.mean_context
         running = arrivals.running(count, context)
         backlog_s = load.backlog_s / (now or fleet.workers)
+        going_s = GOES_ON * (self._arrivals[-1].time - self._first_s)
         if prefills == 0:
             some = min(fleet.workers, SERVERS)
             jobs = yield from arrivals.jobs(total, fleet.workers / some)
-            going_s = GOES_ON * (self._arrivals[-1].time - self._first_s)
+            busy = max(1, round(some * now / fleet.workers)) if now else some
+            backlogs = [backlog_s] * busy + [0.0] * (some - busy)
             times = yield from mixed_times(
-                costs, jobs, some, running, load.room, backlog_s, self.latest_s, going_s
+                costs, jobs, backlogs, running, load.room, self.latest_s, going_s, arrivals.swell
             )
             rows = [(first, 0.0, rest) for first, rest in times]
         else:
@@ -278,14 +295,23 @@ class RolePlan:
             held = round((fleet.stuck + fleet.left_on(prefills)) / prefills)
             rest = arrivals.running(held, context)
             firsts = yield from first_tokens(costs, queued, backlogs, rest, targets, self.latest_s)
-            lasts = yield from decode_times(costs, jobs, running, load.room)
+            # A decode worker is chosen when the request comes: the longer ago, the less is it idle as it was.
+            life_s = arrivals.mean_output * costs.decode(1, arrivals.mean_context)
+            waits = [first for first, _ in firsts if first < math.inf]
+            known = life_s / (life_s + FORGOTTEN * sum(waits) / max(1, len(waits)))
+            lasts = yield from decode_times(costs, jobs, running, load.room, decodes - 1, known)
             # Each first token goes with a decode of about its time; more of them would tell little more.
             step, last = max(1, len(firsts) // LOOKED_AT), len(lasts) - 1
             places = [min(last, int(number * thin / decodes)) for number in range(0, len(firsts), step)]
             rows = [(*first, lasts[place]) for first, place in zip(firsts[::step], places, strict=True)]
             jobs = [jobs[place] for place in places]
         skipped = settings.warm * len(rows) // settings.replayed
-        return (yield from self._mean(rows[skipped:], jobs[skipped:]))
+        found = yield from self._mean(rows[skipped:], jobs[skipped:])
+        if prefills:
+            in_time = lasting(arrivals.pressure(costs) / prefills, self.latest_s - backlog_s, going_s)
+            seen = sum(share(row[0], self.slo.ttft_s) for row in rows[skipped:]) / len(rows[skipped:])
+            found *= min(1.0, in_time / max(seen, 1e-9))
+        return found
 
     def _spoilt(self, arrivals: Arrivals, fleet: Fleetwide, busy: float) -> float:
         """The probability that an output misses its objectives beside prompts that take such a share of the time."""
@@ -296,7 +322,7 @@ class RolePlan:
 
     def _steady(self, arrivals: Arrivals, workers: int, mixed: bool, room: Room) -> int:
         """Outputs that a worker will decode at once if it goes on like this (Little's law), as far as it has room."""
-        rate = len(arrivals.window) / arrivals.span / workers
+        rate = len(arrivals.window) / arrivals.span * arrivals.swell / workers
         free = 1.0
         if mixed:
             free = max(0.2, 1 - arrivals.busy(self.costs) / workers)

@@ -228,3 +228,35 @@ def test_the_same_events_give_the_same_decisions() -> None:
         for first in (first, second)
     ]
     assert routes[0] == routes[1]
+
+
+@pytest.mark.parametrize(("rate", "prefills"), [(60.0, 2), (30.0, 1)])
+def test_a_queue_that_grows_slowly_is_seen_before_it_breaks_promises(rate: float, prefills: int) -> None:
+    """Prompts of 25 ms at one of four workers, and two seconds for each: at 60 a second the ones that a plan looks at
+    are all in time, and those of ten seconds later are not."""
+    policy = Adaptive(outlook(Slo(2.0, 0.05)))
+    roles = {f"w{number}": Role.DECODE if number else Role.PREFILL for number in range(4)}
+    for number in range(600):
+        now = number / rate
+        views = [mixed(name, role=role) for name, role in roles.items()]
+        answer = policy.choose(job(200, arrival=now), views, now)
+        assert isinstance(answer, Decision)
+        roles.update(answer.roles)
+        policy.finished(200, 20, False, now)
+    assert [*roles.values()].count(Role.PREFILL) == prefills
+
+
+def test_a_decision_that_expects_misses_hurries_the_next_plan() -> None:
+    """Outputs that take 26 ms a token, and 100 are promised, or 20: the plans of a thousand arrivals."""
+    plans = []
+    for promised_s in (0.1, 0.02):
+        policy = Adaptive(outlook(Slo(5.0, promised_s)))
+        views = [
+            mixed(f"w{number}", decoding=160, decode_tokens=16_000, num_blocks=9000) for number in range(2)
+        ]
+        for number in range(1000):
+            policy.choose(job(50, arrival=number / 10), views, number / 10)
+            policy.finished(50, 20, False, number / 10)
+        plans.append(policy.plan.plans)
+    calm, troubled = plans
+    assert troubled > 1.5 * calm

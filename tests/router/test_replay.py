@@ -81,7 +81,7 @@ def test_mixed_workers_are_replayed_as_they_are_simulated(workers: int, ahead: b
     requests = poisson_arrivals(200, 6.0 * workers, (Lengths(300, 0.8, 3000), Lengths(20, 0.6, 200)), 3)
     costs = StepCosts(Outlook(MODEL, ahead=ahead))
     jobs = [ReplayJob(each.arrival, each.prompt_tokens, each.output_tokens) for each in requests]
-    found = drained(mixed_times(costs, jobs, workers, [], ROOM, 0.0, math.inf))
+    found = drained(mixed_times(costs, jobs, [0.0] * workers, [], ROOM, math.inf))
     truth = simulated(requests, "collocated", workers, ahead)
     for replayed, real in zip(zip(*found, strict=True), zip(*truth, strict=True), strict=True):
         assert statistics.mean(replayed) == pytest.approx(statistics.mean(real), rel=0.15)
@@ -95,7 +95,7 @@ def test_outputs_that_outlast_a_replay_go_on_beside_prompts() -> None:
     jobs = [ReplayJob(each.arrival, each.prompt_tokens, each.output_tokens) for each in requests[:24]]
     truth = statistics.mean(rest for _, rest in simulated(requests, "collocated", 1, False)[:24])
     alone, beside = (
-        statistics.mean(rest for _, rest in drained(mixed_times(costs, jobs, 1, [], ROOM, 0.0, math.inf, s)))
+        statistics.mean(rest for _, rest in drained(mixed_times(costs, jobs, [0.0], [], ROOM, math.inf, s)))
         for s in (0.0, 100.0)
     )
     assert alone < 0.85 * truth
@@ -108,10 +108,31 @@ def test_prompts_go_on_for_as_long_as_they_are_expected() -> None:
     jobs = [ReplayJob(0.0, 10, 1001), *(ReplayJob(0.1 + 0.1 * n, 500, 1) for n in range(50))]
     last = jobs[-1].arrival
     rests = [
-        drained(mixed_times(costs, jobs, 1, [], ROOM, 0.0, math.inf, s))[0][1] for s in (0.0, last, last + 1)
+        drained(mixed_times(costs, jobs, [0.0], [], ROOM, math.inf, s))[0][1] for s in (0.0, last, last + 1)
     ]
     assert rests[0] == rests[1]
     assert rests[2] - rests[1] == pytest.approx(0.5 * MET, rel=0.1)
+
+
+def test_fewer_prompts_in_the_long_run_slow_outputs_less() -> None:
+    """As above, but half as many prompts go on coming as have come."""
+    costs = StepCosts(Outlook(MODEL))
+    jobs = [ReplayJob(0.0, 10, 1001), *(ReplayJob(0.1 + 0.1 * n, 500, 1) for n in range(50))]
+    later = jobs[-1].arrival + 1
+    none, half, all_of_them = (
+        drained(mixed_times(costs, jobs, [0.0], [], ROOM, math.inf, s, swell))[0][1]
+        for s, swell in ((0.0, 1.0), (later, 0.5), (later, 1.0))
+    )
+    assert half - none == pytest.approx((all_of_them - none) / 2, rel=0.05)
+
+
+def test_one_mixed_workers_backlog_is_not_everybodys() -> None:
+    """A second of prompts waits at one of three: who comes goes to the others, once it has a job more than they."""
+    costs = StepCosts(Outlook(MODEL))
+    jobs = [ReplayJob(0.0, 100, 50)] * 3
+    firsts = [first for first, _ in drained(mixed_times(costs, jobs, [1.0, 0.0, 0.0], [], ROOM, math.inf))]
+    alone = costs.prompt(100)
+    assert sorted(firsts) == pytest.approx([alone, alone, 1.0 + alone], rel=0.05)
 
 
 def test_who_waits_for_room_follows_who_ends() -> None:

@@ -54,7 +54,12 @@ def register(subparsers: _Subparsers) -> None:
         "--cost-model", default="h100-qwen3-8b", help="a name in data/hardware, or a file of `fit`"
     )
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--num-prompts", type=int, default=400, help="requests of a cell, for each seed")
+    parser.add_argument(
+        "--num-prompts",
+        type=int,
+        default=2000,
+        help="requests of a cell, for each seed; a few hundred are over before most outputs have ended",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="so many, from 0 on")
     parser.add_argument(
         "--policies",

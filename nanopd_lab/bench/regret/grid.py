@@ -32,7 +32,7 @@ class Settings:
 
     cost_model: str = "h100-qwen3-8b"
     workers: int = 8
-    num_prompts: int = 600
+    num_prompts: int = 2000
     simulations: int = 60
     num_blocks: int = 20_000
     max_num_batched_tokens: int = 2048
