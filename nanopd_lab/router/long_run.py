@@ -6,8 +6,6 @@ promises still. Whether it would is a matter of rates: a fluid limit (Newell, Ap
 
 from __future__ import annotations
 
-import math
-
 
 class LongRun:
     """Tokens of prompts a second; a request counts less and less, until about so many others have come."""
@@ -15,18 +13,18 @@ class LongRun:
     def __init__(self, arrivals: int) -> None:
         self._kept = 1 - 1 / arrivals
         self._tokens = self._seconds = 0.0
-        self._last = math.nan
+        self._last: float | None = None
 
     def arrived(self, now: float, tokens: int) -> None:
         """A request has come, with a prompt of so many tokens."""
-        if self._last == self._last:
+        if self._last is not None:
             self._seconds = self._seconds * self._kept + now - self._last
             self._tokens = self._tokens * self._kept + tokens
         self._last = now
 
-    def begin_again(self, tokens_per_s: float) -> None:
-        """What came so far is not like what comes now: forget all but this."""
-        self._tokens, self._seconds = tokens_per_s, 1.0
+    def begin_again(self, tokens: int, seconds: float) -> None:
+        """What came so far is not like what comes now: forget all but so many tokens in so many seconds."""
+        self._tokens, self._seconds = float(tokens), seconds
 
     @property
     def tokens_per_s(self) -> float:

@@ -125,6 +125,7 @@ def decode_times(
     worker = ReplayWorker(costs, room, [], found)
     for each in running:
         worker.add(-1, each.context, each.remaining)
+    # Jobs that found it busy, and those of them that found all others busy too: every whole one is taken to wait.
     busy, all_busy = 1.0 if running else 0.5, 0.0
     for number, job in enumerate(jobs):
         worker.run_until(job.arrival)

@@ -123,7 +123,9 @@ class RolePlan:
                 self._next = self._count
             if max(ratio, 1 / ratio) > OTHERWISE:
                 self._from = self._count - LATELY
-                self._long_run.begin_again(self._tokens_per_s(LATELY))
+                some = list(self._arrivals)[-LATELY:]
+                tokens = sum(each.prompt_tokens for each in some[1:])
+                self._long_run.begin_again(tokens, some[-1].time - some[0].time)
 
     def _tokens_per_s(self, last: int) -> float:
         """Of prompts, over the last arrivals."""

@@ -56,5 +56,8 @@ def test_what_was_before_can_be_forgotten() -> None:
     found = LongRun(500)
     for number in range(1000):
         found.arrived(0.1 * number, 100)
-    found.begin_again(50_000.0)
+    found.begin_again(3200, 0.064)
     assert found.tokens_per_s == 50_000.0
+    for number in range(32):
+        found.arrived(99.9 + 0.002 * (number + 1), 100)
+    assert abs(found.tokens_per_s - 50_000.0) < 1.0

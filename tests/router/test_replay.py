@@ -135,6 +135,21 @@ def test_one_mixed_workers_backlog_is_not_everybodys() -> None:
     assert sorted(firsts) == pytest.approx([alone, alone, 1.0 + alone], rel=0.05)
 
 
+def test_who_finds_a_decode_worker_busy_takes_an_idle_one() -> None:
+    """Half of the jobs do. Three others are busy as often, all at once an eighth of the time: so many wait for steps;
+    all, if nobody knows who is idle."""
+    costs = StepCosts(Outlook(MODEL))
+    jobs = [ReplayJob(number // 2 + number % 2 * 0.05, 100, 11) for number in range(160)]
+
+    def mean(others: int, known: float) -> float:
+        return statistics.mean(drained(decode_times(costs, jobs, [], ROOM, others, known)))
+
+    never, all_of_them = mean(60, 1.0), mean(0, 1.0)
+    assert (all_of_them - never) * 2 == pytest.approx(JOINING_STEPS * costs.decode(1, 100), rel=0.2)
+    assert (mean(3, 1.0) - never) / (all_of_them - never) == pytest.approx(1 / 8, abs=0.05)
+    assert mean(3, 0.0) == all_of_them
+
+
 def test_who_waits_for_room_follows_who_ends() -> None:
     """Room for one: three outputs of ten steps, behind one that has a hundred left."""
     costs = StepCosts(Outlook(MODEL))
