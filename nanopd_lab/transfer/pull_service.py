@@ -70,6 +70,8 @@ class PullService:
                 if self._closed:
                     connection.close()
                     return
+                # Who has ended leaves here, not by itself: between its last step and its end it is to be waited for.
+                self._served = {each: held for each, held in self._served.items() if each.is_alive()}
                 self._served[thread] = (connection, [])
             thread.start()
 
@@ -81,7 +83,7 @@ class PullService:
             if json.loads(lines.readline())["token"] == self.details["token"]:
                 self._answers.answer(connection, lines, self._abort_by)
         with self._lock:
-            self._served.pop(threading.current_thread(), None)
+            self._served[threading.current_thread()][1].clear()
 
     def _abort_by(self, abort: Callable[[], None]) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,15 +10,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 
 from nanopd_lab.transfer.base import Pool, PullStatus, TransferError
-from nanopd_lab.transfer.pull_service import line_of
+from nanopd_lab.transfer.pull_service import PullService, line_of
 from nanopd_lab.transfer.registry import create_transport
 from nanopd_lab.transfer.staging import CHUNK_BYTES, DIRECT_BYTES
 from tests.transfer.workers import Remote, Worker, make_worker, needs_nixl, remote_worker, results_of, soon
@@ -175,6 +177,37 @@ def test_nothing_stays_behind(kind: str) -> None:
     for _ in range(5):
         once()
     assert all(after <= before + 2 for before, after in zip(first, held(), strict=True))
+
+
+class Silent:
+    """Answers nothing, until the reader has gone."""
+
+    def answer(
+        self, connection: socket.socket, lines: BinaryIO, abort_by: Callable[[Callable[[], None]], None]
+    ) -> None:
+        lines.readline()
+
+
+def test_a_closed_service_has_waited_for_whoever_was_about_to_end() -> None:
+    """Readers that go just before: a few of a thousand of their threads are between their last step and their end."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(300):
+            service = PullService("127.0.0.1", Silent(), "ending")
+            place = service.details["host"], service.details["port"]
+            readers = [socket.create_connection(place) for _ in range(3)]
+            for reader in readers:
+                reader.sendall(json.dumps({"token": service.details["token"]}).encode() + b"\n")
+            time.sleep(0.002)
+            for reader in readers:
+                reader.close()
+            service.close()
+            assert [
+                each.name for each in threading.enumerate() if each.name.startswith("nanopd-ending")
+            ] == []
+    finally:
+        sys.setswitchinterval(before)
 
 
 def held() -> list[int]:
